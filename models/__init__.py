@@ -1,0 +1,1 @@
+"""Encoders, heads, losses and methods; knows nothing of where images come from."""

@@ -1,0 +1,113 @@
+"""What every method takes, gives and promises: all that `train/` may know of a method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class StepInputs:
+    """One rank's inputs of one step. B is the batch per device, G the global batch.
+
+    Attributes:
+        view1: (B, 3, S, S) normalised, channels-last.
+        view2: likewise.
+        seed: run seed, for draws made inside a method.
+        step: optimizer step, 0-based, for the same.
+        mixed: "view1" / "view2" -> (B, 3, S, S): canvas of image i with the region of its partner pasted in.
+        box_cells: "view1" / "view2" -> (B, 4) int64 top, left, height, width of the pasted region in feature cells.
+        partner: "view1" / "view2" -> (B,) int64: composite i holds the region of image partner[i]; an index into this
+            rank's batch when pairs stay within BN groups, into the gathered global batch otherwise.
+        key_permutation: one (G,) int64 permutation per key direction for ShuffleBN: the key pass processes global
+            image `permutation[j]` at position j. Empty where the method does not shuffle.
+        rank: this process; positions rank * B .. of the global batch are its own.
+        world_size: number of processes.
+    """
+
+    view1: Tensor
+    view2: Tensor
+    seed: int = 0
+    step: int = 0
+    mixed: dict[str, Tensor] = field(default_factory=dict)
+    box_cells: dict[str, Tensor] = field(default_factory=dict)
+    partner: dict[str, Tensor] = field(default_factory=dict)
+    key_permutation: tuple[Tensor, ...] = ()
+    rank: int = 0
+    world_size: int = 1
+
+
+@dataclass
+class StepOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: scalar with a graph: this rank's mean, so that averaging gradients over ranks gives the global one.
+        metrics: name -> detached scalar tensor on the device ("ins", "region/paste", ...); logged as `loss/<name>`.
+        keys: tensors that `after_step` needs, detached; for a queue, this rank's (B, D) keys by queue name.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    keys: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module, ABC):
+    """A self-supervised method: encoders, heads, memory, and the order of events in a step.
+
+    A subclass is constructed as `Cls(config, arch=..., image_size=..., bn_group_size=...)` with its own frozen
+    dataclass `Config`, and sets `encoder`, the trunk that is exported: images -> feature map (B, C, H, W).
+    """
+
+    Config: ClassVar[type]
+    """Frozen dataclass of the method's hyper-parameters; every field becomes a flag."""
+
+    ema_index_offset: ClassVar[int] = 0
+    """The EMA after optimizer step t uses coefficient number t + offset: 1 where the paper's code updates at the start
+    of the next step (MoCo, DenseCL, MoBY, MoCo v3, CARE), 0 where it updates after the optimizer step (BYOL, LEWEL)."""
+
+    has_momentum_network: ClassVar[bool] = True
+
+    encoder: nn.Module
+
+    @property
+    def mixed_views(self) -> tuple[str, ...]:
+        """The views that the method wants region-swapped composites of."""
+        return ()
+
+    @property
+    def key_directions(self) -> int:
+        """How many ShuffleBN permutations a step needs."""
+        return 0
+
+    @abstractmethod
+    def forward(self, inputs: StepInputs) -> StepOutput:
+        """Loss and detached metrics; changes no state but BN running statistics."""
+
+    @torch.no_grad()
+    def after_step(self, output: StepOutput, ema_momentum: float) -> None:
+        """EMA of the momentum network and enqueueing of keys; called once after each optimizer step."""
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(online, momentum) module pairs whose parameters are averaged."""
+        return []
+
+    def fixed_lr_modules(self) -> list[nn.Module]:
+        """Modules whose learning rate stays constant (SimSiam's predictor)."""
+        return []
+
+    def host_state(self) -> dict[str, Any]:
+        """State outside `state_dict` that a checkpoint must hold (queue pointers), JSON-serialisable."""
+        return {}
+
+    def load_host_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `host_state`."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Globally average-pooled features (B, C) of the exported trunk, fp32."""
+        feature_map: Tensor = self.encoder(images)
+        return feature_map.float().mean(dim=(2, 3))

@@ -1,0 +1,1 @@
+"""From bytes on disk to augmented views; knows nothing of models."""

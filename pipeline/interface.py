@@ -1,0 +1,130 @@
+"""What every loader takes and gives: all that `train/` may know of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """How one view is cut from a decoded image.
+
+    Attributes:
+        name: key of the view in `Batch.views`.
+        size: side of the square view in pixels.
+        kind: "random" is a random resized crop; "center" resizes the short side to `size * resize_ratio` and takes the
+            centre; "whole" squeezes the whole image to the square.
+        scale: range of the crop's area relative to the image's, for "random".
+        ratio: range of the crop's width / height, for "random".
+        interpolation: "bilinear" or "bicubic", antialiased as PIL's resize is.
+        resize_ratio: short side before the centre crop, relative to `size` (256/224 by default), for "center".
+        draw_id: the `view` word of the random address; two views with equal ids get equal crops.
+    """
+
+    name: str
+    size: int
+    kind: str = "random"
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"
+    resize_ratio: float = 256 / 224
+    draw_id: int = 0
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Everything a loader needs to know.
+
+    Attributes:
+        data: path of the packed file, folder, list or shard pattern.
+        views: the views to cut from each decoded image.
+        global_batch: samples of one step over all ranks.
+        seed: run seed of every draw.
+        rank: this process among `world_size`.
+        world_size: number of processes.
+        workers: threads or processes that decode; 0 lets the loader choose.
+        device: where the views are wanted.
+        order: "global", "sharded" or "sequential" (storage order, for evaluation).
+        drop_last: leave out the last, smaller batch.
+        population: sorted sample indices to draw from; None is all of them.
+        shard_window: how many blocks are mixed with one another in the "sharded" order.
+        block_size: samples in a block of the "sharded" order, for stores without shards.
+    """
+
+    data: str
+    views: tuple[ViewSpec, ...]
+    global_batch: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    order: str = "global"
+    drop_last: bool = True
+    population: np.ndarray | None = None
+    shard_window: int = 16
+    block_size: int = 256
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    Attributes:
+        views: name -> uint8 (B, 3, S, S) on the device, channels-last in memory, owned by the receiver.
+        index: (B,) int64 on the CPU: the sample that the order asked for. Its draws are keyed by this index even where
+            a damaged record made another sample's pixels take its place.
+        label: (B,) int64 on the CPU, -1 where there is none; for probes only.
+    """
+
+    views: dict[str, torch.Tensor]
+    index: torch.Tensor
+    label: torch.Tensor
+
+
+@dataclass
+class PipelineStats:
+    """Running totals since the pipeline was built.
+
+    Attributes:
+        images: source images delivered.
+        wait_s: seconds the consumer waited for a batch.
+        bad_records: sample index -> reason, for records that could not be decoded or whose checksum no longer fits.
+    """
+
+    images: int = 0
+    wait_s: float = 0.0
+    bad_records: dict[int, str] = field(default_factory=dict)
+
+
+class Pipeline(Protocol):
+    """A loader: iterating yields the rest of one epoch for this rank."""
+
+    num_samples: int
+    """Samples in the store, before `population` is applied."""
+
+    data_hash: str
+    """SHA-256 (hex) that identifies the data: equal for equal content."""
+
+    labels: np.ndarray
+    """(num_samples,) int64, -1 where there is none."""
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration delivers, from its step `first_step` on."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Deliver the rest of the chosen epoch; may be abandoned early at no cost."""
+
+    def stats(self) -> PipelineStats:
+        """Running totals."""
+
+    def close(self) -> None:
+        """Stop workers and release buffers; may be called twice."""

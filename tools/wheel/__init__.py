@@ -1,0 +1,1 @@
+"""Regatta: self-supervised vision training built for images per second."""

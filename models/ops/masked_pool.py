@@ -1,0 +1,157 @@
+"""Weighted mean of a feature map under several masks: definition, registration, dispatch.
+
+    pooled[b, m, c] = sum_s weights[b, g(c), m, s] * features[b, c, s] / sum_s weights[b, g(c), m, s]
+
+with s over the H*W positions and g(c) = c // (C / G): G contiguous channel groups, each with maps of its own.
+RegionCL pools with G = 1 and binary masks, LEWEL with G heads of M soft maps.
+
+Source: RegionCL (arXiv 2111.12309) section 3.2, mask pooling; LEWEL (arXiv 2203.14898) section 3.2, Eq. 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64 (so that gradcheck works); everything else is summed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_masked_pool(features: Tensor, weights: Tensor) -> None:
+    """Refuse shapes that do not fit each other."""
+    if features.ndim != 4 or weights.ndim != 5:
+        raise ValueError(
+            f"masked_pool takes features (B, C, H, W) and weights (B, G, M, H, W); "
+            f"got {tuple(features.shape)} and {tuple(weights.shape)}"
+        )
+    batch, channels, height, width = features.shape
+    if weights.shape[0] != batch or weights.shape[3:] != (height, width):
+        raise ValueError(f"weights {tuple(weights.shape)} do not cover features {tuple(features.shape)}")
+    if channels % weights.shape[1]:
+        raise ValueError(f"{channels} channels do not divide into {weights.shape[1]} groups of weights")
+
+
+def _grouped(features: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Features as (B, G, C/G, S) in the accumulation dtype; a view of either memory format before the cast."""
+    batch, channels, height, width = features.shape
+    return features.flatten(2).view(batch, groups, channels // groups, height * width).to(dtype)
+
+
+def _inverse_sums(weights: Tensor) -> Tensor:
+    """1 / sum over positions of weights (B, G, M, S), and 0 where the sum is 0: (B, G, M, 1)."""
+    total = weights.sum(dim=3, keepdim=True)
+    return torch.where(total == 0, torch.zeros_like(total), 1 / torch.where(total == 0, torch.ones_like(total), total))
+
+
+def masked_pool_definition(features: Tensor, weights: Tensor) -> Tensor:
+    """The mathematics in plain PyTorch; arguments and result as for `masked_pool`."""
+    dtype = accumulation_dtype(features.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        maps = weights.flatten(3).to(dtype)  # (B, G, M, S)
+        grouped = _grouped(features, weights.shape[1], dtype)
+        pooled = torch.matmul(maps, grouped.transpose(2, 3)) * _inverse_sums(maps)  # (B, G, M, C/G)
+        return pooled.transpose(1, 2).flatten(2).to(features.dtype)
+
+
+def masked_pool_backward_definition(
+    grad: Tensor, features: Tensor, weights: Tensor, need_features: bool, need_weights: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `masked_pool`; one that is not needed comes back as an empty tensor.
+
+    With p[s] = sum_c grad[c] * features[c, s] over a group's channels and n = sum_s weights[s]:
+    d features[c, s] = sum_m weights[m, s] / n[m] * grad[m, c] and
+    d weights[s] = (p[s] - sum_s' weights[s'] p[s'] / n) / n, which needs no saved output.
+    Both are zero for a mask whose sum is 0.
+    """
+    batch, channels, height, width = features.shape
+    groups, masks = weights.shape[1:3]
+    dtype = accumulation_dtype(features.dtype)
+    with torch.autocast(features.device.type, enabled=False):
+        maps = weights.flatten(3).to(dtype)
+        inverse = _inverse_sums(maps)
+        by_group = grad.to(dtype).view(batch, masks, groups, channels // groups).transpose(1, 2)
+        scaled = by_group * inverse  # (B, G, M, C/G)
+        grad_features, grad_weights = features.new_empty(0), weights.new_empty(0)
+        if need_features:
+            # Written as (B, S, C) so that the result is channels-last where the features are.
+            by_position = torch.matmul(maps.transpose(2, 3), scaled)  # (B, G, S, C/G)
+            flat = by_position.permute(0, 2, 1, 3).reshape(batch, height, width, channels).to(features.dtype)
+            grad_features = like_layout(flat.permute(0, 3, 1, 2), features)
+        if need_weights:
+            product = torch.matmul(scaled, _grouped(features, groups, dtype))  # (B, G, M, S), already divided by n
+            mean = (maps * product).sum(dim=3, keepdim=True) * inverse
+            grad_weights = ((product - mean) * (inverse != 0)).to(weights.dtype).view(weights.shape)
+    return grad_features, grad_weights
+
+
+def like_layout(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """`tensor` made contiguous in the memory format of `pattern` (both (B, C, H, W))."""
+    return tensor.contiguous(memory_format=layout_of(pattern))
+
+
+def layout_of(pattern: Tensor) -> torch.memory_format:
+    """Channels-last where `pattern` (B, C, H, W) is stored so, the default format otherwise."""
+    channels_last = pattern.is_contiguous(memory_format=torch.channels_last) and not pattern.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+@torch.library.custom_op("regatta::masked_pool", mutates_args=())
+def _masked_pool(features: Tensor, weights: Tensor) -> Tensor:
+    return masked_pool_definition(features, weights).contiguous()
+
+
+@_masked_pool.register_fake
+def _(features: Tensor, weights: Tensor) -> Tensor:
+    return features.new_empty((features.shape[0], weights.shape[2], features.shape[1]))
+
+
+@torch.library.custom_op("regatta::masked_pool_backward", mutates_args=())
+def _masked_pool_backward(
+    grad: Tensor, features: Tensor, weights: Tensor, need_features: bool, need_weights: bool
+) -> tuple[Tensor, Tensor]:
+    return masked_pool_backward_definition(grad.contiguous(), features, weights, need_features, need_weights)
+
+
+@_masked_pool_backward.register_fake
+def _(
+    grad: Tensor, features: Tensor, weights: Tensor, need_features: bool, need_weights: bool
+) -> tuple[Tensor, Tensor]:
+    grad_features = (
+        torch.empty_like(features, memory_format=layout_of(features)) if need_features else features.new_empty(0)
+    )
+    return grad_features, weights.new_empty(weights.shape if need_weights else (0,))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    features, weights = ctx.saved_tensors
+    need_features, need_weights = ctx.needs_input_grad
+    grad_features, grad_weights = _masked_pool_backward(grad, features, weights, need_features, need_weights)
+    return grad_features if need_features else None, grad_weights if need_weights else None
+
+
+_masked_pool.register_autograd(_backward, setup_context=_setup_context)
+
+
+def masked_pool(features: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean over positions of each channel group under that group's maps.
+
+    Args:
+        features: (B, C, H, W), any floating dtype, either memory format.
+        weights: (B, G, M, H, W), floating; M maps for each of G contiguous blocks of C / G channels. They need not sum
+            to 1: the mean divides by their sum.
+
+    Returns:
+        (B, M, C) in the features' dtype, summed in float32 (float64 for float64). A map whose sum is 0 yields zeros and
+        passes no gradient.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    check_masked_pool(features, weights)
+    return _masked_pool(features, weights)

@@ -1,0 +1,137 @@
+"""InfoNCE of many rows against a long queue, without ever holding the whole matrix of logits.
+
+    loss[r] = log(exp(p_r / t) + sum_e exp(x_re / t) + sum_k exp(rows_r . queue_k / t)) - p_r / t
+
+for a positive similarity p_r, optional extra negatives x_re and temperature t. The sum over the queue is taken block
+by block; the backward pass recomputes each block. Query, canvas and paste rows are stacked into one call, so that one
+GEMM serves all of them.
+
+Source: MoCo (arXiv 1911.05722) Eq. 1; RegionCL (arXiv 2111.12309) Eq. 4 and 5 for the extra negative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .masked_pool import accumulation_dtype
+
+BLOCK_ELEMENTS = 8 * 2**20
+"""Logits held at a time, 32 MiB in float32: below Hopper's 50 MB L2 cache, so a block is summed where it was made."""
+
+
+def block_size(rows: int, queue_size: int) -> int:
+    """Queue entries taken at a time: a multiple of 256, at least 256, at most the queue."""
+    return min(queue_size, max(256, BLOCK_ELEMENTS // max(rows, 1) // 256 * 256))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` with the result in the accumulation dtype, not rounded to the inputs' own."""
+    dtype = accumulation_dtype(left.dtype)
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def queue_logsumexp_definition(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Return log sum_k exp(rows . queue_k / temperature), the whole (R, K) matrix at once; result (R,) in fp32 or fp64."""
+    return torch.logsumexp(_product(rows, queue.T) / temperature, dim=1)
+
+
+@torch.library.custom_op("regatta::queue_logsumexp", mutates_args=())
+def _queue_logsumexp(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Blockwise `queue_logsumexp_definition` by the online rule: running maximum, running sum relative to it."""
+    dtype = accumulation_dtype(rows.dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        maximum = rows.new_full((rows.shape[0], 1), -torch.inf, dtype=dtype)
+        total = rows.new_zeros((rows.shape[0], 1), dtype=dtype)
+        for block in queue.split(block_size(rows.shape[0], queue.shape[0])):
+            logits = _product(rows, block.T).div_(temperature)  # (R, block)
+            new_maximum = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
+            total.mul_((maximum - new_maximum).exp_()).add_(logits.sub_(new_maximum).exp_().sum(dim=1, keepdim=True))
+            maximum = new_maximum
+        return (maximum + total.log_()).squeeze(1)
+
+
+@_queue_logsumexp.register_fake
+def _(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    return rows.new_empty(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
+
+
+@torch.library.custom_op("regatta::queue_logsumexp_backward", mutates_args=())
+def _queue_logsumexp_backward(
+    grad: Tensor, rows: Tensor, queue: Tensor, logsumexp: Tensor, temperature: float
+) -> Tensor:
+    """Return d rows = grad / temperature * softmax(rows . queue / temperature) @ queue, each block computed again."""
+    dtype = accumulation_dtype(rows.dtype)
+    with torch.autocast(rows.device.type, enabled=False):
+        result = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
+        for block in queue.split(block_size(rows.shape[0], queue.shape[0])):
+            probability = _product(rows, block.T).div_(temperature).sub_(logsumexp[:, None]).exp_()
+            # Rounded to the inputs' dtype for the second GEMM, as the softmax of a materialised matrix would be.
+            result.add_(_product(probability.to(rows.dtype), block))
+        return result.mul_((grad.to(dtype) / temperature)[:, None]).to(rows.dtype)
+
+
+@_queue_logsumexp_backward.register_fake
+def _(grad: Tensor, rows: Tensor, queue: Tensor, logsumexp: Tensor, temperature: float) -> Tensor:
+    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    rows, queue, ctx.temperature = inputs
+    ctx.save_for_backward(rows, queue, output)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    rows, queue, logsumexp = ctx.saved_tensors
+    return _queue_logsumexp_backward(grad, rows, queue, logsumexp, ctx.temperature), None, None
+
+
+_queue_logsumexp.register_autograd(_backward, setup_context=_setup_context)
+
+
+def queue_contrast(
+    rows: Tensor, queue: Tensor, positives: Tensor, temperature: float, extra: Tensor | None = None
+) -> Tensor:
+    """InfoNCE loss of every row; its denominator holds the positive, the extra negatives and the whole queue.
+
+    Args:
+        rows: (R, D) L2-normalised embeddings; float16, bfloat16, float32 or float64. This dtype is the GEMM's.
+        queue: (K, D) L2-normalised keys, cast to the dtype of `rows`; receives no gradient. It must not be overwritten
+            between forward and backward.
+        positives: (R,) similarities of the positive pairs, not yet divided by the temperature.
+        temperature: positive number.
+        extra: (R, E) similarities of further negatives, not yet divided; -inf leaves an entry out.
+
+    Returns:
+        (R,) losses in float32 (float64 for float64). Gradients reach `rows`, `positives` and `extra`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature that is not positive.
+    """
+    if rows.ndim != 2 or queue.ndim != 2 or rows.shape[1] != queue.shape[1]:
+        raise ValueError(f"rows (R, D) and queue (K, D) do not fit: {tuple(rows.shape)} and {tuple(queue.shape)}")
+    if positives.shape != rows.shape[:1] or (extra is not None and extra.shape[:1] != rows.shape[:1]):
+        given = (tuple(positives.shape), None if extra is None else tuple(extra.shape))
+        raise ValueError(f"{rows.shape[0]} rows need positives (R,) and extra negatives (R, E), not {given}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    dtype = accumulation_dtype(rows.dtype)
+    logsumexp = _queue_logsumexp(rows, queue.detach().to(rows.dtype), temperature)
+    positive = positives.to(dtype) / temperature
+    parts = [positive[:, None], logsumexp[:, None]]
+    if extra is not None:
+        parts.append(extra.to(dtype) / temperature)
+    return torch.logsumexp(torch.cat(parts, dim=1), dim=1) - positive
+
+
+def queue_contrast_definition(
+    rows: Tensor, queue: Tensor, positives: Tensor, temperature: float, extra: Tensor | None = None
+) -> Tensor:
+    """The same loss from one materialised matrix of all logits; arguments and result as for `queue_contrast`."""
+    logits = [positives[:, None], *([] if extra is None else [extra]), rows @ queue.detach().to(rows.dtype).T]
+    scaled = torch.cat([part.to(accumulation_dtype(rows.dtype)) for part in logits], dim=1) / temperature
+    return torch.logsumexp(scaled, dim=1) - scaled[:, 0]

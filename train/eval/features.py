@@ -1,0 +1,132 @@
+"""Frozen features of a whole data set, in storage order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.interface import Batch, Pipeline, ViewSpec
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Features(NamedTuple):
+    """Features of a data set, rows sorted by sample index: (N, C) fp32 on the device; the rest (N,) int64 on the CPU."""
+
+    features: Tensor
+    labels: Tensor
+    samples: Tensor
+
+
+def center_view(size: int, name: str = "center", interpolation: str = "bilinear") -> ViewSpec:
+    """The evaluation view: short side to 256/224 of `size`, then the centre square of `size` pixels.
+
+    Source: methods' evaluation transform (short side 256, centre crop 224), scaled to other sizes.
+    """
+    return ViewSpec(name, size, kind="center", interpolation=interpolation)
+
+
+def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """ImageNet-normalised copy, channels-last, of uint8 images (B, 3, H, W) as `dtype`."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1) * 255
+    scale = 1 / (torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1) * 255)
+    return ((images.float() - mean) * scale).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def pool(output: Tensor) -> Tensor:
+    """(B, C) fp32 from an encoder's output: global average of a feature map (B, C, H, W), or (B, C) itself."""
+    return output.float().mean(dim=(2, 3)) if output.ndim == 4 else output.float()
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule has its own former training flag again, not its root's."""
+    flags = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, flag in flags:
+            child.training = flag
+
+
+def _encode(encoder: nn.Module, images: Tensor, autocast_dtype: torch.dtype | None) -> Tensor:
+    with torch.autocast(images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        return pool(encoder(images))
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: nn.Module,
+    pipeline: Pipeline,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None = None,
+    view: str | None = None,
+    transform: Callable[[Batch, Tensor], Tensor] | None = None,
+) -> Features:
+    """Globally average-pooled features of every image of a pipeline, the encoder in eval mode.
+
+    Args:
+        encoder: images (B, 3, S, S) -> feature map (B, C, H, W) or pooled features (B, C). Every submodule's training
+            flag is restored, and no state of it changes.
+        pipeline: best with one "center" view (`center_view`), order "sequential" and drop_last False; each image must
+            be delivered once. Under several ranks every rank receives the features of all ranks.
+        device: where the encoder is and the features shall be.
+        autocast_dtype: bf16 or fp16 autocast of the encoder; None computes in the encoder's own dtype.
+        view: which view to encode; None is the pipeline's only one.
+        transform: (batch, uint8 view) -> normalised images, where the view needs augmentation; None normalises.
+
+    Returns:
+        Features (features, labels, samples) sorted by sample index.
+
+    Raises:
+        ValueError: when the pipeline is empty or delivers several views and `view` is None.
+    """
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    indices: list[Tensor] = []
+    with evaluation_mode(encoder):
+        for batch in pipeline:
+            if view is None and len(batch.views) != 1:
+                raise ValueError(f"several views {sorted(batch.views)}; name the one to encode")
+            pixels = batch.views[view or next(iter(batch.views))].to(device, non_blocking=True)
+            images = normalise(pixels) if transform is None else transform(batch, pixels)
+            features.append(_encode(encoder, images, autocast_dtype))
+            labels.append(batch.label)
+            indices.append(batch.index)
+    if not features:
+        raise ValueError("the pipeline delivered no image to this rank; check the data path, or start fewer ranks")
+    gathered = gather_rows(torch.cat(features), torch.cat(labels), torch.cat(indices))
+    order = gathered.samples.argsort()
+    return Features(gathered.features[order.to(device)], gathered.labels[order], gathered.samples[order])
+
+
+def gather_rows(features: Tensor, labels: Tensor, index: Tensor) -> Features:
+    """All ranks' rows on every rank, whose counts may differ; the identity without a process group."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return Features(features, labels, index)
+    device = features.device
+    count = torch.tensor([len(features)], device=device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(c) for c in counts]
+    # Collectives want equal shapes, so each rank pads to the longest.
+    columns = []
+    for column in (features.contiguous(), labels.to(device), index.to(device)):
+        padding = column.new_zeros(max(sizes) - len(column), *column.shape[1:])
+        parts = [torch.empty_like(torch.cat([column, padding])) for _ in sizes]
+        dist.all_gather(parts, torch.cat([column, padding]))
+        columns.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
+    return Features(columns[0], columns[1].cpu(), columns[2].cpu())
+
+
+def normalised_rows(features: Tensor) -> Tensor:
+    """L2-normalised rows, fp32, eps 1e-12."""
+    return F.normalize(features.float(), dim=1, eps=1e-12)

@@ -24,7 +24,7 @@ def check_box_pool(feature_map: Tensor, box_cells: Tensor) -> None:
 
 
 def box_masks(box_cells: Tensor, height: int, width: int) -> Tensor:
-    """Boolean masks (B, H, W), true inside each box (B, 4) of top, left, height, width; what lies outside is cut off."""
+    """Boolean masks (B, H, W), true inside each box (B, 4) of top, left, height, width, cut off at the edge."""
     top, left, box_height, box_width = box_cells[:, :, None].unbind(1)  # each (B, 1)
     rows = torch.arange(height, device=box_cells.device)
     columns = torch.arange(width, device=box_cells.device)

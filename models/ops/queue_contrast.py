@@ -36,7 +36,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def queue_logsumexp_definition(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Return log sum_k exp(rows . queue_k / temperature), the whole (R, K) matrix at once; result (R,) in fp32 or fp64."""
+    """Return log sum_k exp(rows . queue_k / temperature) from the whole (R, K) matrix: (R,), fp32 or fp64."""
     return torch.logsumexp(_product(rows, queue.T) / temperature, dim=1)
 
 

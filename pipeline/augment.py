@@ -1,0 +1,364 @@
+"""Augmentation profiles of the papers: what is drawn for each view, and how it is applied to a batch of views.
+
+A loader delivers uint8 crops; everything after the crop happens here, on whatever device the views are on. `draw` makes
+all parameters on the host from counters, so which images an operation touches is known without asking the device.
+`apply` is the definition in PyTorch; `augment_native` and `kernels` compute the same in fewer passes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .blur import gaussian_blur
+from .color import (
+    WHITE,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    solarize,
+    to_gray,
+)
+from .interface import ViewSpec
+from .rng import SLOT_APPLY, SLOT_JITTER, SLOT_ORDER, uniform
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+JITTER_OPS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    adjust_hue,
+)
+JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
+"""(24, 4): the orders of the four jitter operations, in lexicographic order; what an order draw indexes."""
+
+# Columns of `AugmentParams.table`.
+COLUMNS = (
+    "flip",
+    "jitter",
+    "gray",
+    "blur",
+    "solarize",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "order0",
+    "order1",
+    "order2",
+    "order3",
+    "sigma",
+)
+COLUMN = {name: position for position, name in enumerate(COLUMNS)}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One row of the papers' augmentation table.
+
+    Attributes:
+        crop: "random" resized crop or "center".
+        crop_scale: area of the random crop relative to the image's.
+        interpolation: of the crop's resize.
+        operations: names from `OPERATIONS` in the order in which they are applied after the crop.
+        jitter_probability: for all four jitter operations together.
+        jitter_strength: brightness, contrast, saturation, hue.
+        gray_probability: share of images turned grey.
+        blur_probability: by view.
+        solarize_probability: by view.
+        sigma_range: of the blur, in pixels.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop: str = "random"
+    interpolation: str = "bilinear"
+    operations: tuple[str, ...] = ()
+    jitter_probability: float = 0.8
+    jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    gray_probability: float = 0.2
+    blur_probability: tuple[float, ...] = (0.0, 0.0)
+    solarize_probability: tuple[float, ...] = (0.0, 0.0)
+    flip_probability: float = 0.5
+    sigma_range: tuple[float, float] = (0.1, 2.0)
+
+    @property
+    def num_views(self) -> int:
+        """How many views the profile describes."""
+        return len(self.blur_probability)
+
+    def probability(self, operation: str, view: int) -> float:
+        """How often `operation` is applied to view number `view`; 0 where the profile does not have it."""
+        if operation not in self.operations:
+            return 0.0
+        value = getattr(self, f"{operation}_probability")
+        return float(value[view] if isinstance(value, tuple) else value)
+
+
+PROFILES: dict[str, Profile] = {
+    # Source: facebookresearch/moco main_moco.py --aug-plus; RegionCL, DenseCL, SimSiam and LEWEL-M use it unchanged.
+    "mocov2": Profile(
+        operations=("jitter", "gray", "blur", "flip"),
+        blur_probability=(0.5, 0.5),
+    ),
+    # Source: facebookresearch/moco main_moco.py without --aug-plus.
+    "mocov1": Profile(
+        operations=("gray", "jitter", "flip"),
+        jitter_probability=1.0,
+        jitter_strength=(0.4, 0.4, 0.4, 0.4),
+    ),
+    # Source: facebookresearch/moco-v3 main_moco.py; crop scale of its R50 recipes (the code's default is 0.08).
+    "byol-mocov3": Profile(
+        operations=("jitter", "gray", "blur", "solarize", "flip"),
+        jitter_strength=(0.4, 0.4, 0.2, 0.1),
+        blur_probability=(1.0, 0.1),
+        solarize_probability=(0.0, 0.2),
+    ),
+    # Source: SwinTransformer/Transformer-SSL.
+    "byol-moby": Profile(
+        crop_scale=(0.08, 1.0),
+        operations=("flip", "jitter", "gray", "blur", "solarize"),
+        jitter_strength=(0.4, 0.4, 0.2, 0.1),
+        blur_probability=(1.0, 0.1),
+        solarize_probability=(0.0, 0.2),
+    ),
+    # Source: LayneH/LEWEL; its paper says 0.08 for the crop, its code and logs 0.2.
+    "byol-lewel": Profile(
+        operations=("flip", "jitter", "gray", "blur", "solarize"),
+        jitter_strength=(0.4, 0.4, 0.2, 0.1),
+        blur_probability=(1.0, 0.1),
+        solarize_probability=(0.0, 0.2),
+    ),
+    # Source: ChongjianGE/CARE: blur comes before gray, the flip before solarize.
+    "byol-care": Profile(
+        crop_scale=(0.08, 1.0),
+        operations=("jitter", "blur", "gray", "flip", "solarize"),
+        jitter_strength=(0.4, 0.4, 0.2, 0.1),
+        blur_probability=(1.0, 0.1),
+        solarize_probability=(0.0, 0.2),
+    ),
+    # Source: BYOL (Grill et al., NeurIPS 2020), appendix B.
+    "byol": Profile(
+        crop_scale=(0.08, 1.0),
+        interpolation="bicubic",
+        operations=("flip", "jitter", "gray", "blur", "solarize"),
+        jitter_strength=(0.4, 0.4, 0.2, 0.1),
+        blur_probability=(1.0, 0.1),
+        solarize_probability=(0.0, 0.2),
+    ),
+    # Training a linear probe: random crop and flip.
+    "linear": Profile(
+        crop_scale=(0.08, 1.0),
+        operations=("flip",),
+        blur_probability=(0.0,),
+        solarize_probability=(0.0,),
+    ),
+    # Evaluation: the centre, normalised.
+    "none": Profile(crop="center", blur_probability=(0.0,), solarize_probability=(0.0,)),
+}
+
+
+def get_profile(profile: Profile | str) -> Profile:
+    """The profile of that name, or the one given.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(profile, Profile):
+        return profile
+    if profile not in PROFILES:
+        nearest = difflib.get_close_matches(profile, PROFILES, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(PROFILES)}"
+        raise ValueError(f"unknown augmentation profile {profile!r}; {hint}")
+    return PROFILES[profile]
+
+
+def view_specs(profile: Profile | str, image_size: int) -> tuple[ViewSpec, ...]:
+    """What a loader has to cut for this profile: views "view1", "view2", ... of `image_size` pixels a side."""
+    profile = get_profile(profile)
+    return tuple(
+        ViewSpec(
+            name=f"view{number + 1}",
+            size=image_size,
+            kind=profile.crop,
+            scale=profile.crop_scale,
+            interpolation=profile.interpolation,
+            draw_id=number,
+        )
+        for number in range(profile.num_views)
+    )
+
+
+@dataclass(frozen=True)
+class AugmentParams:
+    """All parameters of one view of a batch.
+
+    Attributes:
+        profile: whose order of operations holds.
+        table: (B, 14) float32, the columns of `COLUMNS`; on the device of the images. Flags are 0 or 1; brightness,
+            contrast and saturation are factors, hue a fraction of the circle; order0..3 index `JITTER_OPS`.
+        members: name -> (n,) int64 rows of the batch that an operation touches, on the device of the images. The
+            four places of the jitter order are "jitter00" (place 0, brightness) to "jitter33" (place 3, hue). A name
+            is absent where there are no rows.
+    """
+
+    profile: Profile
+    table: Tensor
+    members: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def column(self, name: str) -> Tensor:
+        """One column of the table, (B,) float32."""
+        return self.table[:, COLUMN[name]]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AugmentParams:
+        """The same on another device, in two copies (from pinned memory where they need not be waited for)."""
+        device = torch.device(device)
+        if self.table.device == device:
+            return self
+        packed = torch.cat(list(self.members.values())) if self.members else torch.empty(0, dtype=torch.int64)
+        table = self.table
+        if non_blocking and device.type == "cuda" and table.device.type == "cpu":
+            table, packed = table.pin_memory(), packed.pin_memory()
+        pieces = packed.to(device, non_blocking=non_blocking).split([len(rows) for rows in self.members.values()])
+        return replace(
+            self,
+            table=table.to(device, non_blocking=non_blocking),
+            members=dict(zip(self.members, pieces, strict=True)),
+        )
+
+
+def draw(profile: Profile | str, seed: int, epoch: int, index: np.ndarray, view: int) -> AugmentParams:
+    """Parameters of view number `view` (0 or 1) of the samples `index`.
+
+    Args:
+        profile: profile or its name.
+        seed: run seed.
+        epoch: epoch number.
+        index: (B,) integer sample indices; a sample's parameters do not depend on the others.
+        view: number of the view.
+
+    Returns:
+        Parameters on the CPU.
+
+    Raises:
+        ValueError: for an unknown profile or a view that it does not have.
+    """
+    profile = get_profile(profile)
+    if not 0 <= view < profile.num_views:
+        raise ValueError(
+            f"the profile has {profile.num_views} views; choose view 0 to {profile.num_views - 1}, not {view}"
+        )
+    index = np.asarray(index, dtype=np.int64)
+    chance = uniform(seed, index, epoch, view, SLOT_APPLY)
+    strength = uniform(seed, index, epoch, view, SLOT_JITTER) * 2.0 - 1.0
+    rest = uniform(seed, index, epoch, view, SLOT_ORDER)
+    table = np.empty((len(index), len(COLUMNS)), dtype=np.float32)
+    table[:, COLUMN["flip"]] = rest[:, 1] < profile.probability("flip", view)
+    for word, operation in enumerate(("jitter", "gray", "blur", "solarize")):
+        table[:, COLUMN[operation]] = chance[:, word] < profile.probability(operation, view)
+    first = COLUMN["brightness"]
+    table[:, first : first + 4] = np.array([1.0, 1.0, 1.0, 0.0]) + strength * np.array(profile.jitter_strength)
+    low, high = profile.sigma_range
+    table[:, COLUMN["sigma"]] = low + (high - low) * rest[:, 2]
+    first = COLUMN["order0"]
+    table[:, first : first + 4] = JITTER_ORDERS[(rest[:, 0] * len(JITTER_ORDERS)).astype(np.int64)]
+    return params_from_table(profile, table)
+
+
+def params_from_table(profile: Profile | str, table: np.ndarray) -> AugmentParams:
+    """Parameters on the CPU from a (B, 14) table with the columns of `COLUMNS`."""
+    table = np.ascontiguousarray(table, dtype=np.float32)
+    members = {name: np.flatnonzero(table[:, COLUMN[name]]) for name in ("flip", "gray", "blur", "solarize")}
+    jittered = table[:, COLUMN["jitter"]] != 0
+    for place in range(4):
+        chosen = table[:, COLUMN[f"order{place}"]]
+        for operation in range(4):
+            members[f"jitter{place}{operation}"] = np.flatnonzero(jittered & (chosen == operation))
+    tensors = {name: torch.from_numpy(rows) for name, rows in members.items() if len(rows)}
+    return AugmentParams(get_profile(profile), torch.from_numpy(table), tensors)
+
+
+def apply(images: Tensor, params: AugmentParams, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Augment and normalise one view of a batch.
+
+    Args:
+        images: (B, 3, S, S) uint8, any memory layout.
+        params: of the same batch, on the device of `images`.
+        dtype: of the result. The work is done in float32, or in float64 where that is asked for.
+
+    Returns:
+        (B, 3, S, S) `dtype`, channels-last, normalised with `MEAN` and `STD`; `images` is not changed.
+    """
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    levels = images.to(work, memory_format=torch.contiguous_format)
+    for operation in params.profile.operations:
+        levels = OPERATIONS[operation](levels, params)
+    scale, offset = _normalisation(levels.device, work)
+    return torch.addcmul(offset, levels, scale).to(dtype, memory_format=torch.channels_last)
+
+
+@cache
+def _normalisation(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and offset (1, 3, 1, 1) from grey levels to normalised values."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (MEAN, STD))
+    scale, offset = 1.0 / (WHITE * std), -mean / std
+    return scale.to(device, dtype), offset.to(device, dtype)
+
+
+def _on_members(levels: Tensor, params: AugmentParams, name: str, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Replace the rows that an operation touches by what `function` makes of them, in place."""
+    rows = params.members.get(name)
+    if rows is None:
+        return levels
+    if len(rows) == len(levels):
+        return function(levels)
+    return levels.index_copy_(0, rows, function(levels.index_select(0, rows)))
+
+
+def _flip(levels: Tensor, params: AugmentParams) -> Tensor:
+    return _on_members(levels, params, "flip", lambda rows: rows.flip(3))
+
+
+def _jitter(levels: Tensor, params: AugmentParams) -> Tensor:
+    for place, operation in itertools.product(range(4), range(4)):
+        name = f"jitter{place}{operation}"
+        if name in params.members:
+            factor = params.table[params.members[name], COLUMN["brightness"] + operation].to(levels.dtype)
+            levels = _on_members(levels, params, name, lambda rows, o=operation, f=factor: JITTER_OPS[o](rows, f))  # type: ignore[misc]
+    return levels
+
+
+def _gray(levels: Tensor, params: AugmentParams) -> Tensor:
+    return _on_members(levels, params, "gray", to_gray)
+
+
+def _blur(levels: Tensor, params: AugmentParams) -> Tensor:
+    if "blur" not in params.members:
+        return levels
+    sigma = params.table[params.members["blur"], COLUMN["sigma"]].to(levels.dtype)
+    return _on_members(levels, params, "blur", lambda rows: gaussian_blur(rows, sigma))
+
+
+def _solarize(levels: Tensor, params: AugmentParams) -> Tensor:
+    return _on_members(levels, params, "solarize", solarize)
+
+
+OPERATIONS: dict[str, Callable[[Tensor, AugmentParams], Tensor]] = {
+    "flip": _flip,
+    "jitter": _jitter,
+    "gray": _gray,
+    "blur": _blur,
+    "solarize": _solarize,
+}

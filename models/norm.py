@@ -1,0 +1,399 @@
+"""Batch normalisation whose statistics belong to the recipe, not to the machine.
+
+`convert_batch_norm` replaces every batch norm of a module: "group" takes statistics over groups of consecutive images
+of this rank's batch, "sync" over the images of all ranks, "plain" is PyTorch's own. Names of parameters and buffers
+stay, so state dicts are interchangeable. Dimension 0 of the input counts images; a head that works on several columns
+an image takes (B, C, columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .collectives import world
+
+MODES = ("group", "sync", "plain")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class _GroupedBatchNormFunction(torch.autograd.Function):
+    """Normalise each of `groups` equal chunks of rows by its own statistics, written into one output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = torch.empty_like(x)
+        dtype = _statistics_dtype(x)
+        means = torch.zeros(groups, x.shape[1], dtype=dtype, device=x.device)
+        variances = torch.zeros_like(means)
+        saved = []
+        for group, (source, target) in enumerate(zip(x.chunk(groups), output.chunk(groups), strict=True)):
+            # With momentum 1 the "running" statistics become this group's mean and unbiased variance.
+            scratch = (torch.empty(0, dtype=dtype, device=x.device), torch.empty(0, dtype=dtype, device=x.device))
+            _, mean, inverse_std = torch.native_batch_norm(
+                source, weight, bias, means[group], variances[group], True, 1.0, eps, out=(target, *scratch)
+            )
+            saved += [mean, inverse_std]
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.groups, ctx.eps, ctx.has_bias = groups, eps, bias is not None
+        ctx.mark_non_differentiable(means, variances)
+        return output, means, variances
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        grad = grads[0]
+        x, weight, *saved = ctx.saved_tensors
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = torch.empty_like(x)
+        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+        grad_weight: Tensor | None = None
+        grad_bias: Tensor | None = None
+        chunks = zip(x.chunk(ctx.groups), grad.chunk(ctx.groups), grad_x.chunk(ctx.groups), strict=True)
+        for group, (x_part, grad_part, target) in enumerate(chunks):
+            mean, inverse_std = saved[2 * group], saved[2 * group + 1]
+            part, weight_part, bias_part = torch.ops.aten.native_batch_norm_backward(
+                grad_part, x_part, weight, None, None, mean, inverse_std, True, ctx.eps, mask
+            )
+            if mask[0]:
+                target.copy_(part)
+            if mask[1]:
+                grad_weight = weight_part if grad_weight is None else grad_weight.add_(weight_part)
+            if mask[2]:
+                grad_bias = bias_part if grad_bias is None else grad_bias.add_(bias_part)
+        return (grad_x if mask[0] else None), grad_weight, grad_bias, None, None
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def grouped_batch_norm_definition(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What grouped normalisation computes, in tensor operations that a compiler can fuse.
+
+    Args:
+        x: (N, C, ...) of any float dtype; N is a multiple of `groups`.
+        weight: (C,) or None.
+        bias: (C,) or None.
+        groups: number of equal chunks of rows.
+        eps: added to the variance.
+
+    Returns:
+        The normalised tensor in x's dtype and layout, and (groups, C) means and unbiased variances in fp32 or wider,
+        detached.
+    """
+    parts = x.unflatten(0, (groups, x.shape[0] // groups)).to(_statistics_dtype(x))
+    dims = [1, *range(3, parts.ndim)]
+    variance, mean = torch.var_mean(parts, dims, correction=0, keepdim=True)
+    scale = torch.rsqrt(variance + eps)
+    columns = [1, 1, x.shape[1]] + [1] * (x.ndim - 2)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype).view(columns)
+    normalised = (parts - mean) * scale
+    if bias is not None:
+        normalised = normalised + bias.to(scale.dtype).view(columns)
+    count = x.numel() // (groups * x.shape[1])
+    shape = (groups, x.shape[1])
+    unbiased = variance.detach().view(shape) * (count / (count - 1))
+    return normalised.flatten(0, 1).to(x.dtype), mean.detach().view(shape), unbiased
+
+
+class _ViewsBatchNorm(_BatchNorm):
+    """What both kinds share: `views` stacked batches in one forward, each normalised as if it came alone."""
+
+    views: int = 1
+    """Batches stacked along dimension 0 of the next inputs; see `stacked_views`."""
+
+    source_dims: int = 2
+    """Which of PyTorch's classes this replaces: 1 or 2, for the way back to "plain"."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"batch norm needs (N, C, ...), got {tuple(input.shape)}")
+
+    @property
+    def _uses_batch_statistics(self) -> bool:
+        return self.training or self.running_mean is None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (N, C, ...); updates running statistics in training mode."""
+        self._check_input_dim(input)
+        # As (N, C, L, 1) a column tensor with channels innermost is channels-last, for which there are fast kernels.
+        x = input.unsqueeze(-1) if input.ndim == 3 else input
+        if not self._uses_batch_statistics:
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        else:
+            if x.shape[0] % self.views:
+                raise ValueError(f"{x.shape[0]} rows are not {self.views} stacked views of equal size")
+            y = self._normalise(x)
+        return y.squeeze(-1) if input.ndim == 3 else y
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _normalise_whole(self, x: Tensor) -> Tensor:
+        """PyTorch's batch norm over all rows."""
+        mean, variance, share = self.running_mean, self.running_var, self.momentum
+        if not self.training:
+            mean = variance = None  # no running statistics are kept
+        elif self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if share is None:  # cumulative average: move running statistics outside the kernel, which wants a host number
+            mean = torch.zeros(x.shape[1], dtype=_statistics_dtype(x), device=x.device)
+            variance = torch.zeros_like(mean)
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0 if share is None else share, self.eps)
+        if share is None and mean is not None and variance is not None:
+            self._move_running(mean, variance)
+        return y
+
+    def _update_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        """Count a batch and move the running statistics towards its (C,) statistics."""
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            self._move_running(mean, unbiased_variance)
+
+    @torch.no_grad()
+    def _move_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        if not self.training or self.running_mean is None or self.running_var is None:
+            return
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased_variance)):
+            if self.momentum is None:  # cumulative average, as PyTorch defines it
+                assert self.num_batches_tracked is not None
+                running.lerp_(new.to(running.dtype), self.num_batches_tracked.to(running.dtype).reciprocal())
+            else:
+                running.lerp_(new.to(running.dtype), self.momentum)
+
+
+class GroupBatchNorm(_ViewsBatchNorm):
+    """Batch norm over groups of `group_size` consecutive rows; 0 is the whole batch of this rank.
+
+    Running statistics move towards the mean over this rank's groups of mean and unbiased variance: averaged over ranks
+    afterwards they are those of all groups of the global batch, however many ranks share it. With an input of fp16 or
+    bf16 the statistics are fp32.
+
+    Source: per-device statistics of MoCo (arXiv 1911.05722, section 3.3) with the device made a parameter.
+    """
+
+    group_size: int = 0
+
+    def _groups_per_view(self, rows: int) -> int:
+        size = self.group_size or rows
+        if rows % size:
+            raise ValueError(
+                f"{rows} images of one rank are not a whole number of batch-norm groups of {size}; choose a global "
+                f"batch whose per-rank part is a multiple of bn.group_size, or bn.group_size 0 for the whole part"
+            )
+        return rows // size
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        per_view = self._groups_per_view(x.shape[0] // self.views)
+        groups = per_view * self.views
+        if x.numel() // (groups * x.shape[1]) < 2:
+            raise ValueError("batch norm needs more than one value per channel in a group; use larger groups")
+        if groups == 1:
+            return self._normalise_whole(x)
+        norm = grouped_batch_norm_definition if torch.compiler.is_compiling() else _GroupedBatchNormFunction.apply
+        y, means, variances = norm(x, self.weight, self.bias, groups, self.eps)
+        for mean, variance in zip(means.chunk(self.views), variances.chunk(self.views), strict=True):
+            self._update_running(mean.mean(0), variance.mean(0))
+        return y
+
+    def extra_repr(self) -> str:
+        """PyTorch's description and the group size."""
+        return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+class _SyncBatchNormFunction(torch.autograd.Function):
+    """Batch norm over the rows of all ranks on kernels that also run on the CPU; ranks may hold unequal rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype, channels = _statistics_dtype(x), x.shape[1]
+        local_mean = torch.zeros(channels, dtype=dtype, device=x.device)
+        local_variance = torch.zeros_like(local_mean)
+        rows = x.numel() // channels
+        if rows > 1:
+            torch.batch_norm_update_stats(x, local_mean, local_variance, 1.0)
+            local_variance *= (rows - 1) / rows
+        else:
+            local_mean.copy_(x.reshape(channels))
+        count = torch.full((1,), float(rows), dtype=dtype, device=x.device)
+        mean, variance, total = _joint_statistics(local_mean, local_variance, count)
+        y = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, weight, mean, variance, total)
+        ctx.eps, ctx.mask = eps, (weight is not None, bias is not None)
+        unbiased = variance * (total / (total - 1))
+        ctx.mark_non_differentiable(mean, unbiased)
+        return y, mean, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        grad = grads[0]
+        x, weight, mean, variance, total = ctx.saved_tensors
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            grad = grad.contiguous(memory_format=torch.channels_last)
+        scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+        # The evaluation-mode backward gives w * dy / std and, as parameter gradients, the sums of dy * xhat and of dy.
+        direct, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
+            grad, x, scale, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([sum_dy, sum_dy_xhat])
+        dist.all_reduce(sums)
+        mean_dy, mean_dy_xhat = sums / total
+        inverse_std = torch.rsqrt(variance + ctx.eps)
+        # dx = w / std * (dy - mean(dy) - xhat * mean(dy * xhat)), the last two terms as one affine function of x
+        slope = -scale * inverse_std.square() * mean_dy_xhat
+        offset = -scale * inverse_std * mean_dy - slope * mean
+        columns = [1, x.shape[1]] + [1] * (x.ndim - 2)
+        correction = torch.addcmul(offset.view(columns), x.to(mean.dtype), slope.view(columns))
+        grad_x = (direct + correction).to(x.dtype)
+        return grad_x, (sum_dy_xhat if ctx.mask[0] else None), (sum_dy if ctx.mask[1] else None), None
+
+
+def _joint_statistics(mean: Tensor, variance: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance (C,) and row count (1,) of all ranks' rows from each rank's own."""
+    channels = mean.shape[0]
+    local = torch.cat([mean, variance, count])
+    gathered = torch.empty(world() * local.numel(), dtype=local.dtype, device=local.device)
+    dist.all_gather_into_tensor(gathered, local)
+    means, variances, counts = gathered.view(world(), -1).split([channels, channels, 1], dim=1)
+    total = counts.sum(0)
+    share = counts / total
+    joint_mean = (share * means).sum(0)
+    joint_variance = (share * (variances + (means - joint_mean).square())).sum(0)
+    return joint_mean, joint_variance, total
+
+
+@torch.compiler.disable
+def _pytorch_sync_batch_norm(x: Tensor, norm: SyncBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's CUDA kernels and collectives: (y, mean, unbiased variance). Left out of compiled graphs."""
+    from torch.nn.modules._functions import SyncBatchNorm as function
+
+    dtype, group = _statistics_dtype(x), dist.group.WORLD
+    mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+    variance = torch.zeros_like(mean)
+    y = function.apply(x, norm.weight, norm.bias, mean, variance, norm.eps, 1.0, group, world())
+    return y, mean, variance
+
+
+@torch.compiler.disable
+def _own_sync_batch_norm(x: Tensor, norm: SyncBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The same on any device. Left out of compiled graphs, which would have to trace its collectives."""
+    result: tuple[Tensor, Tensor, Tensor] = _SyncBatchNormFunction.apply(x, norm.weight, norm.bias, norm.eps)
+    return result
+
+
+class SyncBatchNorm(_ViewsBatchNorm):
+    """Batch norm over the images of all ranks; ordinary batch norm where there is one process.
+
+    PyTorch's `nn.SyncBatchNorm` refuses CPU tensors; this one runs its kernels on CUDA and our own elsewhere.
+    """
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if self.views == 1:
+            return self._normalise_one(x)
+        return torch.cat([self._normalise_one(part) for part in x.chunk(self.views)])
+
+    def _normalise_one(self, x: Tensor) -> Tensor:
+        if world() == 1:
+            return self._normalise_whole(x)
+        y, mean, variance = (_pytorch_sync_batch_norm if x.is_cuda else _own_sync_batch_norm)(x, self)
+        self._update_running(mean, variance)
+        return y
+
+
+def _replacement(old: _BatchNorm, mode: str, group_size: int) -> _BatchNorm:
+    """A batch norm of the wanted kind that owns the very parameters and buffers of the old one."""
+    kinds: dict[str, type[_BatchNorm]] = {"group": GroupBatchNorm, "sync": SyncBatchNorm}
+    if mode == "plain":
+        if not isinstance(old, _ViewsBatchNorm):
+            return old
+        kind: type[_BatchNorm] = nn.BatchNorm2d if old.source_dims == 2 else nn.BatchNorm1d
+    else:
+        kind = kinds[mode]
+    new = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+    new.weight, new.bias = old.weight, old.bias
+    new.running_mean, new.running_var = old.running_mean, old.running_var
+    new.num_batches_tracked = old.num_batches_tracked
+    new.train(old.training)
+    if isinstance(new, GroupBatchNorm):
+        new.group_size = group_size
+    if isinstance(new, _ViewsBatchNorm):
+        own = isinstance(old, _ViewsBatchNorm)
+        new.source_dims = old.source_dims if own else 1 if isinstance(old, nn.BatchNorm1d) else 2  # type: ignore
+    return new
+
+
+def convert_batch_norm(module: ModuleT, mode: str = "group", group_size: int = 0) -> ModuleT:
+    """Replace every batch norm inside a module, in place; parameters and buffers stay the same tensors.
+
+    Args:
+        module: a module that may contain batch norms, or itself be one.
+        mode: "group", "sync" or "plain".
+        group_size: images that share statistics in "group" mode; 0 is the rank's whole batch.
+
+    Returns:
+        The module, or its replacement where the module itself is a batch norm.
+
+    Raises:
+        ValueError: an unknown mode, or a negative group size.
+    """
+    if mode not in MODES:
+        raise ValueError(f"batch-norm mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+    if group_size < 0:
+        raise ValueError(f"bn.group_size {group_size} is negative; give a number of images, or 0 for the whole batch")
+    if isinstance(module, _BatchNorm):
+        return _replacement(module, mode, group_size)  # type: ignore[return-value]
+    for name, child in module.named_children():
+        replaced = convert_batch_norm(child, mode, group_size)
+        if replaced is not child:
+            setattr(module, name, replaced)
+    return module
+
+
+@contextmanager
+def stacked_views(module: nn.Module, views: int) -> Iterator[None]:
+    """Within the block, inputs are `views` batches stacked along dimension 0, each normalised as if it came alone.
+
+    One forward pass over stacked views equals a forward pass for each in turn, running statistics included. It has no
+    effect on PyTorch's own ("plain") batch norm, so it refuses a module that holds any.
+
+    Raises:
+        ValueError: the module contains PyTorch's own batch norm and views > 1.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    plain = [m for m in norms if not isinstance(m, _ViewsBatchNorm)]
+    if plain and views > 1:
+        raise ValueError("stacked views need converted batch norms; call convert_batch_norm(module, 'group') first")
+    for norm in norms:
+        if isinstance(norm, _ViewsBatchNorm):
+            norm.views = views
+    try:
+        yield
+    finally:
+        for norm in norms:
+            if isinstance(norm, _ViewsBatchNorm):
+                norm.views = 1
+
+
+def running_buffers(module: nn.Module) -> list[Tensor]:
+    """Running means and variances of the batch norms in training mode: those that a step changes."""
+    buffers: list[Tensor] = []
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm) and norm.training and norm.running_mean is not None:
+            assert norm.running_var is not None
+            buffers += [norm.running_mean, norm.running_var]
+    return buffers

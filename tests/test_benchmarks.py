@@ -1,0 +1,61 @@
+"""The harness of the benchmarks, and every benchmark at a tiny size on the CPU."""
+
+import csv
+
+import pytest
+import torch
+
+from tools.benchmarking import COLUMNS, Parser, Report, Summary, check_twice_eager, time_interleaved
+
+
+def test_summary_is_median_and_percentiles():
+    summary = Summary.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    assert (summary.median, summary.n) == (3.5, 6)
+    assert summary.p20 == pytest.approx(2.0) and summary.p80 == pytest.approx(5.0)
+
+
+def test_contenders_take_turns():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    seconds = time_interleaved(calls, rounds=4, warmup=1)
+    assert order == ["a", "b", *"abababab"]
+    assert all(len(values) == 4 and min(values) >= 0 for values in seconds.values())
+
+
+def test_inner_divides_and_time_limit_stops():
+    calls = []
+    seconds = time_interleaved({"a": lambda: calls.append(1)}, rounds=1000, warmup=0, inner=7, max_seconds=0)
+    assert len(seconds["a"]) == 3 and len(calls) == 21
+
+
+def test_rows_are_appended_below_one_header(tmp_path):
+    path = tmp_path / "deep" / "bench.csv"
+    for run in range(2):
+        report = Report("bench")
+        report.add("ours", "throughput", "images/s", [100.0 + run, 300.0, 200.0], setting="b=3, odd")
+        report.append_csv(path)
+    rows = list(csv.DictReader(path.open()))
+    assert tuple(rows[0]) == COLUMNS and len(rows) == 2
+    assert rows[0]["median"] == "200" and rows[0]["n"] == "3" and rows[0]["setting"] == "b=3, odd"
+    assert all(rows[1][column] for column in COLUMNS)
+    assert "ours" in report.table() and "images/s" in report.table()
+
+
+def test_check_refuses_errors_above_twice_eager():
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    eager = torch.tensor([1.0 + 1e-3, 2.0])
+    check_twice_eager("fine", torch.tensor([1.0 - 1.5e-3, 2.0]), eager, exact)
+    with pytest.raises(RuntimeError, match="twice eager"):
+        check_twice_eager("bad", torch.tensor([1.0 - 3e-3, 2.0]), eager, exact)
+    with pytest.raises(RuntimeError, match="nan"):
+        check_twice_eager("bad", torch.tensor([float("nan"), 2.0]), eager, exact)
+
+
+def test_unknown_flag_names_the_nearest(capsys):
+    parser = Parser(prog="bench")
+    parser.add_argument("--rounds", type=int, default=3)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--round", "4"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "--rounds" in message and message.count("\n") == 1

@@ -1,0 +1,156 @@
+"""What every loader does alike: the batches of an epoch, substitutes for bad records, and counting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from .geometry import validate_view
+from .interface import Batch, PipelineConfig, PipelineStats
+from .rng import SLOT_SUBSTITUTE, integers, philox
+from .sampling import RankSlice, global_order, sharded_order
+
+ORDERS = ("global", "sharded", "sequential")
+SUBSTITUTE_ATTEMPTS = 64
+
+
+def substitute(seed: int, epoch: int, index: int, attempt: int, population: np.ndarray) -> int:
+    """The sample whose pixels take the place of bad record `index`: number `attempt` of a list drawn for it.
+
+    A loader tries attempts 0, 1, ... until one decodes. The list depends on (seed, epoch, index) only, so every loader,
+    rank and resumed run fills the place alike. The crop is still drawn for `index`.
+    """
+    word = philox(seed, index, epoch, attempt, SLOT_SUBSTITUTE)[:1]
+    return int(population[int(integers(word, 0, len(population))[0])])
+
+
+def even_blocks(num_samples: int, block_size: int) -> np.ndarray:
+    """Sizes of consecutive blocks of `block_size` samples that cover the store; the last may be smaller."""
+    edges = np.append(np.arange(0, num_samples, block_size), num_samples)
+    return np.diff(edges)
+
+
+class EpochPlan:
+    """Which samples this rank delivers at each step: a pure function of the config and the epoch."""
+
+    def __init__(self, config: PipelineConfig, num_samples: int, block_sizes: np.ndarray | None = None):
+        if not config.views:
+            raise ValueError("no views were asked for; name at least one ViewSpec")
+        for spec in config.views:
+            validate_view(spec)
+        if config.order not in ORDERS:
+            raise ValueError(f"unknown order {config.order!r}; choose one of {', '.join(ORDERS)}")
+        if num_samples < 1:
+            raise ValueError(f"{config.data} holds no images; give a folder, list or packed file with at least one")
+        self.config = config
+        self.slice = RankSlice(config.global_batch, config.rank, config.world_size)
+        self.population = np.arange(num_samples) if config.population is None else np.asarray(config.population)
+        if len(self.population) and not 0 <= self.population[0] <= self.population[-1] < num_samples:
+            raise ValueError(
+                f"the population names samples {self.population[0]} to {self.population[-1]}, but {config.data} "
+                f"holds {num_samples}; draw it from this data"
+            )
+        if config.drop_last and len(self.population) < config.global_batch:
+            raise ValueError(
+                f"{len(self.population)} images are fewer than one global batch of {config.global_batch}; "
+                f"choose --global-batch {len(self.population)} or smaller, or give more images"
+            )
+        self.block_sizes = even_blocks(num_samples, config.block_size) if block_sizes is None else block_sizes
+
+    @property
+    def steps(self) -> int:
+        """Steps in a whole epoch, the same on every rank."""
+        return self.slice.steps(len(self.population), self.config.drop_last)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The epoch's global sequence of samples, int64."""
+        config = self.config
+        if config.order == "sequential":
+            return self.population
+        if config.order == "global":
+            return global_order(self.population, config.seed, epoch)
+        return sharded_order(self.population, config.seed, epoch, self.block_sizes, config.shard_window)
+
+    def batches(self, epoch: int, first_step: int = 0) -> list[np.ndarray]:
+        """This rank's sample indices of each step from `first_step` on.
+
+        Without `drop_last` the last batch is smaller and, with fewer samples left than ranks, empty on some of them:
+        every rank takes the same number of steps.
+        """
+        picked = self.slice.select(self.order(epoch), first_step, self.config.drop_last)
+        size = self.slice.batch_per_device
+        return [picked[step * size : (step + 1) * size] for step in range(max(self.steps - first_step, 0))]
+
+
+class EpochPipeline:
+    """Base of the loaders: keeps epoch, plan and totals; a subclass delivers the batches.
+
+    A subclass calls `__init__`, and implements `deliver(epoch, batches)`, a generator of `Batch` that releases what it
+    holds when it is closed.
+    """
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        labels: np.ndarray,
+        data_hash: str,
+        block_sizes: np.ndarray | None = None,
+    ):
+        self.config = config
+        self.labels = labels
+        self.num_samples = len(labels)
+        self.data_hash = data_hash
+        self.plan = EpochPlan(config, self.num_samples, block_sizes)
+        self._epoch, self._first_step = 0, 0
+        self._stats = PipelineStats()
+        self._running: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.plan.steps
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch that the next iteration delivers, from its step `first_step` on."""
+        self._epoch, self._first_step = epoch, first_step
+
+    def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
+        """Generate the batches whose sample indices are given, in order."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Deliver the rest of the chosen epoch; an iteration that was abandoned is ended first."""
+        self._stop_running()
+        running = self.deliver(self._epoch, self.plan.batches(self._epoch, self._first_step))
+        self._running = running
+        try:
+            while True:
+                started = time.perf_counter()
+                batch = next(running, None)
+                self._stats.wait_s += time.perf_counter() - started
+                if batch is None:
+                    return
+                self._stats.images += len(batch.index)
+                yield batch
+                # A second name for the batch would keep its buffers from being used again.
+                del batch
+        finally:
+            running.close()  # type: ignore[attr-defined]
+
+    def _stop_running(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()  # type: ignore[attr-defined]
+
+    def note_bad(self, index: int, reason: str) -> None:
+        """Count and name a record that could not be used."""
+        self._stats.bad_records.setdefault(int(index), reason)
+
+    def stats(self) -> PipelineStats:
+        """Running totals."""
+        return self._stats
+
+    def close(self) -> None:
+        """Stop workers and release buffers; may be called twice."""
+        self._stop_running()

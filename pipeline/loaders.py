@@ -1,0 +1,111 @@
+"""Which loader serves which data: the literal table, and the choice of `--loader auto`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from .interface import Pipeline, PipelineConfig
+
+
+def _need(module: str, loader: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"--loader {loader} needs {module}, which is not installed; run: pip install 'regatta[{extra}]', "
+            f"or choose --loader auto"
+        )
+
+
+def _ffcv(config: PipelineConfig) -> Pipeline:
+    _need("ffcv", "ffcv", "ffcv")
+    from .ffcv_loader import FfcvPipeline
+
+    return FfcvPipeline(config)
+
+
+def _dali(config: PipelineConfig) -> Pipeline:
+    _need("nvidia.dali" if importlib.util.find_spec("nvidia") else "nvidia", "dali", "dali")
+    from .dali_loader import DaliPipeline
+
+    return DaliPipeline(config)
+
+
+def _webdataset(config: PipelineConfig) -> Pipeline:
+    from .wds_loader import WebDatasetPipeline
+
+    return WebDatasetPipeline(config)
+
+
+def _folder(config: PipelineConfig) -> Pipeline:
+    from .folder_loader import FolderPipeline
+
+    return FolderPipeline(config)
+
+
+def _reference(config: PipelineConfig) -> Pipeline:
+    from .folder_loader import FolderPipeline
+
+    return FolderPipeline(config, decoder="pil")
+
+
+def _synthetic(config: PipelineConfig) -> Pipeline:
+    from .synthetic import SyntheticPipeline
+
+    return SyntheticPipeline(config)
+
+
+PIPELINES: dict[str, Callable[[PipelineConfig], Pipeline]] = {
+    "ffcv": _ffcv,
+    "dali": _dali,
+    "webdataset": _webdataset,
+    "folder": _folder,
+    "reference": _reference,
+    "synthetic": _synthetic,
+}
+
+
+def is_shard_pattern(data: str) -> bool:
+    """Whether the text names tar shards: a pattern, a tar file, an address, or a folder with a shard index."""
+    path = Path(data)
+    return data.endswith(".tar") or "://" in data or (path.is_dir() and any(path.glob("*.tar")))
+
+
+def choose_loader(data: str) -> tuple[str, str]:
+    """The loader that `auto` takes for this data, and the reason in a few words."""
+    if not data:
+        raise ValueError("no data was named; give --data a packed file, a folder, a list or a shard pattern")
+    if is_shard_pattern(data):
+        return "webdataset", "the data is tar shards"
+    path = Path(data)
+    if not path.exists():
+        raise ValueError(f"{data} does not exist; check the path, or pack images with tools/make_ffcv_dataset.py")
+    if path.suffix == ".beton":
+        if importlib.util.find_spec("ffcv") is not None:
+            return "ffcv", "the data is a packed file"
+        return "folder", "the data is a packed file and FFCV is not installed, so our own reader serves it"
+    return "folder", "the data is a folder" if path.is_dir() else "the data is a list of files"
+
+
+def build_pipeline(name: str, config: PipelineConfig, quiet: bool = False) -> Pipeline:
+    """The named loader over `config.data`.
+
+    Args:
+        name: a key of `PIPELINES`, or "auto" to choose by the data; the choice and its reason are printed on rank 0.
+        config: what to deliver.
+        quiet: print nothing about the choice.
+
+    Raises:
+        ValueError: unknown name, missing extra, or data that does not fit; the message carries the remedy.
+    """
+    if name == "auto":
+        name, reason = choose_loader(config.data)
+        if config.rank == 0 and not quiet:
+            print(f"loader: {name} ({reason})", file=sys.stderr)
+    if name not in PIPELINES:
+        raise ValueError(f"unknown loader {name!r}; choose auto, {', '.join(PIPELINES)}")
+    if config.world_size < 1 or not 0 <= config.rank < config.world_size:
+        raise ValueError(f"rank {config.rank} of {config.world_size} does not exist; ranks count from 0")
+    return PIPELINES[name](replace(config, data=str(config.data)))

@@ -59,8 +59,9 @@ class StepOutput:
 class Method(nn.Module, ABC):
     """A self-supervised method: encoders, heads, memory, and the order of events in a step.
 
-    A subclass is constructed as `Cls(config, arch=..., image_size=..., bn_group_size=...)` with its own frozen
-    dataclass `Config`, and sets `encoder`, the trunk that is exported: images -> feature map (B, C, H, W).
+    A subclass is constructed as `Cls(config, arch=..., image_size=..., bn_mode=..., bn_group_size=...)` with its own
+    frozen dataclass `Config`, and sets `encoder`, the trunk that is exported: images -> feature map (B, C, H, W).
+    `bn_mode` is "group", "sync" or "plain" (`models/norm.py`), the recipe's choice for all networks of the method.
     """
 
     Config: ClassVar[type]
@@ -106,6 +107,15 @@ class Method(nn.Module, ABC):
 
     def load_host_state(self, state: dict[str, Any]) -> None:
         """Inverse of `host_state`."""
+
+    def synchronise_momentum(self) -> None:
+        """Copy the online weights into the momentum network, after the online ones were loaded from a file."""
+        for online, momentum in self.momentum_pairs():
+            momentum.load_state_dict(online.state_dict())
+
+    def compile_targets(self) -> list[nn.Module]:
+        """Modules that `--compile` compiles in place: heads, whose shapes never change within a run."""
+        return [module for name, module in self.named_children() if "project" in name or "predict" in name]
 
     def features(self, images: Tensor) -> Tensor:
         """Globally average-pooled features (B, C) of the exported trunk, fp32."""

@@ -1,0 +1,225 @@
+"""Optimizers: parameter groups by tensor rank and role, and LARS in both published conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class LarsConfig:
+    """Details in which published LARS implementations differ."""
+
+    trust: float = _flag(1e-3, "trust coefficient: a layer's step relative to its weight norm")
+    lr_in_buffer: bool = _flag(
+        False, "learning rate inside the momentum buffer (LEWEL) or applied outside it (MoCo v3)"
+    )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Which optimizer, and what it does to which parameter."""
+
+    kind: Literal["sgd", "adamw", "lars"] = _flag("sgd", "optimizer")
+    lr: float = _flag(0.03, "base learning rate, at lr_reference_batch images a step")
+    lr_reference_batch: int = _flag(256, "global batch that lr belongs to; lr grows linearly with it; 0: no scaling")
+    weight_decay: float = _flag(1e-4, "weight decay: added to the gradient in sgd and lars, decoupled in adamw")
+    exclude: Literal["none", "1d", "bias_bn", "bias_bn_encoder", "1d_tables"] = _flag(
+        "none",
+        "what has no weight decay and no LARS trust ratio: nothing; 1d: vectors (MoCo v3; MoBY, whose 2-D position "
+        "tables are decayed); bias_bn: biases and batch norms; bias_bn_encoder: the same, but batch-norm scales only "
+        "inside the encoder (LEWEL's code with SyncBN); 1d_tables: vectors and relative-position tables",
+    )
+    sgd_momentum: float = _flag(0.9, "momentum of sgd and lars")
+    betas: tuple[float, ...] = _flag((0.9, 0.999), "decay rates of adamw's two averages")
+    eps: float = _flag(1e-8, "adamw's addition to the denominator")
+    clip_grad_norm: float = _flag(0.0, "largest norm of all gradients together; 0: no clipping")
+    lars: LarsConfig = field(default_factory=LarsConfig)
+
+
+def batch_scale(config: OptimConfig, global_batch: int) -> float:
+    """Factor by which the base learning rate grows with the global batch."""
+    return global_batch / config.lr_reference_batch if config.lr_reference_batch else 1.0
+
+
+def scaled_lr(config: OptimConfig, global_batch: int) -> float:
+    """Peak learning rate at this global batch."""
+    return config.lr * batch_scale(config, global_batch)
+
+
+def _batch_norm_parameters(module: nn.Module) -> set[nn.Parameter]:
+    return {p for m in module.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
+
+
+def _exclusion(method: nn.Module, rule: str) -> Callable[[str, nn.Parameter], bool]:
+    """(name, parameter) -> whether the parameter is free of weight decay and trust ratio."""
+    if rule == "none":
+        return lambda name, p: False
+    if rule == "1d":
+        return lambda name, p: p.ndim <= 1
+    if rule == "1d_tables":
+        return lambda name, p: p.ndim <= 1 or "relative_position_bias_table" in name or name.split(".")[-1] in _TABLES
+    if rule not in ("bias_bn", "bias_bn_encoder"):
+        raise ValueError(f"optim.exclude {rule!r} is unknown; choose none, 1d, bias_bn, bias_bn_encoder or 1d_tables")
+    scope = method if rule == "bias_bn" else getattr(method, "encoder", method)
+    norms = _batch_norm_parameters(scope)
+    return lambda name, p: p in norms or name.split(".")[-1].endswith("bias")
+
+
+_TABLES = frozenset({"row", "col", "rel_h", "rel_w"})  # position tables of the attention stream
+
+
+def parameter_groups(method: nn.Module, config: OptimConfig, global_batch: int) -> list[dict[str, Any]]:
+    """Trainable parameters in up to four groups: adapted or excluded, scheduled or fixed learning rate.
+
+    Each group holds "name", "params", "lr" (the peak), "weight_decay", "adapt" (whether LARS scales it) and "fixed_lr"
+    (whether schedules leave it alone). The order within a group is that of `named_parameters`.
+    """
+    excluded = _exclusion(method, config.exclude)
+    fixed_modules: Iterable[nn.Module] = getattr(method, "fixed_lr_modules", list)()
+    fixed = {p for module in fixed_modules for p in module.parameters()}
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((excluded(name, parameter), parameter in fixed), []).append(parameter)
+    return [
+        {
+            "name": f"{'excluded' if is_excluded else 'decayed'}{'/fixed_lr' if is_fixed else ''}",
+            "params": parameters,
+            "lr": scaled_lr(config, global_batch),
+            "weight_decay": 0.0 if is_excluded else config.weight_decay,
+            "adapt": not is_excluded,
+            "fixed_lr": is_fixed,
+        }
+        for (is_excluded, is_fixed), parameters in sorted(members.items())
+    ]
+
+
+def build_optimizer(method: nn.Module, config: OptimConfig, global_batch: int) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the method's trainable parameters.
+
+    Args:
+        method: a `Method`, already on its device; parameters without gradient (the momentum network's) are left out.
+        config: the optimizer's settings.
+        global_batch: images of one step over all ranks, for the learning rate.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+    _check(config)
+    groups = parameter_groups(method, config, global_batch)
+    lr = scaled_lr(config, global_batch)
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.sgd_momentum, foreach=True)
+    if config.kind == "adamw":
+        betas = (config.betas[0], config.betas[1])
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, foreach=True)
+    return Lars(
+        groups, lr=lr, momentum=config.sgd_momentum, trust=config.lars.trust, lr_in_buffer=config.lars.lr_in_buffer
+    )
+
+
+def _check(config: OptimConfig) -> None:
+    if config.kind not in ("sgd", "adamw", "lars"):
+        raise ValueError(f"optim.kind {config.kind!r} is unknown; choose sgd, adamw or lars")
+    for name in ("lr", "lr_reference_batch", "weight_decay", "clip_grad_norm"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"optim.{name} {getattr(config, name)} is negative; give 0 or more")
+    if len(config.betas) != 2:
+        raise ValueError(f"optim.betas {config.betas} must be two numbers, for example 0.9,0.999")
+    if not 0 <= config.sgd_momentum < 1:
+        raise ValueError(f"optim.sgd_momentum {config.sgd_momentum} is outside 0..1")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give this learning rate to every group but those whose rate is fixed."""
+    for group in optimizer.param_groups:
+        if not group.get("fixed_lr", False):
+            group["lr"] = lr
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled for each tensor by weight norm over gradient norm.
+
+    With w a tensor, g its gradient, d weight decay, eta trust, mu momentum, norms over the whole tensor:
+
+    * `lr_in_buffer` false: u = g + d w; u *= eta |w| / |u| (1 where either norm is 0); buf = mu buf + u; w -= lr buf.
+    * `lr_in_buffer` true: r = eta |w| / (|g| + d |w|); buf = mu buf + r lr (g + d w); w -= buf.
+
+    Groups with "adapt" false use the raw gradient: no decay, no ratio. The two differ in the ratio's denominator and,
+    whenever the learning rate changes between steps, in what the buffer remembers. A ratio 0 / 0 counts as 1: its step
+    is zero anyhow. In the second form a tensor of zeros has ratio 0 and so never moves, as in the published code.
+    Norms stay on the device: a step does not wait for it.
+
+    Source: You et al., arXiv 1708.03888; the first form is MoCo v3's, the second LEWEL's (methods of arXiv 2104.02057
+    and 2203.14898).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
+        lr_in_buffer: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust,
+            "lr_in_buffer": lr_in_buffer, "adapt": True,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                self._step_group(group, weights)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
+        gradients = [w.grad for w in weights if w.grad is not None]
+        updates = _adapted(weights, gradients, group) if group["adapt"] else [g.clone() for g in gradients]
+        if group["lr_in_buffer"]:
+            torch._foreach_mul_(updates, group["lr"])
+        buffers = []
+        for weight in weights:
+            state = self.state[weight]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            buffers.append(state["momentum_buffer"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(weights, buffers, alpha=-1.0 if group["lr_in_buffer"] else -group["lr"])
+
+
+def _adapted(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Decayed gradients scaled by each tensor's trust ratio, as new tensors."""
+    decay, trust = group["weight_decay"], group["trust"]
+    updates = list(torch._foreach_add(gradients, weights, alpha=decay))
+    weight_norms = torch.stack(torch._foreach_norm(weights))
+    if group["lr_in_buffer"]:
+        denominator = torch.stack(torch._foreach_norm(gradients)) + decay * weight_norms
+        ratios = torch.where(denominator > 0, trust * weight_norms / denominator, 1.0)
+    else:
+        update_norms = torch.stack(torch._foreach_norm(updates))
+        both = (weight_norms > 0) & (update_norms > 0)
+        ratios = torch.where(both, trust * weight_norms / update_norms, 1.0)
+    # No foreach operation takes one device scalar a tensor; this falls back to one launch each, still without a wait.
+    torch._foreach_mul_(updates, list(ratios.unbind()))
+    return updates

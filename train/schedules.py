@@ -1,0 +1,112 @@
+"""Learning rate and EMA coefficient as pure functions of the step.
+
+Steps are 0-based optimizer steps t of a run of T = steps_per_epoch * epochs steps; e = t // steps_per_epoch is the
+epoch. Every published schedule of the trainer is one setting of `ScheduleConfig`:
+
+| method | warmup_epochs | warmup_start | warmup_offset | decay | cosine_origin | final |
+|---|---|---|---|---|---|---|
+| MoCo v2, DenseCL, SimSiam, RegionCL-M | 0 | | | cosine-epoch | | 0 |
+| MoCo v3, BYOL | 10 | 0 | 0 | cosine-step | warmup-end | 0 |
+| CARE | 10 | 1e-6 | 0 | cosine-step | warmup-end | 0 |
+| LEWEL | 10 | 0 | 1 | cosine-epoch | warmup-end | 0 |
+| MoBY | 5 | 5e-7 (scaled) | 0 | cosine-step | run-start | 5e-6 (scaled) |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rate moves between the start and the end of a run."""
+
+    decay: Literal["cosine-epoch", "cosine-step", "constant"] = _flag(
+        "cosine-epoch", "after warm-up: half a cosine, evaluated once an epoch or every step, or no change"
+    )
+    final: float = _flag(0.0, "learning rate that the cosine ends at")
+    cosine_origin: Literal["warmup-end", "run-start"] = _flag(
+        "warmup-end", "where the cosine begins; run-start cuts its first part off by the warm-up, as timm does (MoBY)"
+    )
+    warmup_epochs: float = _flag(0.0, "epochs of linear warm-up, step by step")
+    warmup_start: float = _flag(0.0, "learning rate at which the warm-up begins")
+    warmup_offset: int = _flag(0, "0: step t of the warm-up has the share t / W of the rise; 1: (t + 1) / W (LEWEL)")
+    scale_ends: bool = _flag(
+        False, "scale final and warmup_start with the global batch like the base learning rate (MoBY)"
+    )
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """How slowly the momentum network follows."""
+
+    momentum: float = _flag(0.999, "EMA coefficient, at the first step where it changes")
+    schedule: Literal["constant", "cosine"] = _flag("constant", "constant, or half a cosine up to 1 at the last step")
+
+
+def _cosine(progress: float) -> float:
+    """1 at 0, 0 at 1."""
+    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def lr_at(
+    step: int, steps_per_epoch: int, epochs: int, config: ScheduleConfig, peak_lr: float, batch_scale: float = 1.0
+) -> float:
+    """Learning rate of optimizer step `step`.
+
+    Args:
+        step: 0-based optimizer step.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: epochs of the run.
+        config: the schedule.
+        peak_lr: base learning rate after scaling with the batch.
+        batch_scale: global batch / reference batch, by which `scale_ends` multiplies both ends.
+
+    Raises:
+        ValueError: a step before the start, or a run without steps.
+
+    Source: MoCo v2, SimSiam: cosine evaluated each epoch; CARE, LEWEL, MoCo v3 and MoBY: their training code's own
+    warm-up and cosine, see the table above. Differs: MoBY's code sets the rate after each step from that step's number,
+    so its rate lags the formula by one step; here step t has the formula's value at t.
+    """
+    if step < 0 or steps_per_epoch < 1 or epochs < 1:
+        raise ValueError(f"step {step} of {epochs} epochs of {steps_per_epoch} steps does not exist")
+    ends_scale = batch_scale if config.scale_ends else 1.0
+    warmup_steps = config.warmup_epochs * steps_per_epoch
+    if step < warmup_steps:
+        start = config.warmup_start * ends_scale
+        return start + (peak_lr - start) * (step + config.warmup_offset) / warmup_steps
+    if config.decay == "constant":
+        return peak_lr
+    final = config.final * ends_scale
+    origin = config.warmup_epochs if config.cosine_origin == "warmup-end" else 0.0
+    epoch = float(step // steps_per_epoch) if config.decay == "cosine-epoch" else step / steps_per_epoch
+    return final + (peak_lr - final) * _cosine((epoch - origin) / max(epochs - origin, 1e-12))
+
+
+def ema_at(step: int, total_steps: int, config: EmaConfig) -> float:
+    """EMA coefficient number `step`, 0-based: m0 at 0, (1 + m0) / 2 half-way, 1 at `total_steps`.
+
+    Args:
+        step: number of the update.
+        total_steps: optimizer steps of the run.
+        config: base coefficient and schedule.
+
+    Raises:
+        ValueError: a negative step, a run without steps, or a coefficient outside 0..1.
+
+    Source: BYOL, arXiv 2006.07733, appendix A: 1 - (1 - m0) * (cos(pi t / T) + 1) / 2.
+    """
+    if step < 0 or total_steps < 1:
+        raise ValueError(f"EMA update {step} of a run of {total_steps} steps does not exist")
+    if not 0.0 <= config.momentum <= 1.0:
+        raise ValueError(f"ema.momentum {config.momentum} is outside 0..1")
+    if config.schedule == "constant":
+        return config.momentum
+    return 1.0 - (1.0 - config.momentum) * _cosine(step / total_steps)

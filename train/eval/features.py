@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.augment import MEAN, STD
 from pipeline.interface import Batch, Pipeline, ViewSpec
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Features(NamedTuple):
-    """Features of a data set, rows sorted by sample index: (N, C) fp32 on the device; the rest (N,) int64 on the CPU."""
+    """Features of a data set sorted by sample index: (N, C) fp32 on the device; the rest (N,) int64 on the CPU."""
 
     features: Tensor
     labels: Tensor
@@ -34,8 +32,8 @@ def center_view(size: int, name: str = "center", interpolation: str = "bilinear"
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """ImageNet-normalised copy, channels-last, of uint8 images (B, 3, H, W) as `dtype`."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    scale = 1 / (torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1) * 255)
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
+    scale = 1 / (torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255)
     return ((images.float() - mean) * scale).to(dtype).contiguous(memory_format=torch.channels_last)
 
 

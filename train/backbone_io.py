@@ -1,0 +1,444 @@
+"""Save and load backbones, and prove that what was loaded is the whole backbone.
+
+A backbone file is safetensors with torchvision's key names and no classifier, and a few strings of metadata. Loading
+also takes a run's folder and checkpoints of torchvision and timm; it refuses unless every tensor of the backbone was
+found, with its shape, and every tensor of the file was used or is a classifier's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import UserMistake
+
+BACKBONE_FILE = "backbone.safetensors"
+FORMAT = "regatta-backbone"
+
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+# Wrappers that training scripts put around a state dict, and prefixes that DDP and compile put before its keys.
+_WRAPPERS = ("state_dict", "model", "module", "model_state", "state_dict_ema", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+_CLASSIFIERS = re.compile(r"^(fc|head|classifier|head\.fc)\.(weight|bias)$")
+# Constant or unused buffers that some files carry and others do not.
+_OPTIONAL = re.compile(r"\.(num_batches_tracked|relative_position_index|attn_mask)$")
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """What a file or run folder holds, in torchvision's key names.
+
+    Attributes:
+        state: backbone and possibly classifier tensors on the CPU.
+        origin: the path, or "state dict".
+        layout: whose key names they were: "torchvision" (timm's for ResNets as well), "timm", "swin" (the authors').
+        metadata: strings stored in a safetensors file, such as arch and method; empty elsewhere.
+        folder: the run's folder where it was one.
+    """
+
+    state: dict[str, Tensor]
+    origin: str
+    layout: str
+    metadata: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """How a source was matched with a backbone; `__str__` is the line that protocols print.
+
+    Attributes:
+        origin: where the tensors came from.
+        layout: whose key names they had.
+        arch: architecture they were loaded into.
+        matched: tensors of the backbone that were loaded.
+        parameters: numbers in the matched parameters, without buffers.
+        classifier: keys of the file that belong to a classifier and were left.
+        optional: keys that only one of the two has and that change no feature.
+    """
+
+    origin: str
+    layout: str
+    arch: str
+    matched: int
+    parameters: int
+    classifier: tuple[str, ...]
+    optional: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (
+            f"backbone {self.arch}: all {self.matched} tensors ({self.parameters:,} parameters) loaded from "
+            f"{self.origin} ({self.layout} names)"
+        )
+        if self.classifier:
+            text += f"; left out the classifier: {', '.join(self.classifier)}"
+        if self.optional:
+            text += f"; {len(self.optional)} constant buffers in only one of the two"
+        return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def backbone_state(encoder: nn.Module) -> dict[str, Tensor]:
+    """The encoder's tensors on the CPU, contiguous and not shared, by torchvision key name.
+
+    safetensors refuses channels-last memory, so each tensor is copied into the plain layout.
+    """
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
+        for name, tensor in encoder.state_dict().items()
+    }
+
+
+def save_backbone(
+    encoder: nn.Module, path: str | Path, *, arch: str, method: str = "", extra: Mapping[str, str] | None = None
+) -> None:
+    """Write a backbone file so that readers see the old or the new one, never a part.
+
+    Args:
+        encoder: trunk whose `state_dict` has torchvision's key names; on any device, in any memory layout.
+        path: file to write.
+        arch: name in `BACKBONES`.
+        method: pre-training method, if any.
+        extra: more strings for the metadata.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    path = Path(path)
+    metadata = {
+        "format": "pt", "writer": FORMAT, "arch": arch, "method": method, "regatta_version": version(), **(extra or {})
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(backbone_state(encoder), temporary, metadata=metadata)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except SafetensorError as reason:
+        raise OSError(f"{path}: {reason}") from reason
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def version() -> str:
+    """The project's version, from the checkout's pyproject.toml."""
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
+    return found.group(1) if found else "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_backbone(source: str | Path | Mapping[str, Any]) -> BackboneSource:
+    """The tensors of a run's folder, a backbone file, a torchvision or timm checkpoint, or a state dict.
+
+    Pickled files are read with `weights_only=True`, so nothing in them is executed.
+
+    Raises:
+        UserMistake: the path does not exist or holds no state dict.
+    """
+    if isinstance(source, Mapping):
+        return _source(dict(source), "state dict", {}, None)
+    path = Path(source)
+    folder = path if path.is_dir() else None
+    if folder is not None:
+        path = folder / BACKBONE_FILE
+        if not path.is_file():
+            raise UserMistake(
+                f"{folder} has no {BACKBONE_FILE}; give the folder of a run that has written a checkpoint, or a file"
+            )
+    if not path.is_file():
+        raise UserMistake(f"checkpoint {path} does not exist; give a run's folder or a .safetensors or .pth file")
+    if path.suffix == ".safetensors":
+        state, metadata = _read_safetensors(path)
+    elif path.suffix in _PICKLED:
+        state, metadata = _read_pickled(path), {}
+    else:
+        raise UserMistake(f"checkpoint {path}: unknown ending; give .safetensors or one of {', '.join(_PICKLED)}")
+    return _source(state, str(path), metadata, folder)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as archive:
+            return {name: archive.get_tensor(name) for name in archive.keys()}, dict(archive.metadata() or {})
+    except (SafetensorError, OSError) as reason:
+        raise UserMistake(f"checkpoint {path} cannot be read: {reason}; it may be damaged, copy it again") from None
+
+
+def _read_pickled(path: Path) -> dict[str, Any]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as reason:  # unpickling fails in many ways, none of which is ours
+        first = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
+        raise UserMistake(
+            f"checkpoint {path} cannot be read as plain tensors: {first[:160]}; save its state_dict as .safetensors"
+        ) from None
+    if not isinstance(loaded, Mapping):
+        raise UserMistake(f"checkpoint {path} holds a {type(loaded).__name__}; save its state_dict instead")
+    return dict(loaded)
+
+
+def _unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict inside wrappers, without the prefixes that all of its keys share."""
+    for _ in range(3):
+        inner = next((state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)), None)
+        if inner is None:
+            break
+        state = dict(inner)
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    changed = True
+    while changed:
+        changed = False
+        for prefix in _PREFIXES:
+            if tensors and all(name.startswith(prefix) for name in tensors):
+                tensors = {name[len(prefix) :]: value for name, value in tensors.items()}
+                changed = True
+    return tensors
+
+
+def _source(
+    state: dict[str, Any], origin: str, metadata: dict[str, str], folder: Path | None
+) -> BackboneSource:
+    tensors = _unwrap(state)
+    if not tensors:
+        raise UserMistake(f"checkpoint {origin} holds no tensors; give a backbone's state dict")
+    layout, rename = _detect_layout(tensors)
+    renamed = {rename(name): value for name, value in tensors.items()}
+    return BackboneSource(renamed, origin, layout, metadata, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Key names
+
+_SWIN_INNER = {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+
+
+def _detect_layout(state: Mapping[str, Tensor]) -> tuple[str, Callable[[str], str]]:
+    """Whose key names these are, and the function that turns one of them into torchvision's."""
+    if "patch_embed.proj.weight" not in state:
+        return "torchvision", lambda name: name
+    # The authors put the patch merging at the end of a stage, timm since 0.9 at the start of the next.
+    authors = "layers.0.downsample.reduction.weight" in state
+    return ("swin", lambda name: swin_to_torchvision(name, 2)) if authors else ("timm", swin_to_torchvision)
+
+
+def swin_to_torchvision(name: str, downsample_offset: int = 0) -> str:
+    """Torchvision's name of a Swin tensor of timm.
+
+    Args:
+        name: key as in timm's `SwinTransformer`.
+        downsample_offset: 2 where the patch merging of stage i is stored in stage i, as the authors' code does.
+    """
+    name = re.sub(r"^patch_embed\.proj\.", "features.0.0.", name)
+    name = re.sub(r"^patch_embed\.norm\.", "features.0.2.", name)
+    name = re.sub(
+        r"^layers\.(\d+)\.downsample\.", lambda m: f"features.{2 * int(m[1]) + downsample_offset}.", name
+    )
+    name = re.sub(r"^layers\.(\d+)\.blocks\.", lambda m: f"features.{2 * int(m[1]) + 1}.", name)
+    for inner, ours in _SWIN_INNER.items():
+        name = name.replace(f".{inner}.", f".{ours}.")
+    return name
+
+
+def torchvision_to_swin(name: str, downsample_offset: int = 0) -> str:
+    """Inverse of `swin_to_torchvision`."""
+    name = re.sub(r"^features\.0\.0\.", "patch_embed.proj.", name)
+    name = re.sub(r"^features\.0\.2\.", "patch_embed.norm.", name)
+
+    def stage(match: re.Match[str]) -> str:
+        number, rest = int(match[1]), match[2]
+        if number % 2:
+            return f"layers.{number // 2}.blocks.{rest}"
+        return f"layers.{(number - downsample_offset) // 2}.downsample.{rest}"
+
+    name = re.sub(r"^features\.(\d+)\.(.*)$", stage, name)
+    for inner, ours in _SWIN_INNER.items():
+        name = name.replace(f".{ours}.", f".{inner}.")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matching
+
+
+def _fits(value: Tensor, target: Tensor) -> bool:
+    return value.shape == target.shape
+
+
+def match_backbone(
+    source: BackboneSource, target: Mapping[str, Tensor], arch: str
+) -> tuple[dict[str, Tensor], MatchReport]:
+    """The tensors of a source that fill a backbone completely.
+
+    Args:
+        source: what was read.
+        target: the backbone's own state dict; only names and shapes are looked at, so it may be on the meta device.
+        arch: its name, for messages.
+
+    Returns:
+        (name -> tensor for every tensor of the target that the source has, report).
+
+    Raises:
+        UserMistake: a tensor of the backbone is missing or of another shape, or a tensor of the source is neither in
+            the backbone nor a classifier's; the message names them.
+    """
+    taken: dict[str, Tensor] = {}
+    wrong = []
+    for name, tensor in target.items():
+        value = source.state.get(name)
+        if value is None:
+            continue
+        if name.endswith("relative_position_index"):
+            value = value.reshape(-1)  # (49, 49) elsewhere
+        if _fits(value, tensor):
+            taken[name] = value
+        else:
+            wrong.append(f"{name} {tuple(value.shape)} instead of {tuple(tensor.shape)}")
+    missing = [name for name in target if name not in source.state and not _OPTIONAL.search(name)]
+    left = [name for name in source.state if name not in target]
+    classifier = tuple(name for name in left if _CLASSIFIERS.match(name))
+    unmatched = [name for name in left if name not in classifier and not _OPTIONAL.search(name)]
+    problems = [
+        f"{len(names)} {what}: {_listed(names)}"
+        for names, what in (
+            (missing, "missing"), (wrong, "of another shape"), (unmatched, "in the file but not in the backbone")
+        )
+        if names
+    ]
+    if problems:
+        raise UserMistake(
+            f"checkpoint {source.origin} is not a whole {arch}: tensors {'; '.join(problems)}; choose the --arch it "
+            "was trained with, or a file that holds the backbone alone"
+        )
+    optional = tuple(n for n in {*left, *target} if _OPTIONAL.search(n) and not (n in target and n in source.state))
+    parameters = sum(v.numel() for n, v in taken.items() if not n.endswith(_BUFFER_ENDINGS))
+    return taken, MatchReport(source.origin, source.layout, arch, len(taken), parameters, classifier, optional)
+
+
+_BUFFER_ENDINGS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
+
+
+def _listed(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def load_into(
+    encoder: nn.Module,
+    source: str | Path | Mapping[str, Any] | BackboneSource,
+    arch: str,
+    say: Callable[[str], object] = print,
+) -> MatchReport:
+    """Fill an encoder in place, keeping device, dtype and memory layout, and say what was matched.
+
+    Raises:
+        UserMistake: as `read_backbone` and `match_backbone`; the encoder is then unchanged.
+    """
+    if not isinstance(source, BackboneSource):
+        source = read_backbone(source)
+    target = encoder.state_dict()
+    taken, report = match_backbone(source, target, arch)
+    with torch.no_grad():
+        for name, value in taken.items():
+            if name.endswith("relative_position_index") and not torch.equal(value, target[name].cpu()):
+                raise UserMistake(f"checkpoint {source.origin}: {name} orders window positions in another way")
+            target[name].copy_(value)
+    say(str(report))
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures
+
+
+def build_encoder(arch: str) -> nn.Module:
+    """A fresh trunk: images (B, 3, S, S) -> feature map (B, C, H, W).
+
+    Raises:
+        UserMistake: for a name that is not in `BACKBONES`.
+    """
+    from models.resnet import BACKBONES
+
+    if arch not in BACKBONES:
+        raise UserMistake(f"--arch {arch}: choose from {', '.join(BACKBONES)}")
+    return BACKBONES[arch]()
+
+
+def infer_arch(source: BackboneSource) -> str:
+    """The architecture of a source: from its metadata, or the only one whose names and shapes all fit.
+
+    Raises:
+        UserMistake: when none fits; the message says how near the nearest came.
+    """
+    from models.resnet import BACKBONES
+
+    if source.metadata.get("arch") in BACKBONES:
+        return source.metadata["arch"]
+    scores = {}
+    for arch in BACKBONES:
+        with torch.device("meta"):
+            target = build_encoder(arch).state_dict()
+        needed = [name for name in target if not _OPTIONAL.search(name)]
+        fitting = sum(1 for n in needed if n in source.state and _fits(source.state[n], target[n]))
+        if fitting == len(needed):
+            return arch
+        scores[arch] = fitting / len(needed)
+    best = max(scores, key=lambda arch: scores[arch])
+    raise UserMistake(
+        f"checkpoint {source.origin} fits no known architecture; nearest is {best} with {scores[best]:.0%} of its "
+        f"tensors; known are {', '.join(BACKBONES)}"
+    )
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A filled encoder in eval mode and where it came from."""
+
+    encoder: nn.Module
+    arch: str
+    source: BackboneSource
+    report: MatchReport
+
+
+def load(
+    source: str | Path | Mapping[str, Any], arch: str = "", say: Callable[[str], object] = print
+) -> LoadedBackbone:
+    """Build the encoder that a run folder, file or state dict holds, and fill it.
+
+    Args:
+        source: run folder, `.safetensors`, pickled checkpoint, or a state dict.
+        arch: architecture; empty finds it out.
+        say: receives the line that tells what was matched.
+
+    Raises:
+        UserMistake: as `read_backbone`, `infer_arch` and `match_backbone`.
+    """
+    read = read_backbone(source)
+    arch = arch or infer_arch(read)
+    encoder = build_encoder(arch)
+    report = load_into(encoder, read, arch, say)
+    return LoadedBackbone(encoder.eval(), arch, read, report)
+
+
+def load_backbone(
+    source: str | Path | Mapping[str, Any], arch: str = "", say: Callable[[str], object] = print
+) -> nn.Module:
+    """The encoder of `load` alone."""
+    return load(source, arch, say).encoder

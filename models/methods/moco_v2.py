@@ -1,0 +1,169 @@
+"""MoCo v2: contrast with a queue of keys from a momentum network, asymmetric or symmetric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..collectives import all_gather_rows, shuffle_rows, unshuffle_rows
+from ..heads import HeadInit, initialise_linear, mlp_head
+from ..key_queue import KeyQueue
+from ..losses import info_nce, unit
+from ..momentum import copy_and_freeze, ema_update
+from ..norm import convert_batch_norm
+from ..options import option
+from ..resnet import ConvInit, build_backbone
+from .base import Method, StepInputs, StepOutput
+
+
+@dataclass(frozen=True)
+class SymmetricConfig:
+    """Whether each view acts as query and as key in turn."""
+
+    enabled: bool = option(False, "use both views as queries; both sets of keys enter the queue")
+    reduce: Literal["sum", "mean"] = option("sum", "how the losses of the two directions are joined")
+
+
+@dataclass(frozen=True)
+class MoCoV2Config:
+    """Hyper-parameters of MoCo v2."""
+
+    symmetric: SymmetricConfig = field(default_factory=SymmetricConfig)
+    queue_size: int = option(65536, "keys kept as negatives (K)")
+    temperature: float = option(0.2, "softmax temperature (tau)")
+    dim: int = option(128, "width of the embeddings")
+    hidden_dim: int = option(2048, "width of the projector's hidden layer")
+    mlp: bool = option(True, "two-layer projector; false is MoCo v1's single linear layer")
+    shuffle_bn: bool = option(True, "compute keys in shuffled order, away from their queries' batch-norm groups")
+    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
+    head_init: HeadInit = option("torch", "how the projector starts: as in PyTorch or Kaiming-normal")
+    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
+
+
+@dataclass
+class Keys:
+    """What the momentum network gives for one view, in the order of this rank's batch, without gradient.
+
+    Attributes:
+        key: (B, D) unit embeddings.
+    """
+
+    key: Tensor
+
+
+class MoCoV2(Method):
+    """Momentum contrast with an MLP head and a queue.
+
+    Per direction: q = n(g(GAP f(x_q))), k = sg n(g'(GAP f'(x_k))), L = CE([q.k, q.Q] / temperature, 0).
+
+    Args:
+        config: hyper-parameters.
+        arch: key of `BACKBONES`.
+        image_size: side of a view in pixels; the network takes any.
+        bn_group_size: consecutive images that share batch-norm statistics; 0 is the rank's whole batch.
+
+    Source: MoCo (arXiv 1911.05722) Algorithm 1; MoCo v2 (arXiv 2003.04297); facebookresearch/moco.
+    Differs: batch norm by groups of the global batch instead of by device; EMA and enqueueing after the optimizer step,
+    which gives the same weights as an EMA at the start of the next step.
+    """
+
+    Config = MoCoV2Config
+    ema_index_offset = 1
+
+    config: MoCoV2Config
+
+    def __init__(self, config: MoCoV2Config, *, arch: str, image_size: int, bn_group_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = build_backbone(arch, config.conv_init, config.zero_init_residual)
+        feature_dim = self.encoder.feature_dim
+        sizes = (feature_dim, config.hidden_dim, config.dim) if config.mlp else (feature_dim, config.dim)
+        self.projector = mlp_head(sizes, biases=[True] * (len(sizes) - 1), hidden_norm=False)
+        initialise_linear(self.projector, config.head_init)
+        convert_batch_norm(self.encoder, "group", bn_group_size)
+        self.momentum_encoder = copy_and_freeze(self.encoder)
+        self.momentum_projector = copy_and_freeze(self.projector)
+        self.queue = KeyQueue(config.queue_size, config.dim)
+
+    @property
+    def directions(self) -> tuple[tuple[str, str], ...]:
+        """(query view, key view) of each loss term."""
+        return (("view1", "view2"), ("view2", "view1")) if self.config.symmetric.enabled else (("view1", "view2"),)
+
+    @property
+    def key_directions(self) -> int:
+        """One ShuffleBN permutation for each direction."""
+        return len(self.directions) if self.config.shuffle_bn else 0
+
+    def momentum_pairs(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
+        """Online and momentum networks."""
+        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
+
+    def queues(self) -> dict[str, KeyQueue]:
+        """Key memories by the name under which `forward` returns their keys."""
+        return {"queue": self.queue}
+
+    def forward(self, inputs: StepInputs) -> StepOutput:
+        """Loss of one or two directions against the queue before this step's keys."""
+        share = 0.5 if len(self.directions) == 2 and self.config.symmetric.reduce == "mean" else 1.0
+        losses: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        new_keys: dict[str, Tensor] = {}
+        for direction, (query_view, key_view) in enumerate(self.directions):
+            keys = self.encode_keys(inputs, key_view, direction)
+            loss, terms = self.direction_loss(inputs, query_view, keys)
+            losses.append(share * loss)
+            for name, term in terms.items():
+                metrics[name] = metrics[name] + share * term if name in metrics else share * term
+            new_keys |= self.keys_to_enqueue(keys, key_view)
+        return StepOutput(torch.stack(losses).sum(), metrics, new_keys)
+
+    def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of one direction and its detached terms."""
+        feature_map = self.encoder(getattr(inputs, query_view))
+        query = unit(self.projector(global_pool(feature_map)))  # (B, D)
+        loss = info_nce(query, keys.key, self.queue.rows, self.config.temperature).mean()
+        return loss, {"ins": loss.detach()}
+
+    @torch.no_grad()
+    def encode_keys(self, inputs: StepInputs, view: str, direction: int) -> Keys:
+        """Keys of this rank's images in their own order, computed in the order of ShuffleBN."""
+        images = getattr(inputs, view)
+        if not self.config.shuffle_bn:
+            return Keys(*self.momentum_forward(images))
+        permutation = inputs.key_permutation[direction]
+        shuffled = self.momentum_forward(shuffle_rows(images, permutation))
+        return Keys(*(unshuffle_rows(rows, permutation) for rows in shuffled))
+
+    def momentum_forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The fields of `Keys` for images (B, 3, S, S) in any order."""
+        return (unit(self.momentum_projector(global_pool(self.momentum_encoder(images)))),)
+
+    def keys_to_enqueue(self, keys: Keys, key_view: str) -> dict[str, Tensor]:
+        """This rank's new keys as "<queue>/<view>"."""
+        return {f"queue/{key_view}": keys.key}
+
+    @torch.no_grad()
+    def after_step(self, output: StepOutput, ema_momentum: float) -> None:
+        """Enqueue the keys of all ranks in the order of the global batch, then update the momentum network."""
+        queues = self.queues()
+        for name, rows in output.keys.items():
+            queues[name.partition("/")[0]].enqueue(all_gather_rows(rows))
+        ema_update(self.momentum_pairs(), ema_momentum)
+
+    def host_state(self) -> dict[str, Any]:
+        """Write positions of the queues."""
+        return {name: queue.pointer for name, queue in self.queues().items()}
+
+    def load_host_state(self, state: dict[str, Any]) -> None:
+        """Restore the write positions."""
+        for name, queue in self.queues().items():
+            queue.pointer = state[name]
+
+
+def global_pool(feature_map: Tensor) -> Tensor:
+    """Mean over positions: (B, C, H, W) -> (B, C)."""
+    return feature_map.mean(dim=(2, 3))

@@ -1,0 +1,65 @@
+"""RegionCL-M: MoCo v2 with region swapping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..heads import HeadInit
+from ..losses import unit
+from ..options import option
+from ..region_branch import RegionConfig, embed_with_regions, paste_sources, pool_regions, queue_terms
+from ..resnet import ConvInit
+from .base import StepInputs
+from .moco_v2 import Keys, MoCoV2, MoCoV2Config, global_pool
+
+
+@dataclass(frozen=True)
+class RegionCLMConfig(MoCoV2Config):
+    """Hyper-parameters of RegionCL-M."""
+
+    conv_init: ConvInit = option("fan_in", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
+    head_init: HeadInit = option("fan_in", "how the projector starts: as in PyTorch or Kaiming-normal")
+    region: RegionConfig = field(default_factory=RegionConfig)
+
+
+class RegionCLM(MoCoV2):
+    """MoCo v2 whose query side also sees composites: canvas of one image, pasted region of another.
+
+    L = L_ins + weight * (L_canvas + L_paste) / 2. Each region meets the key of its own image and the same queue; the
+    composite's other region is one more negative, detached. Only instance keys enter the queue.
+
+    Source: RegionCL (arXiv 2111.12309) section 3.2, Eq. 2 to 6; Annbless/RegionCL.
+    Differs: paste embeddings meet the keys of their own images for any pairing (the released code only for
+    reversal); the region loss is InfoNCE at the same temperature, which the released code names but does not define.
+    """
+
+    Config = RegionCLMConfig
+    config: RegionCLMConfig
+
+    @property
+    def mixed_views(self) -> tuple[str, ...]:
+        """Query views, where the region loss is on."""
+        return self.config.region.mixed_views(tuple(query for query, _ in self.directions))
+
+    def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
+        """Instance and region loss of one direction."""
+        config = self.config
+        pooled = global_pool(self.encoder(getattr(inputs, query_view)))
+        mixed = query_view in self.mixed_views
+        regions = None
+        partner_key = None
+        if mixed:
+            # A forward of its own: composites have batch statistics of their own.
+            regions = pool_regions(self.encoder(inputs.mixed[query_view]), inputs.box_cells[query_view], config.region)
+            partner_key = paste_sources(keys.key, inputs.partner[query_view], config.region)
+        query, regions = embed_with_regions(self.projector, pooled, regions, config.region.head_batching)
+        instance, terms = queue_terms(
+            unit(query), keys.key, None if regions is None else regions.map(unit), partner_key, self.queue.rows,
+            config.temperature, config.region,
+        )
+        if terms is None:
+            return instance, {"ins": instance.detach()}
+        loss = instance + config.region.weight * terms.total()
+        return loss, {"ins": instance.detach(), **terms.metrics()}

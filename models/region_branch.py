@@ -1,0 +1,268 @@
+"""What every RegionCL method shares: region options, pooling of paste and canvas, and whose key each of them meets.
+
+All region embeddings are kept in composite order: row i comes from the composite whose canvas is image i and whose
+pasted region is from image partner[i]. Its canvas row therefore meets key i, its paste row key partner[i], and the two
+rows are each other's intra-image negative. That is the paper's loss with the sum over images written as a sum over
+composites: with partner = pi, paste embedding p_j of image j is the paste row of composite pi^-1(j).
+
+Source: RegionCL (Xu et al., ECCV 2022, arXiv 2111.12309) section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .collectives import all_gather_rows
+from .losses import batch_contrast, info_nce, row_dots
+from .methods.base import StepInputs
+from .ops.box_pool import box_pool
+from .options import option
+
+PASTE, CANVAS = 0, 1  # rows of box_pool's result
+
+
+@dataclass(frozen=True)
+class RegionConfig:
+    """Region swapping and its losses; the ablations of RegionCL's Tables 9 and 10 are `lower`, `upper` and `use_*`."""
+
+    lower: int = option(0, "smallest side of a region in cells (C_L); 0 is round(3n/7) on an n x n map")
+    upper: int = option(0, "largest side of a region in cells (C_U); 0 is round(5n/7) on an n x n map")
+    sampling: Literal["paper", "official"] = option(
+        "paper", "paper: origins uniform on the grid; official: the released code's, clamped one pixel short"
+    )
+    pairing: Literal["flip", "roll", "randperm"] = option("flip", "whose region an image gets: flip is reversal")
+    pairing_scope: Literal["group", "global"] = option(
+        "group", "pair within groups that share batch-norm statistics, or over the global batch"
+    )
+    per_rank: bool = option(False, "a region for each rank; the result then depends on the number of ranks")
+    use_paste: bool = option(True, "contrast the pasted region with its own image")
+    use_canvas: bool = option(True, "contrast the remaining canvas with its own image")
+    intra_negative: bool = option(True, "paste and canvas of one composite are negatives of each other")
+    weight: float = option(1.0, "weight of the region loss")
+    views: Literal["both", "first"] = option("both", "which query views are region-swapped, where both are queries")
+    head_batching: Literal["joint", "separate"] = option(
+        "joint", "instance and region features pass the heads (and their batch norm) together or apart"
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a region loss at all."""
+        return self.use_paste or self.use_canvas
+
+    @property
+    def needs_paste(self) -> bool:
+        """Whether the paste must be embedded, for its own term or as the canvas' negative."""
+        return self.use_paste or (self.use_canvas and self.intra_negative)
+
+    @property
+    def needs_canvas(self) -> bool:
+        """Whether the canvas must be embedded, for its own term or as the paste's negative."""
+        return self.use_canvas or (self.use_paste and self.intra_negative)
+
+    def mixed_views(self, query_views: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the query views that are region-swapped."""
+        if not self.enabled:
+            return ()
+        return query_views if self.views == "both" else query_views[:1]
+
+
+@dataclass
+class Regions:
+    """Canvas and paste of one batch of composites, in composite order: features or embeddings, (B, C) each.
+
+    Attributes:
+        canvas: row i belongs to image i; None where no loss needs it.
+        paste: row i belongs to image partner[i]; None where no loss needs it.
+    """
+
+    canvas: Tensor | None
+    paste: Tensor | None
+
+    def present(self) -> list[Tensor]:
+        """What there is, canvas first."""
+        return [rows for rows in (self.canvas, self.paste) if rows is not None]
+
+    def replaced(self, rows: list[Tensor]) -> Regions:
+        """The same with other rows for what there is, canvas first."""
+        remaining = iter(rows)
+        return Regions(*(None if old is None else next(remaining) for old in (self.canvas, self.paste)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Regions:
+        """`function` applied to what there is."""
+        return self.replaced([function(rows) for rows in self.present()])
+
+
+def pool_regions(feature_map: Tensor, box_cells: Tensor, config: RegionConfig) -> Regions:
+    """Mean feature of each composite's paste and canvas.
+
+    Args:
+        feature_map: (B, C, H, W) of the composites.
+        box_cells: (B, 4) int64 top, left, height, width of the paste in cells.
+        config: which of the two are needed.
+
+    Returns:
+        (B, C) each, in composite order.
+    """
+    pooled = box_pool(feature_map, box_cells)  # (B, 3, C)
+    return Regions(
+        canvas=pooled[:, CANVAS] if config.needs_canvas else None,
+        paste=pooled[:, PASTE] if config.needs_paste else None,
+    )
+
+
+def embed_with_regions(
+    head: Callable[[Tensor], Tensor], instance: Tensor, regions: Regions | None, batching: str
+) -> tuple[Tensor, Regions | None]:
+    """Pass instance rows (B, C) and region rows through a head, together or apart.
+
+    Args:
+        head: rows -> rows; with batch norm inside, what passes together shares statistics.
+        instance: (B, C).
+        regions: (B, C) each, or None.
+        batching: "joint": one call on all rows; "separate": one call for the instance rows, one for the region rows.
+
+    Returns:
+        Embedded instance rows and regions.
+    """
+    rows = [] if regions is None else regions.present()
+    if regions is None or not rows:
+        return head(instance), None
+    if batching == "joint":
+        first, *rest = head(torch.cat([instance, *rows])).chunk(len(rows) + 1)
+    else:
+        first = head(instance)
+        rest = list(head(torch.cat(rows)).chunk(len(rows)))
+    return first, regions.replaced(rest)
+
+
+def paste_sources(rows: Tensor, partner: Tensor, config: RegionConfig) -> Tensor:
+    """For each composite the row of the image its paste is from: (B, D) rows of this rank -> (B, D), detached.
+
+    With pairs over the global batch the rows of all ranks are gathered first.
+    """
+    pool = all_gather_rows(rows) if config.pairing_scope == "global" else rows.detach()
+    return pool.index_select(0, partner)
+
+
+def source_positions(inputs: StepInputs, view: str, config: RegionConfig) -> tuple[Tensor, Tensor]:
+    """Positions in the global batch of the images that this rank's canvases and pastes are from: two (B,) int64."""
+    partner = inputs.partner[view]
+    first = inputs.rank * partner.shape[0]
+    own = torch.arange(first, first + partner.shape[0], device=partner.device)
+    return own, partner if config.pairing_scope == "global" else partner + first
+
+
+@dataclass
+class RegionTerms:
+    """Means of the region losses over this rank's composites.
+
+    Attributes:
+        canvas: scalar, or None where it is switched off.
+        paste: likewise.
+    """
+
+    canvas: Tensor | None
+    paste: Tensor | None
+
+    def total(self) -> Tensor:
+        """Half of canvas plus half of paste: one that is switched off leaves the other its half."""
+        terms = [0.5 * term for term in (self.canvas, self.paste) if term is not None]
+        return torch.stack(terms).sum()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached scalars by name."""
+        named = {"region/canvas": self.canvas, "region/paste": self.paste}
+        return {name: term.detach() for name, term in named.items() if term is not None}
+
+
+def _intra_similarity(own: Tensor, other: Tensor | None, config: RegionConfig) -> Tensor:
+    """Similarity with the composite's other region (detached) as the extra negative (B, 1); -inf where it is off."""
+    if not config.intra_negative:
+        return own.new_full((own.shape[0], 1), -torch.inf)
+    assert other is not None
+    return row_dots(own, other.detach())[:, None]
+
+
+def queue_terms(
+    query: Tensor,
+    key: Tensor,
+    regions: Regions | None,
+    partner_key: Tensor | None,
+    queue: Tensor,
+    temperature: float,
+    config: RegionConfig,
+) -> tuple[Tensor, RegionTerms | None]:
+    """Instance and region losses against one queue, with one matrix product for all rows.
+
+    Args:
+        query: (B, D) unit rows of the whole view.
+        key: (B, D) unit keys of the same images.
+        regions: unit rows in composite order, or None for the instance loss alone.
+        partner_key: (B, D) unit keys of the images that the pastes are from; may be None where no paste loss is taken.
+        queue: (K, D) unit rows.
+        temperature: positive.
+        config: which terms and negatives.
+
+    Returns:
+        Mean instance loss and region terms.
+
+    Source: RegionCL Eq. 2, 4 and 5; K + 1 logits for the instance, K + 2 for paste and canvas.
+    """
+    rows, keys, extra = [query], [key], [query.new_full((query.shape[0], 1), -torch.inf)]
+    if regions is not None and config.use_canvas:
+        assert regions.canvas is not None
+        rows.append(regions.canvas)
+        keys.append(key)
+        extra.append(_intra_similarity(regions.canvas, regions.paste, config))
+    if regions is not None and config.use_paste:
+        assert regions.paste is not None and partner_key is not None
+        rows.append(regions.paste)
+        keys.append(partner_key)
+        extra.append(_intra_similarity(regions.paste, regions.canvas, config))
+    losses = info_nce(torch.cat(rows), torch.cat(keys), queue, temperature, torch.cat(extra))
+    means = losses.view(len(rows), -1).mean(dim=1)
+    return means[0], _named_terms(means[1:], config) if regions is not None else None
+
+
+def batch_terms(
+    regions: Regions,
+    keys: Tensor,
+    canvas_target: Tensor,
+    paste_target: Tensor,
+    temperature: float,
+    config: RegionConfig,
+) -> RegionTerms:
+    """Region losses against all keys of the global batch.
+
+    Args:
+        regions: unit rows in composite order.
+        keys: (G, D) unit keys of all ranks.
+        canvas_target: (B,) int64 position of each canvas' image in the global batch.
+        paste_target: likewise for the pastes.
+        temperature: positive.
+        config: which terms and negatives.
+
+    Source: MoCo v3's loss with RegionCL's extra negative.
+    """
+    means = []
+    for wanted, own, other, target in (
+        (config.use_canvas, regions.canvas, regions.paste, canvas_target),
+        (config.use_paste, regions.paste, regions.canvas, paste_target),
+    ):
+        if wanted:
+            assert own is not None
+            extra = _intra_similarity(own, other, config)
+            means.append(batch_contrast(own, keys, target, temperature, extra).mean())
+    return _named_terms(means, config)
+
+
+def _named_terms(means: Any, config: RegionConfig) -> RegionTerms:
+    """Means in the order canvas, paste, of those that are switched on."""
+    remaining = iter(means)
+    canvas = next(remaining) if config.use_canvas else None
+    return RegionTerms(canvas, next(remaining) if config.use_paste else None)

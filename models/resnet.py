@@ -1,0 +1,119 @@
+"""ResNet trunks that end in a feature map, in torchvision's layout and key names, and the table of all backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from .swin import SwinTrunk
+
+ConvInit = Literal["fan_out", "fan_in", "torch"]
+
+
+class ResNetTrunk(ResNet):
+    """A torchvision ResNet without pooling and classifier: images (B, 3, S, S) -> map (B, C, S/32, S/32).
+
+    `state_dict` keys are torchvision's own less `fc.weight` and `fc.bias`, so the weights load there and back.
+
+    Args:
+        block: torchvision's residual block.
+        layers: blocks in each of the four stages.
+        width_per_group: width of the 3x3 convolution of a bottleneck, 64 is the usual one, 128 the "2x" network.
+        conv_init: initialisation of the convolutions, see `initialise_convolutions`.
+        zero_init_residual: start the last BN gamma of every residual branch at 0.
+
+    Source: ResNet v1.5 as in torchvision; CARE (arXiv 2110.05340) uses the wide-bottleneck layout as its "2x".
+    """
+
+    stride: int = 32
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        width_per_group: int = 64,
+        conv_init: ConvInit = "fan_out",
+        zero_init_residual: bool = False,
+    ) -> None:
+        super().__init__(block, list(layers), zero_init_residual=zero_init_residual, width_per_group=width_per_group)
+        del self.fc, self.avgpool
+        self.feature_dim: int = 512 * block.expansion
+        self.stage_dims: tuple[int, int] = (256 * block.expansion, 512 * block.expansion)
+        initialise_convolutions(self, conv_init)
+
+    def forward_stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of layer3 (B, C/2, S/16, S/16) and layer4 (B, C, S/32, S/32) for images (B, 3, S, S)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # S/4
+        middle = self.layer3(self.layer2(self.layer1(x)))
+        return middle, self.layer4(middle)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Last feature map (B, C, S/32, S/32) of images (B, 3, S, S)."""
+        return self.forward_stages(images)[1]
+
+
+def initialise_convolutions(module: nn.Module, scheme: ConvInit) -> None:
+    """Draw all convolution weights inside `module` anew; biases stay as they are.
+
+    Args:
+        module: changed in place.
+        scheme: "fan_out" is Kaiming-normal over the outputs (torchvision, MoCo), "fan_in" over the inputs (OpenSelfSup,
+            on which RegionCL's and DenseCL's code is built), "torch" PyTorch's own default.
+    """
+    for layer in module.modules():
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        if scheme == "torch":
+            layer.reset_parameters()
+        else:
+            nn.init.kaiming_normal_(layer.weight, mode=scheme, nonlinearity="relu")
+
+
+def _swin(
+    conv_init: ConvInit,
+    zero_init_residual: bool,
+    embed_dim: int,
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+) -> SwinTrunk:
+    if zero_init_residual:
+        raise ValueError("swin-t has no batch norm in its blocks to start at zero; pass --zero-init-residual false")
+    trunk = SwinTrunk(embed_dim, depths, num_heads)
+    initialise_convolutions(trunk, conv_init)
+    return trunk
+
+
+Trunk = ResNetTrunk | SwinTrunk
+
+BACKBONES: dict[str, Callable[..., Trunk]] = {
+    "resnet18": partial(ResNetTrunk, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNetTrunk, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNetTrunk, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNetTrunk, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNetTrunk, Bottleneck, (3, 8, 36, 3)),
+    "resnet50-2x": partial(ResNetTrunk, Bottleneck, (3, 4, 6, 3), width_per_group=128),
+    "swin-t": partial(_swin, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+}
+
+
+def build_backbone(arch: str, conv_init: ConvInit, zero_init_residual: bool = False) -> Trunk:
+    """A new trunk by name.
+
+    Args:
+        arch: a key of `BACKBONES`.
+        conv_init: initialisation of the convolutions, see `initialise_convolutions`.
+        zero_init_residual: start every residual branch of a ResNet at 0.
+
+    Returns:
+        A module from images (B, 3, S, S) to a map (B, feature_dim, S/stride, S/stride).
+
+    Raises:
+        ValueError: an unknown name, or an option the architecture does not have.
+    """
+    if arch not in BACKBONES:
+        raise ValueError(f"--arch {arch} is unknown; choose one of {', '.join(BACKBONES)}")
+    return BACKBONES[arch](conv_init=conv_init, zero_init_residual=zero_init_residual)

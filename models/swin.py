@@ -1,0 +1,120 @@
+"""Swin-T as a trunk that ends in a feature map, with drop-path masks that any rank and any resumed run draws alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+
+
+class SwinTrunk(SwinTransformer):
+    """torchvision's Swin-T without classifier: images (B, 3, S, S) -> normalised tokens as a map (B, C, S/32, S/32).
+
+    Linear layers start truncated-normal with std 0.02 and zero bias, as in the Swin code. Drop-path is not a random
+    layer here but an argument of `forward`, so that the same module serves as momentum network without it.
+
+    Args:
+        embed_dim: channels of the first stage, doubled by each of the next three.
+        depths: blocks in each of the four stages.
+        num_heads: attention heads in each.
+        window_size: side of an attention window in tokens.
+
+    Source: Swin (arXiv 2103.14030) as used by MoBY (arXiv 2105.04553): patch 4, window 7, MLP ratio 4, no absolute
+    position embedding.
+    """
+
+    stride: int = 32
+
+    def __init__(
+        self,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+    ) -> None:
+        super().__init__(
+            patch_size=[4, 4],
+            embed_dim=embed_dim,
+            depths=list(depths),
+            num_heads=list(num_heads),
+            window_size=[window_size, window_size],
+            stochastic_depth_prob=0.0,
+        )
+        del self.head, self.avgpool, self.flatten
+        self.feature_dim: int = embed_dim * 2 ** (len(depths) - 1)
+
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks in all stages."""
+        return sum(len(_blocks_of(stage)) for stage in self.features)
+
+    def forward(self, images: Tensor, branch_scale: Tensor | None = None) -> Tensor:
+        """Tokens after the final LayerNorm as a map (B, C, S/32, S/32).
+
+        Args:
+            images: (B, 3, S, S).
+            branch_scale: (2 * blocks, B) factors of the residual branches, attention before MLP, from
+                `draw_branch_scale`; None leaves all branches as they are.
+        """
+        scales = iter(() if branch_scale is None else branch_scale.unbind(0))
+        x = images
+        for stage in self.features:
+            blocks = _blocks_of(stage)
+            for block in blocks:
+                x = x + _scaled(block.attn(block.norm1(x)), next(scales, None))
+                x = x + _scaled(block.mlp(block.norm2(x)), next(scales, None))
+            if not blocks:
+                x = stage(x)  # patch embedding or merging: (B, H, W, C)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+
+def _blocks_of(stage: nn.Module) -> list[SwinTransformerBlock]:
+    """A stage's transformer blocks; empty for patch embedding and patch merging."""
+    return [block for block in stage.children() if isinstance(block, SwinTransformerBlock)]
+
+
+def _scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """A residual branch (B, H, W, C) times one factor an image."""
+    return branch if scale is None else branch * scale.to(branch.dtype)[:, None, None, None]
+
+
+def draw_branch_scale(
+    blocks: int, drop_path: float, seed: int, step: int, tag: int, rows: slice, global_batch: int
+) -> Tensor:
+    """Factors of the residual branches for drop-path: 0 where a branch is dropped for an image, else 1 / keep rate.
+
+    The drop rate grows linearly from 0 in the first block to `drop_path` in the last. All factors of the global batch
+    are drawn from (seed, step, tag) and then sliced, so they do not depend on the number of ranks or on resumption.
+
+    Args:
+        blocks: transformer blocks.
+        drop_path: drop rate of the last block, 0 <= drop_path < 1.
+        seed: run seed.
+        step: optimizer step.
+        tag: which forward pass of the step.
+        rows: positions of this rank in the global batch.
+        global_batch: G.
+
+    Returns:
+        (2 * blocks, B) float32 on the CPU.
+
+    Raises:
+        ValueError: a rate outside its range.
+    """
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"--drop-path {drop_path} must be at least 0 and below 1")
+    generator = torch.Generator().manual_seed(_mixed_seed(seed, step, tag))
+    uniform = torch.rand(blocks, 2, global_batch, generator=generator)
+    keep = 1.0 - torch.linspace(0.0, drop_path, blocks)[:, None, None]
+    return ((uniform < keep) / keep).flatten(0, 1)[:, rows]
+
+
+def _mixed_seed(*words: int) -> int:
+    """One 63-bit seed from several integers by FNV-1a over their bytes, so that near addresses do not collide."""
+    state = 0xCBF29CE484222325
+    for word in words:
+        for byte in (word & (2**64 - 1)).to_bytes(8, "little"):
+            state = ((state ^ byte) * 0x100000001B3) & (2**64 - 1)
+    return state >> 1

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .schedules import scaled_lr
+
 
 def _flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -44,16 +46,6 @@ class OptimConfig:
     eps: float = _flag(1e-8, "adamw's addition to the denominator")
     clip_grad_norm: float = _flag(0.0, "largest norm of all gradients together; 0: no clipping")
     lars: LarsConfig = field(default_factory=LarsConfig)
-
-
-def batch_scale(config: OptimConfig, global_batch: int) -> float:
-    """Factor by which the base learning rate grows with the global batch."""
-    return global_batch / config.lr_reference_batch if config.lr_reference_batch else 1.0
-
-
-def scaled_lr(config: OptimConfig, global_batch: int) -> float:
-    """Peak learning rate at this global batch."""
-    return config.lr * batch_scale(config, global_batch)
 
 
 def _batch_norm_parameters(module: nn.Module) -> set[nn.Parameter]:
@@ -118,11 +110,14 @@ def build_optimizer(method: nn.Module, config: OptimConfig, global_batch: int) -
     _check(config)
     groups = parameter_groups(method, config, global_batch)
     lr = scaled_lr(config, global_batch)
+    # One launch on CUDA, where the fused form can also skip a step by a flag on the device, without a wait of the host.
+    on_cuda = all(p.is_cuda for group in groups for p in group["params"])
+    launch = {"fused": True} if on_cuda else {"foreach": True}
     if config.kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.sgd_momentum, foreach=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=config.sgd_momentum, **launch)
     if config.kind == "adamw":
         betas = (config.betas[0], config.betas[1])
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, foreach=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, **launch)
     return Lars(
         groups, lr=lr, momentum=config.sgd_momentum, trust=config.lars.trust, lr_in_buffer=config.lars.lr_in_buffer
     )
@@ -140,11 +135,27 @@ def _check(config: OptimConfig) -> None:
         raise ValueError(f"optim.sgd_momentum {config.sgd_momentum} is outside 0..1")
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give this learning rate to every group but those whose rate is fixed."""
     for group in optimizer.param_groups:
         if not group.get("fixed_lr", False):
             group["lr"] = lr
+
+
+@torch.no_grad()
+def clip_or_measure(optimizer: torch.optim.Optimizer, config: OptimConfig) -> Tensor:
+    """The norm of all gradients together before clipping, and clipping to `clip_grad_norm` where that is positive.
+
+    Returns:
+        Scalar tensor on the gradients' device; reading it is the caller's decision, here nothing waits for it.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if config.clip_grad_norm > 0:
+        torch._foreach_mul_(gradients, (config.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 class Lars(torch.optim.Optimizer):
@@ -158,11 +169,14 @@ class Lars(torch.optim.Optimizer):
     Groups with "adapt" false use the raw gradient: no decay, no ratio. The two differ in the ratio's denominator and,
     whenever the learning rate changes between steps, in what the buffer remembers. A ratio 0 / 0 counts as 1: its step
     is zero anyhow. In the second form a tensor of zeros has ratio 0 and so never moves, as in the published code.
-    Norms stay on the device: a step does not wait for it.
+    Norms stay on the device: a step does not wait for it. Like PyTorch's fused optimizers it leaves weights and buffers
+    as they are where the attribute `found_inf`, a tensor on the device, is not zero.
 
     Source: You et al., arXiv 1708.03888; the first form is MoCo v3's, the second LEWEL's (methods of arXiv 2104.02057
     and 2203.14898).
     """
+
+    _step_supports_amp_scaling = True  # the gradient scaler then hands over `found_inf` instead of reading it
 
     def __init__(
         self,
@@ -178,6 +192,8 @@ class Lars(torch.optim.Optimizer):
             "lr_in_buffer": lr_in_buffer, "adapt": True,
         }  # fmt: skip
         super().__init__(params, defaults)
+        self.found_inf: Tensor | None = None
+        """Scalar on the device, 1 where this step must change nothing, as in PyTorch's fused optimizers."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -194,18 +210,34 @@ class Lars(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         gradients = [w.grad for w in weights if w.grad is not None]
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            torch._foreach_div_(gradients, scale)
         updates = _adapted(weights, gradients, group) if group["adapt"] else [g.clone() for g in gradients]
         if group["lr_in_buffer"]:
             torch._foreach_mul_(updates, group["lr"])
-        buffers = []
-        for weight in weights:
-            state = self.state[weight]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-            buffers.append(state["momentum_buffer"])
-        torch._foreach_mul_(buffers, group["momentum"])
+        buffers = self._buffers(weights)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(weights, buffers, alpha=-1.0 if group["lr_in_buffer"] else -group["lr"])
+            return
+        bad = found_inf.reshape(()) > 0
+        keep = torch.where(bad, 1.0, group["momentum"])
+        rate = torch.where(bad, 0.0, 1.0 if group["lr_in_buffer"] else group["lr"])
+        for update in updates:
+            update.masked_fill_(bad, 0.0)  # a product with zero would keep NaN
+        torch._foreach_mul_(buffers, keep)
         torch._foreach_add_(buffers, updates)
-        torch._foreach_add_(weights, buffers, alpha=-1.0 if group["lr_in_buffer"] else -group["lr"])
+        torch._foreach_sub_(weights, torch._foreach_mul(buffers, rate))
+
+    def _buffers(self, weights: list[Tensor]) -> list[Tensor]:
+        """Momentum buffers, zero at first; state is made for each weight that first has a gradient."""
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        return [self.state[weight]["momentum_buffer"] for weight in weights]
 
 
 def _adapted(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:

@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .optim import OptimConfig
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -50,13 +53,23 @@ class EmaConfig:
     schedule: Literal["constant", "cosine"] = _flag("constant", "constant, or half a cosine up to 1 at the last step")
 
 
+def batch_scale(optim: OptimConfig, global_batch: int) -> float:
+    """Factor by which the base learning rate grows with the global batch: 1 where `lr_reference_batch` is 0."""
+    return global_batch / optim.lr_reference_batch if optim.lr_reference_batch else 1.0
+
+
+def scaled_lr(optim: OptimConfig, global_batch: int) -> float:
+    """Peak learning rate at this global batch."""
+    return optim.lr * batch_scale(optim, global_batch)
+
+
 def _cosine(progress: float) -> float:
     """1 at 0, 0 at 1."""
     return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def lr_at(
-    step: int, steps_per_epoch: int, epochs: int, config: ScheduleConfig, peak_lr: float, batch_scale: float = 1.0
+    step: int, steps_per_epoch: int, epochs: int, config: ScheduleConfig, optim: OptimConfig, global_batch: int
 ) -> float:
     """Learning rate of optimizer step `step`.
 
@@ -65,8 +78,8 @@ def lr_at(
         steps_per_epoch: optimizer steps in an epoch.
         epochs: epochs of the run.
         config: the schedule.
-        peak_lr: base learning rate after scaling with the batch.
-        batch_scale: global batch / reference batch, by which `scale_ends` multiplies both ends.
+        optim: base learning rate and the batch it belongs to.
+        global_batch: images of one step over all ranks.
 
     Raises:
         ValueError: a step before the start, or a run without steps.
@@ -77,7 +90,8 @@ def lr_at(
     """
     if step < 0 or steps_per_epoch < 1 or epochs < 1:
         raise ValueError(f"step {step} of {epochs} epochs of {steps_per_epoch} steps does not exist")
-    ends_scale = batch_scale if config.scale_ends else 1.0
+    peak_lr = scaled_lr(optim, global_batch)
+    ends_scale = batch_scale(optim, global_batch) if config.scale_ends else 1.0
     warmup_steps = config.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         start = config.warmup_start * ends_scale

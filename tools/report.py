@@ -1,0 +1,417 @@
+"""Write one offline page about a run, or several side by side: `python tools/report.py runs/regioncl-m [RUN ...]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tools.charts import COLOURS, Series, line_chart
+from tools.cli import make_parser, parse
+from tools.published import candidates, differences
+from train.errors import UserMistake, run_to_exit_code
+
+_STYLE = Path(__file__).with_name("report.css")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the page knows of one run.
+
+    Attributes:
+        name: what it is called on the page.
+        folder: the run's folder.
+        config: its `config.json`.
+        rows: its `metrics.jsonl`, in order.
+        scores: protocol -> what `train/evaluate.py` measured.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    rows: list[Row]
+    scores: dict[str, Any]
+
+    def of_kind(self, kind: str) -> list[Row]:
+        """The rows of one kind."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def values(self, kind: str, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one figure."""
+        rows = [row for row in self.of_kind(kind) if isinstance(row.get(name), int | float)]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def read_run(folder: Path, name: str | None = None) -> Run:
+    """The run in a folder.
+
+    A last line of the metrics that a kill cut short is left out.
+
+    Raises:
+        UserMistake: when the folder holds no run.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as reason:
+        raise UserMistake(f"{folder}: {reason}; give a run's folder, with config.json and metrics.jsonl") from None
+    rows: list[Row] = []
+    for position, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if position != len(lines) - 1:
+                where = f"{folder / 'metrics.jsonl'}: line {position + 1}"
+                raise UserMistake(f"{where} is no JSON; restore the file") from None
+    return Run(name or folder.resolve().name, folder, config, rows, _scores(folder))
+
+
+def _scores(folder: Path) -> dict[str, Any]:
+    """What evaluation left beside the run: every JSON file with a protocol and a top-1."""
+    found: dict[str, Any] = {}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("eval*/*.json")]):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("protocol"), str):
+            found[content["protocol"]] = content
+    return found
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return float(np.median(values)) if len(values) else None
+
+
+def chance_level(run: Run) -> float | None:
+    """Loss of a guess among the positive and the queue, ln(K + 1); None for a method without one queue."""
+    size = run.config.get("model", {}).get("queue_size")
+    return math.log(size + 1) if isinstance(size, int) and size > 0 else None
+
+
+# --- top of the page -------------------------------------------------------------------------------------------------
+
+
+def _title(run: Run) -> str:
+    settings, recipe = run.config.get("run", {}), run.config.get("recipe", {})
+    return f"{settings.get('method', '?')} · {recipe.get('arch', '?')} · {recipe.get('image_size', '?')} px"
+
+
+def _change(run: Run, kind: str, name: str, percent: bool) -> tuple[str, str]:
+    """Newest value, and a sentence with where it began and its best."""
+    _, values = run.values(kind, name)
+    if not values:
+        return "–", "not measured"
+    form = ".1%" if percent else ".3f"
+    if len(values) == 1:
+        return format(values[0], form), "measured once"
+    return format(values[-1], form), f"from {values[0]:{form}} at the first, best {max(values):{form}}"
+
+
+def _tiles(run: Run) -> str:
+    steps, losses = run.values("train", "loss")
+    tail = losses[-max(1, len(losses) // 20) :]
+    speed = _median(run.values("train", "images_per_s")[1])
+    wait = _median(run.values("train", "data_wait_share")[1])
+    batch = run.config.get("recipe", {}).get("global_batch", 0)
+    seen = f"{int(steps[-1]) * batch:,} images seen" if steps else "no step finished"
+    cells = [
+        ("Loss, last twentieth", _number(_median(tail)), seen),
+        ("k-NN top-1", *_change(run, "knn", "top1", percent=True)),
+        ("View retrieval", *_change(run, "health", "view_retrieval", percent=True)),
+        ("Effective rank", *_change(run, "health", "effective_rank", percent=False)),
+        ("Source images/s", _number(speed, ",.0f"), "median of the run"),
+        ("Waiting for data", _number(wait, ".1%"), "median share of the time"),
+    ]
+    return (
+        '<div class="tiles">'
+        + "".join(
+            f'<div class="tile"><span>{_text(label)}</span><b>{_text(value)}</b><span>{_text(note)}</span></div>'
+            for label, value, note in cells
+        )
+        + "</div>"
+    )
+
+
+def measured_figure(run: Run) -> tuple[str | None, str]:
+    """What stands beside the published figure: a linear probe where there is one, else the newest online k-NN.
+
+    Returns:
+        The protocol ("linear", "20-NN" or None) and the figure as text.
+    """
+    linear = run.scores.get("linear", {})
+    if isinstance(linear.get("top1"), int | float):
+        return "linear", f"{_percent(linear['top1'])} top-1"
+    rows = run.of_kind("knn")
+    if rows:
+        return f"{rows[-1]['k']}-NN", f"{_percent(rows[-1]['top1'])} top-1"
+    return None, "–"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _published(runs: Sequence[Run]) -> str:
+    rows = []
+    for number, run in enumerate(runs):
+        recipe = run.config.get("recipe", {})
+        method = run.config.get("run", {}).get("method", "")
+        measured, figure = measured_figure(run)
+        found = candidates(method, recipe.get("arch", ""), recipe.get("epochs", 0))
+        first = (
+            f'<tr><td class="name">{_swatch(number)}{_text(run.name)}</td><td>{_text(_title(run))}</td>'
+            f'<td class="figure">{_text(figure)}{f" ({_text(measured)})" if measured else ""}</td>'
+        )
+        if not found:
+            rows.append(f"{first}<td>none</td><td>nothing was published for this method</td></tr>")
+        for row in found:
+            top5 = f" / {row.top5:g}%" if row.top5 is not None else ""
+            there = f"{row.top1:g}%{top5} ({row.protocol}, {row.epochs} epochs; {row.source})"
+            listed = differences(row, run.config, run.config.get("data_images"), measured)
+            apart = "".join(f"<li>{_text(item)}</li>" for item in listed) or "<li>none known</li>"
+            rows.append(f"{first}<td>{_text(there)}</td><td><ul>{apart}</ul></td></tr>")
+    return _table(("run", "what", "here", "published, top-1 / top-5", "difference of protocol"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+    cells = "".join(f"<th>{_text(name)}</th>" for name in head)
+    return f'<div class="table"><table><tr>{cells}</tr>{"".join(rows)}</table></div>'
+
+
+def _swatch(number: int) -> str:
+    return f'<i style="color:var(--series-{number % COLOURS})"></i>'
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _per_run(runs: Sequence[Run], kind: str, name: str, scale: float = 1.0) -> list[Series]:
+    found = []
+    for number, run in enumerate(runs):
+        x, y = run.values(kind, name)
+        found.append(Series(run.name, x, [value * scale for value in y], colour=number))
+    return found
+
+
+def _loss_terms(runs: Sequence[Run]) -> list[Series]:
+    """The total of each run; for a single run also each of its terms."""
+    series = _per_run(runs, "train", "loss")
+    if len(runs) == 1:
+        names = dict.fromkeys(name for row in runs[0].of_kind("train") for name in row if name.startswith("loss/"))
+        for number, name in enumerate(names, start=1):
+            x, y = runs[0].values("train", name)
+            series.append(Series(name, x, y, colour=number))
+    return series
+
+
+def _charts(runs: Sequence[Run]) -> str:
+    levels = {round(level, 4): level for run in runs if (level := chance_level(run)) is not None}
+    references = [(f"chance, ln(K+1) = {level:.2f}", level) for level in levels.values()]
+    percent = 100.0
+    figures = [
+        line_chart(
+            "Loss",
+            "With a queue the first values are low because its keys are still random; compare later ones with chance.",
+            _loss_terms(runs),
+            references=references,
+        ),
+        line_chart(
+            "k-NN top-1, percent",
+            "Labelled images told apart by their nearest neighbours; the first point is the untrained backbone.",
+            _per_run(runs, "knn", "top1", percent),
+        ),
+        line_chart(
+            "View retrieval, percent",
+            "Share of held-out images whose second view is nearest to their first; needs no "
+            "labels, and rises while the backbone learns.",
+            _per_run(runs, "health", "view_retrieval", percent),
+            zero=True,
+        ),
+        line_chart(
+            "Effective rank",
+            "How many directions the features use; a fall to a few means collapse.",
+            _per_run(runs, "health", "effective_rank"),
+            zero=True,
+        ),
+        line_chart(
+            "Feature spread",
+            "Standard deviation of unit features, about 1 when spread evenly; near 0 means collapse.",
+            _per_run(runs, "health", "feature_std"),
+            zero=True,
+        ),
+        line_chart(
+            "Source images per second",
+            "Each image counts once, however many views are cut from it.",
+            _per_run(runs, "train", "images_per_s"),
+            zero=True,
+        ),
+        line_chart(
+            "Waiting for data, percent of the time",
+            "Above a few percent the loader limits the run: see tools/doctor.py for what to change.",
+            _per_run(runs, "train", "data_wait_share", percent),
+            zero=True,
+        ),
+        line_chart("Gradient norm", "Before clipping.", _per_run(runs, "train", "grad_norm"), zero=True),
+        line_chart("Learning rate", "As the schedule gives it.", _per_run(runs, "train", "lr"), zero=True),
+        line_chart(
+            "EMA coefficient",
+            "How much of itself the momentum network keeps at each step.",
+            _per_run(runs, "train", "ema_momentum"),
+        ),
+    ]
+    drawn = "".join(figures)
+    return f'<div class="charts">{drawn}</div>' if drawn else '<p class="note">No step has been recorded yet.</p>'
+
+
+# --- pictures, events, configuration ---------------------------------------------------------------------------------
+
+
+def _pictures(runs: Sequence[Run]) -> str:
+    from tools.report_views import run_pictures
+
+    parts = []
+    for run in runs:
+        try:
+            pictures = run_pictures(run.folder)
+        except UserMistake as reason:
+            parts.append(f'<p class="note">{_text(run.name)}: no images to show ({_text(reason)})</p>')
+            continue
+        for picture in pictures:
+            title = picture.title if len(runs) == 1 else f"{run.name}: {picture.title}"
+            parts.append(
+                f'<figure><h3>{_text(title)}</h3><p class="note">{_text(picture.note)}</p>'
+                f'<img src="{picture.uri}" width="{picture.width_px}" alt="{_text(title)}"></figure>'
+            )
+    return f'<div class="pictures">{"".join(parts)}</div>'
+
+
+def _events(runs: Sequence[Run]) -> str:
+    rows = []
+    for number, run in enumerate(runs):
+        for row in run.rows:
+            if row["kind"] in ("train", "health", "knn", "checkpoint"):
+                continue
+            rest = {name: value for name, value in row.items() if name not in ("kind", "step", "epoch", "time_s")}
+            about = ", ".join(f"{name} {value}" for name, value in rest.items())
+            rows.append(
+                f'<tr><td class="name">{_swatch(number)}{_text(run.name)}</td><td>{_text(row["kind"])}</td>'
+                f'<td class="figure">{row["step"]:,}</td><td class="figure">{row["time_s"]:,.0f} s</td>'
+                f"<td>{_text(about)}</td></tr>"
+            )
+    return _table(("run", "what happened", "step", "after", "details"), rows)
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        flat: dict[str, str] = {}
+        for name, inner in value.items():
+            flat.update(_flatten(inner, f"{path}.{name}" if path else name))
+        return flat
+    return {path: json.dumps(value)}
+
+
+def _configuration(runs: Sequence[Run]) -> str:
+    flat = [_flatten(run.config) for run in runs]
+    names = list(dict.fromkeys(name for settings in flat for name in settings))
+    rows = []
+    for name in names:
+        values = [settings.get(name, "–") for settings in flat]
+        differs = ' class="differs"' if len(set(values)) > 1 else ""
+        cells = "".join(f"<td><code>{_text(value)}</code></td>" for value in values)
+        rows.append(f"<tr{differs}><td><code>{_text(name)}</code></td>{cells}</tr>")
+    note = '<p class="note">Rows in which the runs differ are marked.</p>' if len(runs) > 1 else ""
+    return note + _table(("field", *(run.name for run in runs)), rows)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Folder names; with their parents where two are alike."""
+    short = [folder.resolve().name for folder in folders]
+    if len(set(short)) == len(short):
+        return short
+    return ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The whole page about these runs, as HTML that loads nothing from anywhere."""
+    sections: list[tuple[str, Callable[[Sequence[Run]], str]]] = [
+        ("Beside the published figures", _published),
+        ("Curves", _charts),
+        ("What the method sees", _pictures),
+        ("Events", _events),
+        ("Configuration", _configuration),
+    ]
+    tiles = "".join(
+        f'<h3 class="name">{_swatch(number)}{_text(run.name)} <span class="note">{_text(_title(run))}</span></h3>'
+        f"{_tiles(run)}"
+        for number, run in enumerate(runs)
+    )
+    body = "".join(f"<section><h2>{_text(title)}</h2>{make(runs)}</section>" for title, make in sections)
+    title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head>"
+        f"<body><main><h1>{_text(title)}</h1>{tiles}{body}</main></body></html>\n"
+    )
+
+
+def build_report(runs: Sequence[Path], out: Path) -> None:
+    """Write the page about the runs in these folders to `out`, whole or not at all.
+
+    Raises:
+        UserMistake: when a folder holds no run, or `out` cannot be written.
+    """
+    if not runs:
+        raise UserMistake("no run was named; give one or more run folders")
+    page = render([read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)])
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(out)
+    except OSError as reason:
+        raise UserMistake(f"{out}: {reason.strerror or reason}; choose another --out") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page and say where it is."""
+    parser = make_parser("tools/report.py", "Write one offline page about a run, or several side by side.")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--out", type=Path, help="file to write; report.html in the first run's folder when not given")
+
+    def write() -> int:
+        arguments = parse(parser, argv)
+        if not arguments.runs:
+            raise UserMistake("no run was named; give one or more run folders, for example runs/regioncl-m")
+        out = arguments.out or arguments.runs[0] / "report.html"
+        build_report(arguments.runs, out)
+        print(out)
+        return 0
+
+    return run_to_exit_code(write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The pipelines of a run: training, held-out views for health, labelled banks for online k-NN."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from models.methods.base import Method
+from pipeline import augment
+from pipeline.interface import Pipeline, PipelineConfig
+from pipeline.loaders import build_pipeline
+from pipeline.sampling import hold_out
+
+from .config import Config
+from .errors import UserMistake
+from .eval.features import center_view, evaluation_mode, extract_features
+from .eval.knn import knn_classify
+from .health import MAX_RETRIEVAL_IMAGES, health
+from .inputs import VIEWS, train_views
+from .runtime import Runtime
+
+EVAL_BATCH = 256
+KNN_NEIGHBOURS = 20
+
+
+def _base_config(config: Config, runtime: Runtime, data: str) -> PipelineConfig:
+    return PipelineConfig(
+        data=data,
+        views=(),
+        global_batch=EVAL_BATCH,
+        seed=config.run.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        workers=config.run.workers,
+        device=runtime.device,
+        order="sequential",
+        drop_last=False,
+    )
+
+
+def _build(config: Config, settings: PipelineConfig, quiet: bool = True) -> Pipeline:
+    try:
+        return build_pipeline(config.run.loader, settings, quiet)
+    except (ValueError, OSError, ImportError) as reason:
+        raise UserMistake(str(reason)) from None
+
+
+@dataclass
+class RunData:
+    """All pipelines of a run.
+
+    Attributes:
+        train: random views of the training population.
+        held_out: random views of up to 500 images that are not trained on, with fixed draws.
+        bank: evaluation views of all training images, or None without `--val-data`.
+        queries: evaluation views of `--val-data`, or None.
+        population: indices that are trained on.
+    """
+
+    train: Pipeline
+    held_out: Pipeline
+    bank: Pipeline | None
+    queries: Pipeline | None
+    population: np.ndarray
+
+    def close(self) -> None:
+        """Close all pipelines."""
+        for each in (self.train, self.held_out, self.bank, self.queries):
+            if each is not None:
+                each.close()
+
+
+def open_data(config: Config, runtime: Runtime) -> RunData:
+    """Open every pipeline that the run needs.
+
+    Raises:
+        UserMistake: when the data cannot be read, or are too few for one batch.
+    """
+    base = _base_config(config, runtime, config.run.data)
+    whole = _build(config, dataclasses.replace(base, views=(center_view(config.recipe.image_size),)))
+    total = whole.num_samples
+    held_out_from = config.run.val_data or config.run.data
+    count = 0 if config.run.val_data else min(config.run.holdout, total // 20)
+    population, held_out = hold_out(total, config.run.seed, count)
+    if len(population) < config.recipe.global_batch:
+        raise UserMistake(
+            f"--data {config.run.data}: {len(population)} images to train on are fewer than --global-batch "
+            f"{config.recipe.global_batch}; lower it or add images"
+        )
+    train = _build(
+        config,
+        dataclasses.replace(
+            base,
+            views=train_views(config),
+            global_batch=config.recipe.global_batch,
+            order=config.run.order,
+            drop_last=True,
+            population=population,
+        ),
+        quiet=False,
+    )
+    bank = queries = None
+    if config.run.val_data:
+        queries = _build(
+            config, dataclasses.replace(base, data=config.run.val_data, views=(center_view(config.recipe.image_size),))
+        )
+        bank = whole
+        if not (bank.labels >= 0).all() or not (queries.labels >= 0).all():
+            raise UserMistake(
+                f"--val-data {config.run.val_data}: k-NN needs labels for every image of --data and --val-data; "
+                "pack folders with one sub-folder a class"
+            )
+        held_out = np.arange(queries.num_samples)
+    else:
+        whole.close()
+    if len(held_out) == 0:
+        # Too few images to spare any: the figures then come from training images.
+        held_out = population
+    chosen = held_out[np.linspace(0, len(held_out) - 1, min(len(held_out), MAX_RETRIEVAL_IMAGES)).astype(np.int64)]
+    views = _build(
+        config,
+        dataclasses.replace(
+            base, data=held_out_from, views=train_views(config), population=chosen, rank=0, world_size=1
+        ),
+    )
+    return RunData(train, views, bank, queries, population)
+
+
+@torch.no_grad()
+def health_figures(method: Method, data: RunData, config: Config, runtime: Runtime) -> dict[str, float]:
+    """Label-free figures of the backbone on held-out images, the same two views of each every time."""
+    features: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS}
+    data.held_out.set_epoch(0)
+    with evaluation_mode(method.encoder):
+        for batch in data.held_out:
+            for number, name in enumerate(VIEWS):
+                params = augment.draw(config.recipe.augment.profile, config.run.seed, 0, batch.index.numpy(), number)
+                images = augment.apply(batch.views[name], params.to(runtime.device), torch.float32)
+                with runtime.autocast():
+                    features[name].append(method.features(images).float().cpu())
+    return health(torch.cat(features["view1"]), torch.cat(features["view2"]))
+
+
+def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, float | int]:
+    """20-NN top-1 of the backbone, all training images as bank and `--val-data` as queries."""
+    assert data.bank is not None and data.queries is not None
+    autocast_dtype = None if runtime.dtype is torch.float32 else runtime.dtype
+    bank, queries = (
+        extract_features(method.encoder, pipeline, runtime.device, autocast_dtype)
+        for pipeline in (data.bank, data.queries)
+    )
+    k = min(KNN_NEIGHBOURS, len(bank.features))
+    weighted, majority = knn_classify(bank.features, bank.labels, queries.features, queries.labels, [k])[k]
+    return {
+        "top1": weighted,
+        "top1_majority": majority,
+        "k": k,
+        "train_images": len(bank.features),
+        "val_images": len(queries.features),
+    }

@@ -1,0 +1,56 @@
+"""Ways a run ends other than well, each with the exit code that scripts rely on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_USER_MISTAKE = 2
+EXIT_BAD_IMAGES = 3
+EXIT_NON_FINITE = 4
+EXIT_CHECKPOINT = 5
+EXIT_REQUEUE = 75
+
+
+class RunEnd(Exception):
+    """Ends the run with `code` after printing its one-line message."""
+
+    code = 1
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+
+class UserMistake(RunEnd):
+    """A flag, path, data set or checkpoint that cannot be used as given; the message names the remedy."""
+
+    code = EXIT_USER_MISTAKE
+
+
+class NonFinite(RunEnd):
+    """The loss or its gradient stayed non-finite."""
+
+    code = EXIT_NON_FINITE
+
+
+class CheckpointFailed(RunEnd):
+    """A checkpoint could not be written."""
+
+    code = EXIT_CHECKPOINT
+
+
+class Stopped(RunEnd):
+    """Stopped by a signal after saving; a scheduler may requeue the same command."""
+
+    code = EXIT_REQUEUE
+
+
+def run_to_exit_code(main: Callable[[], int]) -> int:
+    """Call `main` and turn a `RunEnd` into one line on standard error and its exit code."""
+    try:
+        return main()
+    except RunEnd as end:
+        print(f"regatta: {' '.join(str(end).split())}", file=sys.stderr)
+        return end.code

@@ -1,0 +1,224 @@
+"""From a loader's batch to a method's inputs: augmentation, region swapping, key shuffling, one step ahead on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.collectives import all_gather_rows
+from models.methods.base import Method, StepInputs
+from pipeline import augment, regions
+from pipeline.interface import Batch, Pipeline, ViewSpec
+from pipeline.rng import SLOT_SHUFFLE, permutation
+
+from .config import Config
+from .errors import UserMistake
+from .runtime import Runtime
+
+VIEWS = ("view1", "view2")
+
+
+def train_views(config: Config) -> tuple[ViewSpec, ...]:
+    """The two random crops that the recipe's profile asks for."""
+    specs = augment.view_specs(config.recipe.augment.profile, config.recipe.image_size)
+    if config.recipe.augment.min_scale:
+        low = config.recipe.augment.min_scale
+        specs = tuple(dataclasses.replace(spec, scale=(low, spec.scale[1])) for spec in specs)
+    return specs
+
+
+def batch_per_device(config: Config, world_size: int) -> int:
+    """Images of a global batch on one device.
+
+    Raises:
+        UserMistake: when batch, ranks, micro-batches and BN groups do not fit together.
+    """
+    total, group = config.recipe.global_batch, bn_group_size(config)
+    if total % world_size:
+        raise UserMistake(
+            f"--global-batch {total} does not divide over {world_size} ranks; choose a multiple of {world_size}"
+        )
+    local = total // world_size
+    micro = config.run.micro_batch or local
+    if local % micro:
+        raise UserMistake(f"--micro-batch {micro} does not divide the {local} images of a device; choose a divisor")
+    if group and micro % group:
+        raise UserMistake(
+            f"--bn.group-size {group} does not divide the {micro} images of one forward pass; choose a divisor "
+            f"of {micro}, or another --global-batch"
+        )
+    return local
+
+
+def bn_group_size(config: Config) -> int:
+    """Images that share BN statistics in mode `group`; 0 elsewhere and for a rank's whole batch."""
+    return config.recipe.bn.group_size if config.recipe.bn.mode == "group" else 0
+
+
+@dataclass
+class InputBuilder:
+    """Builds the inputs of each step, one `StepInputs` for each micro-batch.
+
+    Attributes:
+        config: resolved configuration.
+        method: tells which composites and permutations it needs.
+        runtime: device, rank and world size.
+        grid: cells a side of the feature map.
+    """
+
+    config: Config
+    method: Method
+    runtime: Runtime
+    grid: int
+
+    @property
+    def stride(self) -> int:
+        """Pixels a side of a feature cell."""
+        return self.config.recipe.image_size // self.grid
+
+    def build(self, batch: Batch, epoch: int, step: int) -> list[StepInputs]:
+        """Inputs of optimizer step `step` from this rank's part of its global batch."""
+        views = {name: self._augment(batch, name, number, epoch) for number, name in enumerate(VIEWS)}
+        local = batch.index.numel()
+        micro = self.config.run.micro_batch or local
+        count = local // micro
+        return [
+            self._inputs(
+                {name: view[first * micro : (first + 1) * micro] for name, view in views.items()}, step, first, count
+            )
+            for first in range(count)
+        ]
+
+    def _augment(self, batch: Batch, name: str, number: int, epoch: int) -> Tensor:
+        config = self.config
+        params = augment.draw(
+            augment.PROFILES[config.recipe.augment.profile], config.run.seed, epoch, batch.index.numpy(), number
+        )
+        dtype = torch.float32 if self.runtime.device.type == "cpu" else self.runtime.dtype
+        return augment.apply(
+            batch.views[name],
+            params.to(self.runtime.device, non_blocking=True),
+            dtype,
+        )
+
+    def _inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int) -> StepInputs:
+        """Each micro-batch of all ranks together is treated as a global batch of its own."""
+        inputs = StepInputs(
+            view1=views["view1"],
+            view2=views["view2"],
+            seed=self.config.run.seed,
+            step=step * count + micro,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+        )
+        size = views["view1"].shape[0] * self.runtime.world_size
+        inputs.key_permutation = tuple(
+            self._on_host(permutation(inputs.seed, size, inputs.step, direction, SLOT_SHUFFLE))
+            for direction in range(self.method.key_directions)
+        )
+        for direction, name in enumerate(VIEWS):
+            if name in self.method.mixed_views:
+                self._mix(inputs, name, views[name], direction, step, size)
+        return inputs
+
+    def _mix(self, inputs: StepInputs, name: str, view: Tensor, direction: int, step: int, global_batch: int) -> None:
+        settings = self.config.model.region
+        region = regions.draw_region(
+            settings.sampling,
+            self.grid,
+            self.stride,
+            inputs.seed,
+            step,
+            direction,
+            lower=settings.lower or None,
+            upper=settings.upper or None,
+            rank=inputs.rank if settings.per_rank else None,
+        )
+        batch = view.shape[0]
+        group = bn_group_size(self.config) or batch
+        partner, _ = regions.draw_pairing(
+            settings.pairing, settings.pairing_scope, inputs.seed, inputs.step, direction, global_batch, group
+        )
+        index = self._to_device(regions.rank_partner(partner, inputs.rank, batch, settings.pairing_scope))
+        across = settings.pairing_scope == "global" and inputs.world_size > 1
+        inputs.partner[name] = index
+        inputs.mixed[name] = regions.make_mixed(view, index, region, all_gather_rows if across else None)
+        inputs.box_cells[name] = region.boxes(batch, view.device)
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(values)
+        if self.runtime.device.type == "cuda":
+            return tensor.pin_memory().to(self.runtime.device, non_blocking=True)
+        return tensor
+
+    def _on_host(self, values: np.ndarray) -> Tensor:
+        """Permutations stay on the host, which must know them to exchange images between ranks without waiting."""
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self.runtime.device.type == "cuda" else tensor
+
+
+@dataclass
+class InputStream:
+    """The steps of one epoch as (step, inputs), prepared one step ahead on a side stream where there is a GPU.
+
+    Attributes:
+        builder: makes the inputs.
+        pipeline: delivers batches.
+        wait_s: seconds the host has waited for the loader; read and reset by the caller.
+    """
+
+    builder: InputBuilder
+    pipeline: Pipeline
+    wait_s: float = 0.0
+    _stream: torch.cuda.Stream | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.builder.runtime.device.type == "cuda":
+            self._stream = torch.cuda.Stream()
+
+    def epoch(self, epoch: int, first_step_in_epoch: int, first_step: int) -> Iterator[tuple[int, list[StepInputs]]]:
+        """Inputs from `first_step_in_epoch` on; `first_step` is the optimizer step it has."""
+        self.pipeline.set_epoch(epoch, first_step_in_epoch)
+        source = iter(self.pipeline)
+        pending = self._next(source, epoch, first_step)
+        step = first_step
+        while pending is not None:
+            current = pending
+            if self._stream is not None:
+                torch.cuda.current_stream().wait_stream(self._stream)
+                _record(current, torch.cuda.current_stream())
+                # The copy and augmentation of the next batch run beside the step that the caller now queues.
+                pending = self._next(source, epoch, step + 1)
+                yield step, current
+            else:
+                yield step, current
+                pending = self._next(source, epoch, step + 1)
+            step += 1
+
+    def _next(self, source: Iterator[Batch], epoch: int, step: int) -> list[StepInputs] | None:
+        started = time.perf_counter()
+        batch = next(source, None)
+        self.wait_s += time.perf_counter() - started
+        if batch is None:
+            return None
+        if self._stream is None:
+            return self.builder.build(batch, epoch, step)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for view in batch.views.values():
+                view.record_stream(self._stream)
+            return self.builder.build(batch, epoch, step)
+
+
+def _record(inputs: list[StepInputs], stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that tensors made on the side stream are used on `stream`."""
+    for each in inputs:
+        held = [each.view1, each.view2, *each.mixed.values(), *each.box_cells.values(), *each.partner.values()]
+        for tensor in held:
+            tensor.record_stream(stream)

@@ -1,0 +1,276 @@
+"""The training loop: one function, read top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.collectives import average_buffers
+from models.methods.base import Method, StepInputs, StepOutput
+from models.norm import running_buffers
+
+from .backbone_io import save_backbone
+from .checkpoint import TrainState, save_checkpoint
+from .config import Config
+from .errors import CheckpointFailed, NonFinite, Stopped
+from .inputs import InputStream
+from .metrics import Metrics
+from .optim import clip_or_measure, set_learning_rate
+from .runtime import Runtime, SignalWatch
+from .schedules import ema_at, lr_at
+
+PATIENCE = 25
+"""Non-finite steps in a row after which the run gives up."""
+
+
+@dataclass
+class Job:
+    """What one run needs beside its state.
+
+    Attributes:
+        config: resolved configuration.
+        runtime: this process.
+        wrapped: the method as DDP (or itself); entered by `forward` alone.
+        stream: inputs of each step.
+        metrics: where rows go.
+        run_dir: folder of the run; None on ranks that write nothing.
+        total_steps: optimizer steps of the recipe's schedule.
+        last_step: where this run ends, `total_steps` or an earlier `--max-steps`.
+        steps_per_epoch: optimizer steps of an epoch.
+        evaluate: called as `evaluate(step, epoch)` at the start, every `knn_every` epochs and at the end.
+        config_json: stored in each checkpoint, to be compared on resuming.
+    """
+
+    config: Config
+    runtime: Runtime
+    wrapped: nn.Module
+    stream: InputStream
+    metrics: Metrics
+    run_dir: Path | None
+    total_steps: int
+    last_step: int
+    steps_per_epoch: int
+    evaluate: Callable[[int, int], None]
+    config_json: dict[str, Any]
+
+
+def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
+    """Take optimizer steps from `state.step` to the end of the run.
+
+    Raises:
+        NonFinite: when the loss stays non-finite for `PATIENCE` steps.
+        Stopped: after saving, when a signal asked for it.
+        CheckpointFailed: when a checkpoint cannot be written.
+    """
+    run, runtime = job.config.run, job.runtime
+    state.method.train()
+    saved_at = state.step
+    clock = _Clock(job.config.recipe.global_batch)
+    if state.step == 0:
+        job.evaluate(0, 0)
+        clock.restart()
+    while state.step < job.last_step:
+        epoch, first = divmod(state.step, job.steps_per_epoch)
+        for step, inputs in job.stream.epoch(epoch, first, state.step):
+            take_step(job, state, step, inputs)
+            state.step = step + 1
+            clock.steps += 1
+            if state.step % run.log_every == 0 or state.step == job.last_step:
+                _write_row(job, state, epoch, clock)
+            ends_epoch = state.step % job.steps_per_epoch == 0
+            if ends_epoch and run.knn_every and (epoch + 1) % run.knn_every == 0 and state.step < job.last_step:
+                job.evaluate(state.step, epoch + 1)
+                clock.restart()
+            # Asking the other ranks costs the host a wait, which a CPU run does not notice.
+            if runtime.device.type == "cpu" or state.step % run.log_every == 0:
+                if runtime.agree(bool(watch.asked)):
+                    save(job, state, epoch)
+                    raise Stopped(
+                        f"stopped by {watch.asked or 'a signal to another rank'} after step {state.step}, "
+                        "saved; the same command goes on from here"
+                    )
+            if state.step % run.checkpoint_every == 0 and state.step < job.last_step:
+                save(job, state, epoch)
+                saved_at = state.step
+                clock.restart()
+            if state.step == job.last_step:
+                break
+    last_epoch = state.step // job.steps_per_epoch
+    if saved_at != state.step:
+        job.evaluate(state.step, last_epoch)
+        save(job, state, last_epoch)
+
+
+def _lr(job: Job, step: int) -> float:
+    recipe = job.config.recipe
+    return lr_at(step, job.steps_per_epoch, recipe.epochs, recipe.schedule, recipe.optim, recipe.global_batch)
+
+
+def take_step(job: Job, state: TrainState, step: int, micro_batches: list[StepInputs]) -> None:
+    """Forward and backward over the micro-batches, then optimizer, EMA, queue and running statistics.
+
+    Nothing here waits for the device.
+    """
+    recipe, runtime = job.config.recipe, job.runtime
+    # Any draw outside our counters (there should be none) would still be a function of (seed, step) alone.
+    torch.manual_seed((job.config.run.seed << 32) + step)
+    set_learning_rate(state.optimizer, _lr(job, step))
+    outputs = []
+    for position, inputs in enumerate(micro_batches):
+        last = position == len(micro_batches) - 1
+        outputs.append(_forward_backward(job, state, inputs, 1.0 / len(micro_batches), last))
+    if state.scaler is not None:
+        state.scaler.unscale_(state.optimizer)
+    loss = torch.stack([output.loss.detach().float() for output in outputs]).mean()
+    grad_norm = clip_or_measure(state.optimizer, recipe.optim)
+    bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    taken = _update(state, bad, runtime.device)
+    state.non_finite.add_(1).mul_(bad)
+    if taken:
+        method: Method = state.method  # type: ignore[assignment]
+        method.after_step(_joined(outputs), ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema))
+        if runtime.world_size > 1:
+            average_buffers(running_buffers(method))
+    _accumulate(state, outputs, loss, grad_norm)
+    if not taken:
+        job.metrics.row("skipped_step", step + 1, step // job.steps_per_epoch, reason="non-finite loss or gradient")
+        _give_up_if_stuck(state)
+
+
+def _forward_backward(job: Job, state: TrainState, inputs: StepInputs, weight: float, last: bool) -> StepOutput:
+    # Gradients travel once a step, after the last micro-batch.
+    accumulate = isinstance(job.wrapped, nn.parallel.DistributedDataParallel) and not last
+    with job.wrapped.no_sync() if accumulate else contextlib.nullcontext():  # type: ignore[operator]
+        with job.runtime.autocast():
+            output: StepOutput = job.wrapped(inputs)
+        loss = output.loss * weight
+        (state.scaler.scale(loss) if state.scaler is not None else loss).backward()
+    return output
+
+
+def _update(state: TrainState, bad: Tensor, device: torch.device) -> bool:
+    """Take the optimizer step unless the gradient is non-finite; false where the host knows that it was skipped.
+
+    On the CPU looking is free. On CUDA the fused optimizers read a flag on the device, so the host need not wait.
+    """
+    if device.type == "cpu":
+        skip = bool(bad)
+        if not skip:
+            state.optimizer.step()
+    elif state.scaler is not None:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        skip = False
+    else:
+        state.optimizer.found_inf = bad.float().reshape(1)  # type: ignore[attr-defined]
+        state.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        state.optimizer.step()
+        skip = False
+    state.optimizer.zero_grad(set_to_none=True)
+    return not skip
+
+
+def _joined(outputs: list[StepOutput]) -> StepOutput:
+    """One output whose keys are those of all micro-batches, in the order of the rank's batch."""
+    if len(outputs) == 1:
+        return outputs[0]
+    keys = {name: torch.cat([output.keys[name] for output in outputs]) for name in outputs[0].keys}
+    return StepOutput(outputs[-1].loss, outputs[-1].metrics, keys)
+
+
+def _accumulate(state: TrainState, outputs: list[StepOutput], loss: Tensor, grad_norm: Tensor) -> None:
+    """Add this step's figures to the sums on the device."""
+    values = {"loss": loss, "grad_norm": grad_norm}
+    for name in outputs[0].metrics:
+        values[f"loss/{name}"] = torch.stack([output.metrics[name].detach().float() for output in outputs]).mean()
+    for name, value in values.items():
+        if name in state.sums:
+            state.sums[name] += value.double()
+        else:
+            state.sums[name] = value.double()
+    state.sum_steps += 1
+
+
+@dataclass
+class _Clock:
+    """Images and seconds since the last row."""
+
+    global_batch: int
+    steps: int = 0
+    started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps = 0
+        self.started = time.perf_counter()
+
+
+def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
+    """Read the sums (the host waits for the device here), write a row, start the next."""
+    step = state.step - 1
+    recipe = job.config.recipe
+    method: Method = state.method  # type: ignore[assignment]
+    names = list(state.sums)
+    totals = torch.stack([state.sums[name] for name in names])
+    if job.runtime.world_size > 1:
+        average_buffers([totals])
+    means = dict(zip(names, (totals / max(state.sum_steps, 1)).tolist(), strict=True))
+    seconds = max(time.perf_counter() - clock.started, 1e-9)
+    job.metrics.row(
+        "train",
+        state.step,
+        epoch,
+        **means,
+        lr=_lr(job, step),
+        ema_momentum=ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema),
+        images_per_s=clock.steps * clock.global_batch / seconds,
+        data_wait_share=min(job.stream.wait_s / seconds, 1.0),
+    )
+    state.sums, state.sum_steps = {}, 0
+    job.stream.wait_s = 0.0
+    clock.restart()
+    _give_up_if_stuck(state)
+
+
+def _give_up_if_stuck(state: TrainState) -> None:
+    stuck = state.non_finite.tolist()[0]
+    if stuck >= PATIENCE:
+        raise NonFinite(
+            f"loss or gradient non-finite for {stuck} steps in a row at step {state.step}; lower --optim.lr, "
+            "use --precision bf16 or fp32, or look at the data with tools/doctor.py"
+        )
+
+
+def save(job: Job, state: TrainState, epoch: int) -> None:
+    """Write the checkpoint of this step and the exported backbone; all ranks call this, rank 0 writes."""
+    rank_sums = job.runtime.gather_objects({name: value.tolist() for name, value in state.sums.items()})
+    if job.run_dir is None:
+        return
+    state.metrics_bytes = job.metrics.position()
+    folder = save_checkpoint(
+        job.run_dir / "checkpoints",
+        state,
+        {"config": job.config_json, "sums": rank_sums},
+        job.config.run.keep_checkpoints,
+    )
+    try:
+        save_backbone(
+            state.method.encoder,
+            job.run_dir / "backbone.safetensors",  # type: ignore[arg-type]
+            arch=job.config.recipe.arch,
+            method=job.config.run.method,
+        )
+    except OSError as reason:
+        raise CheckpointFailed(
+            f"backbone could not be written: {reason}; free space, then run the same command again"
+        ) from None
+    job.metrics.row("checkpoint", state.step, epoch, path=folder.name)

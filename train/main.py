@@ -1,0 +1,256 @@
+"""Train a backbone without labels.
+
+`torchrun --nproc_per_node=N train/main.py --method regioncl-m --data photos.beton`
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from models.methods import METHODS
+from models.methods.base import Method
+from pipeline.regions import region_bounds
+from train import data as run_data
+from train.checkpoint import TrainState, newest_good, read_document, restore_checkpoint, write_atomically
+from train.config import Config, changed_fields, resolve
+from train.errors import UserMistake, run_to_exit_code
+from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size
+from train.loop import Job, train
+from train.metrics import Metrics
+from train.optim import build_optimizer
+from train.runtime import Runtime, SignalWatch, start, wrap_distributed
+from train.schedules import scaled_lr
+from train.versions import versions
+
+
+def build_method(config: Config, runtime: Runtime) -> Method:
+    """The method with its weights drawn from the seed, on the device, channels-last.
+
+    Raises:
+        UserMistake: when method, architecture and sizes do not fit each other, or `--init` cannot be loaded.
+    """
+    torch.manual_seed(config.run.seed)
+    try:
+        method: Method = METHODS[config.run.method](
+            config.model,
+            arch=config.recipe.arch,
+            image_size=config.recipe.image_size,
+            bn_mode=config.recipe.bn.mode,
+            bn_group_size=bn_group_size(config),
+        )
+        if config.run.init:
+            from train.backbone_io import load_into
+
+            load_into(method.encoder, config.run.init, config.recipe.arch)
+            method.synchronise_momentum()
+    except (ValueError, OSError) as reason:
+        raise UserMistake(str(reason)) from None
+    return method.to(runtime.device, memory_format=torch.channels_last)
+
+
+def feature_grid(method: Method, image_size: int) -> int:
+    """Cells a side of the encoder's last feature map."""
+    return max(image_size // method.encoder.stride, 1)  # type: ignore[operator]
+
+
+def describe(config: Config, runtime: Runtime, method: Method) -> str:
+    """What follows from the flags: batch and learning rate of each device, BN groups, region bounds."""
+    local = batch_per_device(config, runtime.world_size)
+    recipe = config.recipe
+    micro = config.run.micro_batch or local
+    lines = [
+        f"{config.run.method} on {recipe.arch}, {recipe.image_size} px, {recipe.epochs} epochs, recipe "
+        f"{config.run.recipe}",
+        f"global batch {recipe.global_batch} = {runtime.world_size} x {local // micro} x {micro} images (devices, "
+        f"micro-batches, images), lr {scaled_lr(recipe.optim, recipe.global_batch):.6g}, {str(runtime.dtype)[6:]} on "
+        f"{runtime.device.type}",
+        f"batch norm: {recipe.bn.mode}"
+        + (f" of {bn_group_size(config) or micro} images" if recipe.bn.mode == "group" else ""),
+    ]
+    if micro != local:
+        lines.append(
+            "micro-batches: BN statistics, key shuffling and in-batch negatives cover one micro-batch of all devices; "
+            "the queue takes all keys after the step"
+        )
+    if method.mixed_views:
+        grid = feature_grid(method, recipe.image_size)
+        low, high = region_bounds(grid)
+        settings = config.model.region
+        lines.append(
+            f"regions: {settings.lower or low} to {settings.upper or high} cells a side on a {grid} x {grid} grid, "
+            f"{settings.sampling} sampling"
+        )
+    return "\n".join(lines)
+
+
+def _prepare_run_dir(config: Config) -> Path:
+    run_dir = Path(config.run.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as reason:
+        raise UserMistake(
+            f"--run-dir {run_dir}: {reason.strerror or reason}; choose a folder that can be written"
+        ) from None
+    return run_dir
+
+
+def _continue_from(config: Config, state: TrainState, runtime: Runtime, data_hash: str) -> bool:
+    """Restore the newest good checkpoint of the run folder; whether there was one."""
+    root = Path(config.run.run_dir) / "checkpoints"
+    folder = newest_good(root) if config.run.resume == "auto" else None
+    if folder is None:
+        if config.run.resume == "auto" and any(root.glob("step_*")):
+            raise UserMistake(f"no checkpoint under {root} is whole; move the folder away or use --resume never")
+        return False
+    saved = read_document(folder)["config"]
+    changes = changed_fields(saved, config.to_json())
+    if saved["data_hash"] != data_hash:
+        changes.append(f"data hash: {saved['data_hash'][:12]} -> {data_hash[:12]}")
+    if changes:
+        raise UserMistake(
+            f"--run-dir {config.run.run_dir} holds a run with other settings ({'; '.join(changes[:3])}); "
+            "choose another --run-dir, or --resume never to start over"
+        )
+    restore_checkpoint(folder, state, runtime.rank, runtime.world_size)
+    return True
+
+
+def _compile_heads(method: Method) -> None:
+    for module in method.compile_targets():
+        module.compile()
+
+
+def run(config: Config) -> int:
+    """One run from resolved configuration to exit code."""
+    if not config.run.data and config.run.loader != "synthetic":
+        raise UserMistake(
+            "--data is needed: pack a folder of images with `python tools/make_ffcv_dataset.py FOLDER photos.beton`, "
+            "then give --data photos.beton"
+        )
+    with start(config) as runtime:
+        batch_per_device(config, runtime.world_size)
+        method = build_method(config, runtime)
+        if runtime.is_main:
+            print(describe(config, runtime, method), flush=True)
+        if config.run.dry_run:
+            if runtime.is_main:
+                print(json.dumps(config.to_json(), indent=1))
+            return 0
+        return _train_on(config, runtime, method)
+
+
+def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
+    watch = SignalWatch()
+    run_dir = _prepare_run_dir(config) if runtime.is_main else None
+    data = run_data.open_data(config, runtime)
+    try:
+        state = TrainState(
+            method=method,
+            optimizer=build_optimizer(method, config.recipe.optim, config.recipe.global_batch),
+            scaler=torch.amp.GradScaler("cuda") if runtime.dtype is torch.float16 else None,
+            step=0,
+            sums={},
+            sum_steps=0,
+            non_finite=torch.zeros(1, dtype=torch.int64, device=runtime.device),
+        )
+        resumed = _continue_from(config, state, runtime, data.train.data_hash)
+        steps_per_epoch = len(data.train)
+        total = steps_per_epoch * config.recipe.epochs
+        last = min(total, config.run.max_steps or total)
+        if resumed and state.step >= last:
+            if runtime.is_main:
+                print(
+                    f"{config.run.run_dir} is complete at step {state.step}; to train longer raise --epochs in a new "
+                    "--run-dir"
+                )
+            return 0
+        config_json = {
+            **config.to_json(),
+            "data_hash": data.train.data_hash,
+            "data_images": data.train.num_samples,
+            "versions": versions(),
+            "world_size": runtime.world_size,
+        }
+        if run_dir is not None:
+            write_atomically(run_dir / "config.json", json.dumps(config_json, indent=1).encode())
+        if runtime.compile:
+            _compile_heads(method)
+        metrics = Metrics(run_dir, last, state.metrics_bytes, state.step)
+        builder = InputBuilder(config, method, runtime, feature_grid(method, config.recipe.image_size))
+        local = batch_per_device(config, runtime.world_size)
+        job = Job(
+            config=config,
+            runtime=runtime,
+            stream=InputStream(builder, data.train),
+            metrics=metrics,
+            run_dir=run_dir,
+            wrapped=wrap_distributed(
+                method, runtime, config.run.deterministic, local // (config.run.micro_batch or local)
+            ),
+            total_steps=total,
+            last_step=last,
+            steps_per_epoch=steps_per_epoch,
+            config_json=config_json,
+            evaluate=_evaluator(config, runtime, method, data, metrics),
+        )
+        return _run_job(job, state, watch, resumed)
+    finally:
+        data.close()
+
+
+def _evaluator(config: Config, runtime: Runtime, method: Method, data: run_data.RunData, metrics: Metrics) -> Any:
+    def evaluate(step: int, epoch: int) -> None:
+        if runtime.is_main:
+            metrics.row("health", step, epoch, **run_data.health_figures(method, data, config, runtime))
+        if data.queries is not None:
+            metrics.row("knn", step, epoch, **run_data.knn_figures(method, data, runtime))
+
+    return evaluate
+
+
+def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool) -> int:
+    epoch = state.step // job.steps_per_epoch
+    job.metrics.row(
+        "resume" if resumed else "start",
+        state.step,
+        epoch,
+        world_size=job.runtime.world_size,
+        steps_per_epoch=job.steps_per_epoch,
+        last_step=job.last_step,
+    )
+    try:
+        train(job, state, watch)
+        bad = job.stream.pipeline.stats().bad_records
+        job.metrics.row("end", state.step, state.step // job.steps_per_epoch, bad_records=len(bad))
+    finally:
+        job.metrics.close()
+    if job.runtime.is_main:
+        print(
+            f"done: {job.run_dir}, backbone in {job.run_dir}/backbone.safetensors"
+            + (f"; {len(bad)} damaged records were replaced, for example {next(iter(bad.items()))}" if bad else "")
+        )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_to_exit_code(lambda: run(resolve(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

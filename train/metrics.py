@@ -1,0 +1,82 @@
+"""Rows of `metrics.jsonl`, TensorBoard scalars and one plain console line every few seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+_CONSOLE_EVERY_S = 5.0
+
+
+class Metrics:
+    """Writes what happened; only rank 0 has one that writes.
+
+    Args:
+        run_dir: folder of the run; None writes nothing.
+        total_steps: length of the progress bar.
+        keep_bytes: `metrics.jsonl` is cut to this length first, so that a continued run repeats no row.
+        first_step: where the progress bar and TensorBoard go on.
+    """
+
+    def __init__(self, run_dir: Path | None, total_steps: int, keep_bytes: int = 0, first_step: int = 0) -> None:
+        self._start = time.monotonic()
+        self._stream = None
+        self._board: Any = None
+        self._bar: tqdm | None = None
+        self._last_console = 0.0
+        if run_dir is None:
+            return
+        path = run_dir / "metrics.jsonl"
+        path.touch()
+        with path.open("r+b") as stream:
+            stream.truncate(min(keep_bytes, path.stat().st_size))
+        self._stream = path.open("a", buffering=1)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def position(self) -> int:
+        """Bytes written to `metrics.jsonl` so far."""
+        return os.fstat(self._stream.fileno()).st_size if self._stream else 0
+
+    def row(self, kind: str, step: int, epoch: int, **values: Any) -> None:
+        """Append one row and show its numbers on TensorBoard."""
+        if self._stream is None:
+            return
+        row = {"kind": kind, "step": step, "epoch": epoch, "time_s": round(time.monotonic() - self._start, 3), **values}
+        self._stream.write(json.dumps(row) + "\n")
+        self._stream.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._show(kind, row)
+
+    def _show(self, kind: str, row: dict[str, Any]) -> None:
+        shown = {name: value for name, value in row.items() if name not in ("kind", "step", "epoch", "time_s")}
+        text = " ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+        )
+        if self._bar is not None and kind == "train":
+            self._bar.update(row["step"] - self._bar.n)
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f} {row['images_per_s']:.0f} images/s")
+        elif kind != "train" or time.monotonic() - self._last_console > _CONSOLE_EVERY_S:
+            if kind == "train":
+                self._last_console = time.monotonic()
+            tqdm.write(f"[{kind}] step {row['step']} epoch {row['epoch']} {text}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush and release files."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+            self._board.close()

@@ -1,0 +1,308 @@
+"""Recipes by name: every value that decides what is computed, each with its source.
+
+A recipe is a function returning a `Recipe` and the method's own configuration. The published ones follow the papers and
+the released code; `*-quick` and `*-small` are ours, for small data sets and machines. Flags override single values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from models.methods import METHODS
+
+from .config import AugmentConfig, BnConfig, Recipe
+from .optim import LarsConfig, OptimConfig
+from .schedules import EmaConfig, ScheduleConfig
+
+Made = tuple[Recipe, Any]
+COSINE_TO_ONE = "cosine"
+
+
+def _model(method: str, **changes: Any) -> Any:
+    return replace(METHODS[method].Config(), **changes)
+
+
+def _sgd(lr: float, reference_batch: int, weight_decay: float = 1e-4) -> OptimConfig:
+    return OptimConfig(kind="sgd", lr=lr, lr_reference_batch=reference_batch, weight_decay=weight_decay)
+
+
+def _moco(lr: float = 0.03, epochs: int = 200, global_batch: int = 256, group: int = 32) -> Recipe:
+    """SGD, cosine by epoch, constant EMA: what MoCo v2 and its descendants share."""
+    return Recipe(
+        epochs=epochs,
+        global_batch=global_batch,
+        optim=_sgd(lr, 256),
+        schedule=ScheduleConfig(decay="cosine-epoch"),
+        ema=EmaConfig(0.999, "constant"),
+        bn=BnConfig("group", group),
+        augment=AugmentConfig("mocov2"),
+    )
+
+
+def moco_v2(epochs: int = 200) -> Made:
+    """MoCo v2 at batch 256, lr 0.03. Source: facebookresearch/moco; published 67.5 at 200, 71.1 at 800 epochs."""
+    return _moco(epochs=epochs), _model("moco-v2")
+
+
+def moco_v2_symmetric() -> Made:
+    """Both views as queries, 800 epochs.
+
+    Source: RegionCL's comparison row, 72.3; losses and queues joined as in MoCo's public CIFAR demo.
+    """
+    from models.methods.moco_v2 import SymmetricConfig
+
+    return _moco(epochs=800), _model("moco-v2", symmetric=SymmetricConfig(enabled=True))
+
+
+def regioncl_m(epochs: int = 200) -> Made:
+    """RegionCL-M at batch 1024, lr 0.15, BN groups of 128.
+
+    Source: released config and log; published 69.4 at 200, 73.1 at 800 epochs.
+    """
+    return _moco(0.0375, epochs, 1024, 128), _model("regioncl-m")
+
+
+def regioncl_m_symmetric() -> Made:
+    """Symmetric RegionCL-M, 800 epochs. Source: RegionCL's starred rows, 73.9; not released, so the joining is ours."""
+    from models.methods.moco_v2 import SymmetricConfig
+
+    return _moco(0.0375, 800, 1024, 128), _model("regioncl-m", symmetric=SymmetricConfig(enabled=True))
+
+
+def densecl() -> Made:
+    """DenseCL at batch 256, lr 0.03, 200 epochs. Source: WXinlong/DenseCL config; published 63.6."""
+    return _moco(), _model("densecl")
+
+
+def regioncl_d() -> Made:
+    """RegionCL-D with DenseCL's settings. Source: RegionCL section 4.1; not released; published 68.5."""
+    return _moco(), _model("regioncl-d")
+
+
+def _simsiam() -> Recipe:
+    return Recipe(
+        epochs=100,
+        global_batch=512,
+        optim=_sgd(0.05, 256),
+        schedule=ScheduleConfig(decay="cosine-epoch"),
+        bn=BnConfig("sync"),
+        augment=AugmentConfig("mocov2"),
+    )
+
+
+def simsiam() -> Made:
+    """SimSiam at batch 512, lr 0.1, 100 epochs. Source: facebookresearch/simsiam; published 68.1."""
+    return _simsiam(), _model("simsiam")
+
+
+def regioncl_s() -> Made:
+    """RegionCL-S with SimSiam's settings. Source: RegionCL section 4.1; not released; published 71.3."""
+    return _simsiam(), _model("regioncl-s")
+
+
+def _moco_v3(epochs: int, lr: float, weight_decay: float, momentum: float) -> Recipe:
+    return Recipe(
+        epochs=epochs,
+        global_batch=4096,
+        optim=OptimConfig(kind="lars", lr=lr, lr_reference_batch=256, weight_decay=weight_decay, exclude="1d"),
+        schedule=ScheduleConfig(decay="cosine-step", warmup_epochs=10),
+        ema=EmaConfig(momentum, COSINE_TO_ONE),
+        bn=BnConfig("sync"),
+        augment=AugmentConfig("byol-mocov3"),
+    )
+
+
+def moco_v3(epochs: int = 100) -> Made:
+    """MoCo v3 ResNet-50 at batch 4096. Source: facebookresearch/moco-v3 README; published 68.9, 72.8, 74.6."""
+    rows = {100: (0.6, 1e-6, 0.99), 300: (0.3, 1e-6, 0.99), 1000: (0.3, 1.5e-6, 0.996)}
+    return _moco_v3(epochs, *rows[epochs]), _model("moco-v3")
+
+
+def regioncl_m3() -> Made:
+    """RegionCL on MoCo v3, 1000 epochs. Source: RegionCL's result row (75.4); not released, so the loss is ours."""
+    return _moco_v3(1000, 0.3, 1.5e-6, 0.996), _model("regioncl-m3")
+
+
+def _moby(epochs: int) -> Recipe:
+    return Recipe(
+        arch="swin-t",
+        epochs=epochs,
+        global_batch=512,
+        optim=OptimConfig(
+            kind="adamw", lr=1e-3, lr_reference_batch=512, weight_decay=0.05, exclude="1d", clip_grad_norm=5.0
+        ),
+        schedule=ScheduleConfig(
+            decay="cosine-step",
+            final=5e-6,
+            cosine_origin="run-start",
+            warmup_epochs=5,
+            warmup_start=5e-7,
+            scale_ends=True,
+        ),
+        ema=EmaConfig(0.99, COSINE_TO_ONE),
+        bn=BnConfig("sync"),
+        augment=AugmentConfig("byol-moby"),
+    )
+
+
+def moby(epochs: int = 300) -> Made:
+    """MoBY with Swin-T. Source: SwinTransformer/Transformer-SSL config; published 70.9 at 100, 75.3 at 300 epochs."""
+    return _moby(epochs), _model("moby")
+
+
+def regioncl_moby(epochs: int = 300) -> Made:
+    """RegionCL on MoBY. Source: RegionCL's result rows (73.9, 77.0); not released, so the loss is ours."""
+    return _moby(epochs), _model("regioncl-moby")
+
+
+def _byol_eman(epochs: int, lr: float, weight_decay: float, group: int) -> Recipe:
+    return Recipe(
+        epochs=epochs,
+        global_batch=1024,
+        optim=OptimConfig(
+            kind="lars",
+            lr=lr,
+            lr_reference_batch=256,
+            weight_decay=weight_decay,
+            exclude="bias_bn",
+            lars=LarsConfig(lr_in_buffer=True),
+        ),
+        schedule=ScheduleConfig(decay="cosine-epoch", warmup_epochs=10, warmup_offset=1),
+        ema=EmaConfig(0.98, COSINE_TO_ONE),
+        bn=BnConfig("group", group),
+        augment=AugmentConfig("byol-lewel"),
+    )
+
+
+def byol(epochs: int = 200) -> Made:
+    """BYOL as LEWEL's baseline, with EMAN.
+
+    Source: LEWEL's code base, lr 0.9 for 256 images, its 100- and 200-epoch weight decays; 70.6 and 71.9 in its tables.
+    """
+    return _byol_eman(epochs, 0.9, 1e-6 if epochs == 100 else 1.5e-6, 128), _model("byol", bn="eman")
+
+
+def byol_paper(epochs: int) -> Made:
+    """BYOL's own recipe at batch 4096. Source: official presets for 100, 300 and 1000 epochs."""
+    rows = {100: (0.45, 1e-6, 0.99), 300: (0.3, 1e-6, 0.99), 1000: (0.2, 1.5e-6, 0.996)}
+    lr, weight_decay, momentum = rows[epochs]
+    recipe = Recipe(
+        epochs=epochs,
+        global_batch=4096,
+        optim=OptimConfig(kind="lars", lr=lr, lr_reference_batch=256, weight_decay=weight_decay, exclude="bias_bn"),
+        schedule=ScheduleConfig(decay="cosine-step", warmup_epochs=10),
+        ema=EmaConfig(momentum, COSINE_TO_ONE),
+        bn=BnConfig("sync"),
+        augment=AugmentConfig("byol"),
+    )
+    return recipe, _model("byol", bn="sync")
+
+
+def care(epochs: int = 100) -> Made:
+    """CARE at batch 1024. Source: CARE section 4.1 and released config; published 72.0, 73.8, 74.7, 75.6."""
+    recipe = Recipe(
+        epochs=epochs,
+        global_batch=1024,
+        optim=_sgd(0.05, 256),
+        schedule=ScheduleConfig(decay="cosine-step", warmup_epochs=10, warmup_start=1e-6),
+        ema=EmaConfig(0.99, COSINE_TO_ONE),
+        bn=BnConfig("sync", 128),
+        augment=AugmentConfig("byol-care"),
+    )
+    return recipe, _model("care")
+
+
+def lewel_m(epochs: int = 200) -> Made:
+    """LEWEL-M at batch 256, lr 0.06. Source: LEWEL section 4.1; not released; published 66.1 at 100, 68.4 at 200."""
+    return _moco(0.06, epochs), _model("lewel-m")
+
+
+def lewel_b(epochs: int = 200) -> Made:
+    """LEWEL-B with EMAN at batch 1024. Source: released scripts and log; published 71.9 at 100, 72.8 at 200 epochs."""
+    return _byol_eman(epochs, 0.9, 1e-6 if epochs == 100 else 1.5e-6, 128), _model("lewel-b")
+
+
+def lewel_b_400() -> Made:
+    """LEWEL-B with SyncBN at batch 4096. Source: released 400-epoch script; published 73.8."""
+    recipe = Recipe(
+        epochs=400,
+        global_batch=4096,
+        optim=OptimConfig(
+            kind="lars",
+            lr=0.45,
+            lr_reference_batch=256,
+            weight_decay=1e-6,
+            exclude="bias_bn",
+            lars=LarsConfig(lr_in_buffer=True),
+        ),
+        schedule=ScheduleConfig(decay="cosine-epoch", warmup_epochs=10, warmup_offset=1),
+        ema=EmaConfig(0.996, COSINE_TO_ONE),
+        bn=BnConfig("sync"),
+        augment=AugmentConfig("byol-lewel"),
+    )
+    return recipe, _model("lewel-b", bn="sync")
+
+
+def _small(made: Made, epochs: int, image_size: int, **model: Any) -> Made:
+    """ResNet-18 on small images with AdamW at 1e-3: learns within minutes on a small data set."""
+    recipe, config = made
+    recipe = replace(
+        recipe,
+        arch=recipe.arch if recipe.arch == "swin-t" else "resnet18",
+        image_size=image_size,
+        epochs=epochs,
+        global_batch=64,
+        optim=OptimConfig(kind="adamw", lr=1e-3, lr_reference_batch=0, weight_decay=1e-4, exclude="1d"),
+        schedule=ScheduleConfig(decay="cosine-step"),
+        bn=replace(recipe.bn, group_size=16) if recipe.bn.mode == "group" or recipe.bn.group_size else recipe.bn,
+        ema=EmaConfig(0.99, recipe.ema.schedule),
+    )
+    return recipe, replace(config, **model)
+
+
+RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
+    "moco-v2": ("moco-v2", moco_v2),
+    "moco-v2-800ep": ("moco-v2", lambda: moco_v2(800)),
+    "moco-v2-symmetric-800ep": ("moco-v2", moco_v2_symmetric),
+    "moco-v2-small": ("moco-v2", lambda: _small(moco_v2(), 40, 64, queue_size=4096, temperature=0.1)),
+    "regioncl-m": ("regioncl-m", regioncl_m),
+    "regioncl-m-100ep": ("regioncl-m", lambda: regioncl_m(100)),
+    "regioncl-m-800ep": ("regioncl-m", lambda: regioncl_m(800)),
+    "regioncl-m-symmetric-800ep": ("regioncl-m", regioncl_m_symmetric),
+    "regioncl-m-small": ("regioncl-m", lambda: _small(regioncl_m(), 40, 64, queue_size=4096, temperature=0.1)),
+    "regioncl-m-quick": ("regioncl-m", lambda: _small(regioncl_m(), 8, 64, queue_size=1024, temperature=0.1)),
+    "densecl": ("densecl", densecl),
+    "regioncl-d": ("regioncl-d", regioncl_d),
+    "simsiam": ("simsiam", simsiam),
+    "regioncl-s": ("regioncl-s", regioncl_s),
+    "moco-v3": ("moco-v3", moco_v3),
+    "moco-v3-300ep": ("moco-v3", lambda: moco_v3(300)),
+    "moco-v3-1000ep": ("moco-v3", lambda: moco_v3(1000)),
+    "regioncl-m3": ("regioncl-m3", regioncl_m3),
+    "moby": ("moby", moby),
+    "moby-100ep": ("moby", lambda: moby(100)),
+    "regioncl-moby": ("regioncl-moby", regioncl_moby),
+    "regioncl-moby-100ep": ("regioncl-moby", lambda: regioncl_moby(100)),
+    "byol": ("byol", byol),
+    "byol-100ep": ("byol", lambda: byol(100)),
+    "byol-paper-100ep": ("byol", lambda: byol_paper(100)),
+    "byol-paper-300ep": ("byol", lambda: byol_paper(300)),
+    "byol-paper-1000ep": ("byol", lambda: byol_paper(1000)),
+    "care": ("care", care),
+    "care-200ep": ("care", lambda: care(200)),
+    "care-400ep": ("care", lambda: care(400)),
+    "care-800ep": ("care", lambda: care(800)),
+    "lewel-m": ("lewel-m", lewel_m),
+    "lewel-m-100ep": ("lewel-m", lambda: lewel_m(100)),
+    "lewel-b": ("lewel-b", lewel_b),
+    "lewel-b-100ep": ("lewel-b", lambda: lewel_b(100)),
+    "lewel-b-400ep": ("lewel-b", lewel_b_400),
+}
+"""Recipe name -> the method it belongs to and the function that makes it; a method's own name is its default."""
+
+
+def default_recipe(method: str) -> str:
+    """The recipe that a method has without `--recipe`."""
+    return method

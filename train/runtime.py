@@ -1,0 +1,186 @@
+"""The machine under a run: process group, device, precision, compilation, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import Config
+from .errors import UserMistake
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in what precision this process works.
+
+    Attributes:
+        rank: this process among `world_size`.
+        world_size: number of processes.
+        device: its device.
+        dtype: autocast dtype; float32 means no autocast.
+        compile: whether heads and losses are compiled.
+        host_group: a gloo group for decisions of the host; None with one process.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    host_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast in the run's precision; does nothing in fp32."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says so; every process must call it at the same step."""
+        if self.host_group is None:
+            return flag
+        said = torch.tensor([int(flag)])
+        dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(said.item())
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The small picklable values of all processes, in rank order; every process must call it."""
+        if self.host_group is None:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.host_group)
+        return gathered
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Rows of all processes joined on the CPU in rank order; processes may hold different numbers of them."""
+        return torch.cat(self.gather_objects(rows.cpu()))
+
+
+def _launch_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun, or from SLURM when srun started one task a process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        env.setdefault("MASTER_PORT", "29500")
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, 1, 0
+
+
+def _choose_device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserMistake("--device cuda: PyTorch sees no CUDA device here; use --device cpu or check the driver")
+    if local_rank >= torch.cuda.device_count():
+        raise UserMistake(
+            f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible; "
+            "lower --nproc_per_node or check CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Autocast dtype: `auto` is bf16 from Ampere on, fp16 on older GPUs, fp32 on the CPU."""
+    if precision == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def bind_to_numa_node(device: torch.device) -> None:
+    """Keep this process on the cores next to its GPU, where the system tells which those are."""
+    if device.type != "cuda" or not hasattr(os, "sched_setaffinity"):
+        return
+    properties = torch.cuda.get_device_properties(device)
+    bus = getattr(properties, "pci_bus_id", None)
+    if bus is None:
+        return
+    address = f"{properties.pci_domain_id:04x}:{bus:02x}:{properties.pci_device_id:02x}.0"
+    with contextlib.suppress(OSError, ValueError):
+        cores: set[int] = set()
+        for part in Path(f"/sys/bus/pci/devices/{address}/local_cpulist").read_text().strip().split(","):
+            low, _, high = part.partition("-")
+            cores.update(range(int(low), int(high or low) + 1))
+        near = cores & os.sched_getaffinity(0)
+        if near:
+            os.sched_setaffinity(0, near)
+
+
+@contextlib.contextmanager
+def start(config: Config) -> Iterator[Runtime]:
+    """Set the process up for the run, and take the process group down after it."""
+    rank, world_size, local_rank = _launch_environment()
+    device = _choose_device(config.run.device, local_rank)
+    if config.run.precision == "fp16" and device.type == "cpu":
+        raise UserMistake("--precision fp16 needs a CUDA device; use bf16 or fp32 on the CPU")
+    if world_size > 1:
+        bind_to_numa_node(device)
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+    host_group = None
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        host_group = dist.new_group(backend="gloo")
+    compile_heads = device.type == "cuda" if config.run.compile is None else config.run.compile
+    try:
+        yield Runtime(rank, world_size, device, choose_dtype(config.run.precision, device), compile_heads, host_group)
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def wrap_distributed(method: nn.Module, runtime: Runtime, deterministic: bool, micro_batches: int) -> nn.Module:
+    """DDP over the method, or the method itself with one process.
+
+    DDP lays its buckets out anew after the first step, so a resumed run would sum gradients in another order than one
+    that was not stopped; with `find_unused_parameters` it keeps the first layout, which `--deterministic` pays for.
+    Buffers are not broadcast: that would resend the queue at every step.
+    """
+    if runtime.world_size == 1:
+        return method
+    return nn.parallel.DistributedDataParallel(
+        method,
+        device_ids=None if runtime.device.type == "cpu" else [runtime.device.index],
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=deterministic,
+        static_graph=not deterministic and micro_batches == 1,
+    )
+
+
+class SignalWatch:
+    """Remembers that the process was asked to stop; a second request stops it at once."""
+
+    def __init__(self) -> None:
+        self.asked: str = ""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = signal.Signals(number).name

@@ -10,16 +10,17 @@ Source: RegionCL (Xu et al., ECCV 2022, arXiv 2111.12309) section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .collectives import all_gather_rows
 from .losses import batch_contrast, info_nce, row_dots
-from .methods.base import StepInputs
+from .norm import GroupBatchNorm
 from .ops.box_pool import box_pool
 from .options import option
 
@@ -115,8 +116,22 @@ def pool_regions(feature_map: Tensor, box_cells: Tensor, config: RegionConfig) -
     )
 
 
+@contextmanager
+def _rows_per_image(head: nn.Module, count: int) -> Iterator[None]:
+    """Within the block each image has `count` adjacent rows, which batch norm by groups of images keeps together."""
+    grouped = [norm for norm in head.modules() if isinstance(norm, GroupBatchNorm)]
+    sizes = [norm.group_size for norm in grouped]
+    for norm, size in zip(grouped, sizes, strict=True):
+        norm.group_size = size * count
+    try:
+        yield
+    finally:
+        for norm, size in zip(grouped, sizes, strict=True):
+            norm.group_size = size
+
+
 def embed_with_regions(
-    head: Callable[[Tensor], Tensor], instance: Tensor, regions: Regions | None, batching: str
+    head: nn.Module, instance: Tensor, regions: Regions | None, batching: str
 ) -> tuple[Tensor, Regions | None]:
     """Pass instance rows (B, C) and region rows through a head, together or apart.
 
@@ -133,10 +148,14 @@ def embed_with_regions(
     if regions is None or not rows:
         return head(instance), None
     if batching == "joint":
-        first, *rest = head(torch.cat([instance, *rows])).chunk(len(rows) + 1)
+        count = len(rows) + 1
+        # Rows of one image side by side, so that groups of images stay together in one batch-norm group.
+        with _rows_per_image(head, count):
+            first, *rest = head(torch.stack([instance, *rows], dim=1).flatten(0, 1)).unflatten(0, (-1, count)).unbind(1)
     else:
         first = head(instance)
-        rest = list(head(torch.cat(rows)).chunk(len(rows)))
+        with _rows_per_image(head, len(rows)):
+            rest = list(head(torch.stack(rows, dim=1).flatten(0, 1)).unflatten(0, (-1, len(rows))).unbind(1))
     return first, regions.replaced(rest)
 
 
@@ -149,10 +168,9 @@ def paste_sources(rows: Tensor, partner: Tensor, config: RegionConfig) -> Tensor
     return pool.index_select(0, partner)
 
 
-def source_positions(inputs: StepInputs, view: str, config: RegionConfig) -> tuple[Tensor, Tensor]:
-    """Positions in the global batch of the images that this rank's canvases and pastes are from: two (B,) int64."""
-    partner = inputs.partner[view]
-    first = inputs.rank * partner.shape[0]
+def source_positions(partner: Tensor, rank: int, config: RegionConfig) -> tuple[Tensor, Tensor]:
+    """Positions in the global batch of the images that a rank's canvases and pastes are from: two (B,) int64."""
+    first = rank * partner.shape[0]
     own = torch.arange(first, first + partner.shape[0], device=partner.device)
     return own, partner if config.pairing_scope == "global" else partner + first
 

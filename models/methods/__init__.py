@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from .base import Method
+from .densecl import DenseCL
+from .moby import MoBY
 from .moco_v2 import MoCoV2
+from .moco_v3 import MoCoV3
+from .regioncl_d import RegionCLD
 from .regioncl_m import RegionCLM
+from .regioncl_m3 import RegionCLM3
+from .regioncl_moby import RegionCLMoBY
+from .regioncl_s import RegionCLS
+from .simsiam import SimSiam
 
 METHODS: dict[str, type[Method]] = {
     "moco-v2": MoCoV2,
     "regioncl-m": RegionCLM,
+    "densecl": DenseCL,
+    "regioncl-d": RegionCLD,
+    "simsiam": SimSiam,
+    "regioncl-s": RegionCLS,
+    "moco-v3": MoCoV3,
+    "regioncl-m3": RegionCLM3,
+    "moby": MoBY,
+    "regioncl-moby": RegionCLMoBY,
 }

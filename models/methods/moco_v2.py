@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..collectives import all_gather_rows, shuffle_rows, unshuffle_rows
+from ..collectives import shuffle_rows, unshuffle_rows
 from ..heads import HeadInit, initialise_linear, mlp_head
 from ..key_queue import KeyQueue
 from ..losses import info_nce, unit
-from ..momentum import copy_and_freeze, ema_update
+from ..momentum import copy_and_freeze
 from ..norm import convert_batch_norm
 from ..options import option
-from ..resnet import ConvInit, build_backbone
-from .base import Method, StepInputs, StepOutput
+from ..resnet import ConvInit, Trunk, build_backbone
+from .base import StepInputs, StepOutput
+from .queue_method import QueueMethod
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Keys:
     key: Tensor
 
 
-class MoCoV2(Method):
+class MoCoV2(QueueMethod):
     """Momentum contrast with an MLP head and a queue.
 
     Per direction: q = n(g(GAP f(x_q))), k = sg n(g'(GAP f'(x_k))), L = CE([q.k, q.Q] / temperature, 0).
@@ -63,6 +64,7 @@ class MoCoV2(Method):
         config: hyper-parameters.
         arch: key of `BACKBONES`.
         image_size: side of a view in pixels; the network takes any.
+        bn_mode: "group", "sync" or "plain" batch norm.
         bn_group_size: consecutive images that share batch-norm statistics; 0 is the rank's whole batch.
 
     Source: MoCo (arXiv 1911.05722) Algorithm 1; MoCo v2 (arXiv 2003.04297); facebookresearch/moco.
@@ -73,9 +75,15 @@ class MoCoV2(Method):
     Config = MoCoV2Config
     ema_index_offset = 1
 
-    config: MoCoV2Config
+    keys_type: ClassVar[type[Keys]] = Keys
+    """What `momentum_forward` returns, field by field."""
 
-    def __init__(self, config: MoCoV2Config, *, arch: str, image_size: int, bn_group_size: int) -> None:
+    config: MoCoV2Config
+    encoder: Trunk
+
+    def __init__(
+        self, config: MoCoV2Config, *, arch: str, image_size: int, bn_mode: str = "group", bn_group_size: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.encoder = build_backbone(arch, config.conv_init, config.zero_init_residual)
@@ -83,7 +91,7 @@ class MoCoV2(Method):
         sizes = (feature_dim, config.hidden_dim, config.dim) if config.mlp else (feature_dim, config.dim)
         self.projector = mlp_head(sizes, biases=[True] * (len(sizes) - 1), hidden_norm=False)
         initialise_linear(self.projector, config.head_init)
-        convert_batch_norm(self.encoder, "group", bn_group_size)
+        convert_batch_norm(self.encoder, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)
         self.queue = KeyQueue(config.queue_size, config.dim)
@@ -133,10 +141,10 @@ class MoCoV2(Method):
         """Keys of this rank's images in their own order, computed in the order of ShuffleBN."""
         images = getattr(inputs, view)
         if not self.config.shuffle_bn:
-            return Keys(*self.momentum_forward(images))
+            return self.keys_type(*self.momentum_forward(images))
         permutation = inputs.key_permutation[direction]
         shuffled = self.momentum_forward(shuffle_rows(images, permutation))
-        return Keys(*(unshuffle_rows(rows, permutation) for rows in shuffled))
+        return self.keys_type(*(unshuffle_rows(rows, permutation) for rows in shuffled))
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The fields of `Keys` for images (B, 3, S, S) in any order."""
@@ -145,23 +153,6 @@ class MoCoV2(Method):
     def keys_to_enqueue(self, keys: Keys, key_view: str) -> dict[str, Tensor]:
         """This rank's new keys as "<queue>/<view>"."""
         return {f"queue/{key_view}": keys.key}
-
-    @torch.no_grad()
-    def after_step(self, output: StepOutput, ema_momentum: float) -> None:
-        """Enqueue the keys of all ranks in the order of the global batch, then update the momentum network."""
-        queues = self.queues()
-        for name, rows in output.keys.items():
-            queues[name.partition("/")[0]].enqueue(all_gather_rows(rows))
-        ema_update(self.momentum_pairs(), ema_momentum)
-
-    def host_state(self) -> dict[str, Any]:
-        """Write positions of the queues."""
-        return {name: queue.pointer for name, queue in self.queues().items()}
-
-    def load_host_state(self, state: dict[str, Any]) -> None:
-        """Restore the write positions."""
-        for name, queue in self.queues().items():
-            queue.pointer = state[name]
 
 
 def global_pool(feature_map: Tensor) -> Tensor:

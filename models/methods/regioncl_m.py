@@ -9,7 +9,14 @@ from torch import Tensor
 from ..heads import HeadInit
 from ..losses import unit
 from ..options import option
-from ..region_branch import RegionConfig, embed_with_regions, paste_sources, pool_regions, queue_terms
+from ..region_branch import (
+    RegionConfig,
+    RegionTerms,
+    embed_with_regions,
+    paste_sources,
+    pool_regions,
+    queue_terms,
+)
 from ..resnet import ConvInit
 from .base import StepInputs
 from .moco_v2 import Keys, MoCoV2, MoCoV2Config, global_pool
@@ -45,21 +52,32 @@ class RegionCLM(MoCoV2):
 
     def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         """Instance and region loss of one direction."""
-        config = self.config
         pooled = global_pool(self.encoder(getattr(inputs, query_view)))
-        mixed = query_view in self.mixed_views
-        regions = None
-        partner_key = None
-        if mixed:
-            # A forward of its own: composites have batch statistics of their own.
-            regions = pool_regions(self.encoder(inputs.mixed[query_view]), inputs.box_cells[query_view], config.region)
-            partner_key = paste_sources(keys.key, inputs.partner[query_view], config.region)
-        query, regions = embed_with_regions(self.projector, pooled, regions, config.region.head_batching)
-        instance, terms = queue_terms(
-            unit(query), keys.key, None if regions is None else regions.map(unit), partner_key, self.queue.rows,
-            config.temperature, config.region,
-        )
+        instance, terms = region_contrast(self, inputs, query_view, pooled, keys.key, self.config.region)
         if terms is None:
             return instance, {"ins": instance.detach()}
-        loss = instance + config.region.weight * terms.total()
+        loss = instance + self.config.region.weight * terms.total()
         return loss, {"ins": instance.detach(), **terms.metrics()}
+
+
+def region_contrast(
+    method: MoCoV2, inputs: StepInputs, query_view: str, pooled: Tensor, key: Tensor, region: RegionConfig
+) -> tuple[Tensor, RegionTerms | None]:
+    """Instance loss, and region terms where this view is swapped, of a method with a global head and queue.
+
+    Args:
+        method: its encoder, projector and queue are used.
+        inputs: the step's inputs; the composites of `query_view` where it is swapped.
+        query_view: the view in the role of the query.
+        pooled: (B, C) pooled features of that view.
+        key: (B, D) unit keys of the same images.
+        region: region options.
+    """
+    regions, partner_key = None, None
+    if query_view in method.mixed_views:
+        # A forward of its own: composites have batch statistics of their own.
+        regions = pool_regions(method.encoder(inputs.mixed[query_view]), inputs.box_cells[query_view], region)
+        partner_key = paste_sources(key, inputs.partner[query_view], region)
+    query, regions = embed_with_regions(method.projector, pooled, regions, region.head_batching)
+    regions = None if regions is None else regions.map(unit)
+    return queue_terms(unit(query), key, regions, partner_key, method.queue.rows, method.config.temperature, region)

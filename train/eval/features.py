@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.collectives import world
 from pipeline.augment import MEAN, STD
 from pipeline.interface import Batch, Pipeline, ViewSpec
 
@@ -91,6 +93,8 @@ def extract_features(
     indices: list[Tensor] = []
     with evaluation_mode(encoder):
         for batch in pipeline:
+            if len(batch.index) == 0:  # more ranks than images were left for the last batch
+                continue
             if view is None and len(batch.views) != 1:
                 raise ValueError(f"several views {sorted(batch.views)}; name the one to encode")
             pixels = batch.views[view or next(iter(batch.views))].to(device, non_blocking=True)
@@ -98,21 +102,34 @@ def extract_features(
             features.append(_encode(encoder, images, autocast_dtype))
             labels.append(batch.label)
             indices.append(batch.index)
-    if not features:
-        raise ValueError("the pipeline delivered no image to this rank; check the data path, or start fewer ranks")
-    gathered = gather_rows(torch.cat(features), torch.cat(labels), torch.cat(indices))
+    width = _common_width(features[0].shape[1] if features else 0, device)
+    if width == 0:
+        raise ValueError("the pipeline delivered no image; check the data path and the population")
+    gathered = gather_rows(
+        torch.cat([torch.zeros(0, width, device=device), *features]),
+        torch.cat([torch.zeros(0, dtype=torch.int64), *labels]),
+        torch.cat([torch.zeros(0, dtype=torch.int64), *indices]),
+    )
     order = gathered.samples.argsort()
     return Features(gathered.features[order.to(device)], gathered.labels[order], gathered.samples[order])
 
 
+def _common_width(width: int, device: torch.device) -> int:
+    """The largest of all ranks' feature widths: a rank that got no image learns it from the others."""
+    if world() == 1:
+        return width
+    said = torch.tensor([width], device=device)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return int(said)
+
+
 def gather_rows(features: Tensor, labels: Tensor, index: Tensor) -> Features:
     """All ranks' rows on every rank, whose counts may differ; the identity without a process group."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world() == 1:
         return Features(features, labels, index)
     device = features.device
     count = torch.tensor([len(features)], device=device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    counts = [torch.zeros_like(count) for _ in range(world())]
     dist.all_gather(counts, count)
     sizes = [int(c) for c in counts]
     # Collectives want equal shapes, so each rank pads to the longest.

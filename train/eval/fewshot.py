@@ -1,0 +1,62 @@
+"""Few-shot linear classification: the linear protocol on a small, class-balanced share of the training images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .features import center_view
+from .linear import LinearConfig, choose_recipe, probe, report
+from .session import EvalConfig, Session, flag, open_session, parse_config, result_path
+from .splits import balanced_subset, read_list, source_names, write_list
+
+
+@dataclass(frozen=True)
+class FewshotConfig(LinearConfig):
+    """Flags of the few-shot protocol.
+
+    Source: RegionCL (arXiv 2111.12309), table 3. Differs: its hyper-parameters are in a supplement that is not
+    available, so the linear protocol's recipes are used; tune `--lrs` on the baseline.
+    """
+
+    fraction: float = flag(0.01, "share of each class's training images: 0.01 or 0.1 in the paper")
+    list: str = flag("", "text file with one training image a line, instead of --fraction")
+
+
+def labelled_subset(
+    session: Session, config: EvalConfig, fraction: float, list_file: str
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Sorted indices of the labelled images, and what the result file says of them; a drawn list is saved beside it."""
+    pipeline = session.open(config.data, (center_view(session.image_size),))
+    try:
+        names = source_names(config.data, pipeline)
+        if list_file:
+            chosen = read_list(list_file, names, pipeline.num_samples)
+            return chosen, {"list": list_file, "subset_images": len(chosen)}
+        chosen = balanced_subset(pipeline.labels, fraction, config.seed)
+    finally:
+        pipeline.close()
+    result = result_path(session)
+    path = result.with_name(f"{result.stem}.list.txt")
+    if session.runtime.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_list(Path(path), chosen, names)
+        session.say(f"{len(chosen)} images, {fraction:g} of each class; their list: {path}")
+    return chosen, {"fraction": fraction, "list": str(path), "subset_images": len(chosen)}
+
+
+def run(argv: Sequence[str]) -> int:
+    """The `fewshot` command."""
+    config = parse_config(
+        "fewshot", "Linear classification on a small share of the training images.", FewshotConfig(), argv
+    )
+    choose_recipe(config, "")
+    with open_session("fewshot", config) as session:
+        population, facts = labelled_subset(session, config, config.fraction, config.list)
+        records, more = probe(session, config, population)
+        report(session, records, {**more, **facts})
+    return 0

@@ -1,0 +1,73 @@
+"""The `knn` command: exact nearest neighbours over centre views, weighted and majority votes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import UserMistake
+from .accuracy import read_real_labels, real_accuracy
+from .features import center_view
+from .knn import DEFAULT_KS, DEFAULT_TEMPERATURE, knn_predict
+from .session import EvalConfig, Session, class_count, flag, open_session, parse_config, percent, table
+from .splits import source_names
+
+
+@dataclass(frozen=True)
+class KnnConfig(EvalConfig):
+    """Flags of the k-NN protocol."""
+
+    k: tuple[int, ...] = flag(DEFAULT_KS, "how many neighbours vote, comma-separated")
+    temperature: float = flag(DEFAULT_TEMPERATURE, "the weighted vote of a neighbour is exp(cosine / temperature)")
+    block: int = flag(512, "validation images compared with all training images at a time; only memory depends on it")
+    real_labels: str = flag("", "ImageNet-ReaL label file (real.json), for its top-1")
+
+
+def _check(config: KnnConfig) -> None:
+    if not config.k or min(config.k) < 1:
+        raise UserMistake(f"--k {','.join(map(str, config.k))}: give whole numbers of at least 1")
+    if config.temperature <= 0 or config.block < 1:
+        raise UserMistake(f"--temperature {config.temperature} must be above 0 and --block {config.block} at least 1")
+
+
+def _real(session: Session, config: KnnConfig, samples: int, classes: int) -> list[list[int]] | None:
+    if not config.real_labels:
+        return None
+    pipeline = session.open(config.val_data, (center_view(session.image_size),))
+    try:
+        return read_real_labels(config.real_labels, source_names(config.val_data, pipeline), samples, classes)
+    finally:
+        pipeline.close()
+
+
+def run(argv: Sequence[str]) -> int:
+    """The `knn` command."""
+    config = parse_config("knn", "k-nearest neighbours on frozen features.", KnnConfig(), argv)
+    _check(config)
+    with open_session("knn", config) as session:
+        bank, data_hash = session.features_of(config.data)
+        queries, val_hash = session.features_of(config.val_data)
+        classes = class_count(bank.labels.numpy(), queries.labels.numpy())
+        real = _real(session, config, len(queries.labels), classes)
+        predictions = knn_predict(
+            bank.features, bank.labels, queries.features, config.k, config.temperature, classes, config.block
+        )
+        rows = []
+        for k, (weighted, majority) in predictions.items():
+            row = {"k": k, "top1": _share(weighted, queries.labels), "top1_majority": _share(majority, queries.labels)}
+            rows.append(row if real is None else {**row, "real_top1": real_accuracy(weighted.numpy(), real)})
+        header = ["k", "weighted top-1", "majority top-1", "ReaL (weighted)"]
+        session.say(table(header, [
+            [str(row["k"]), percent(row["top1"]), percent(row["top1_majority"]), percent(row.get("real_top1"))]
+            for row in rows
+        ]))  # fmt: skip
+        session.write({
+            "data_hash": data_hash, "val_data_hash": val_hash, "train_images": len(bank.labels),
+            "val_images": len(queries.labels), "classes": classes, "results": rows, "top1": rows[0]["top1"],
+            "k": rows[0]["k"],
+        })  # fmt: skip
+    return 0
+
+
+def _share(predicted: object, labels: object) -> float:
+    return float((predicted == labels).double().mean())  # type: ignore[attr-defined]

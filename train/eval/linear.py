@@ -1,0 +1,415 @@
+"""Linear classification on a frozen backbone: every published recipe by name, several learning rates in one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.collectives import average_buffers
+from models.norm import convert_batch_norm
+from pipeline.interface import Pipeline
+
+from ..errors import UserMistake
+from ..optim import Lars
+from .accuracy import Accuracy, accuracy, read_real_labels
+from .features import Features, evaluation_mode, pool
+from .session import (
+    EvalConfig,
+    Session,
+    class_count,
+    flag,
+    linear_images,
+    linear_views,
+    open_session,
+    parse_config,
+    percent,
+    table,
+    warn_of_bad,
+)
+from .splits import source_names
+
+
+@dataclass(frozen=True)
+class LinearRecipe:
+    """How a linear classifier is trained.
+
+    Attributes:
+        source: whose protocol it is.
+        optimizer: momentum is 0.9 in all of them.
+        lr: peak learning rate at `global_batch`; another batch scales it linearly.
+        global_batch: images of a step over all ranks.
+        epochs: passes over the training images.
+        schedule: how the learning rate falls.
+        milestones: epochs at which "steps" multiplies it by 0.1.
+        warmup_epochs: of linear warm-up, step by step.
+        weight_decay: L2 coupled to the gradient.
+        batch_norm: the classifier ends in BatchNorm1d over the logits.
+    """
+
+    source: str
+    optimizer: Literal["sgd", "nesterov", "lars", "lbfgs"]
+    lr: float
+    global_batch: int
+    epochs: int
+    schedule: Literal["steps", "cosine-epoch", "cosine-step"] = "cosine-epoch"
+    milestones: tuple[int, ...] = ()
+    warmup_epochs: int = 0
+    weight_decay: float = 0.0
+    batch_norm: bool = False
+
+
+LINEAR_RECIPES: dict[str, LinearRecipe] = {
+    "moco-v2": LinearRecipe("MoCo v2, DenseCL", "sgd", 30.0, 256, 100, "steps", (60, 80)),
+    "regioncl-m": LinearRecipe("RegionCL-M's log: batch 1024", "sgd", 30.0, 1024, 100, "steps", (60, 80)),
+    "simsiam": LinearRecipe("SimSiam: 0.1 for each 256 images", "lars", 1.6, 4096, 90, "cosine-epoch"),
+    "moco-v3": LinearRecipe("MoCo v3: 0.1 for each 256 images", "sgd", 0.4, 1024, 90, "cosine-epoch"),
+    "moby": LinearRecipe("MoBY", "nesterov", 1.0, 512, 100, "cosine-step", warmup_epochs=5),
+    "care": LinearRecipe("CARE: BatchNorm after the linear layer", "sgd", 0.2, 256, 80, "cosine-step", batch_norm=True),
+    "lewel-b": LinearRecipe("LEWEL-B", "sgd", 0.4, 256, 50, "steps", (30, 40)),
+    "lewel-m": LinearRecipe("LEWEL-M", "lars", 3.2, 4096, 90, "cosine-epoch"),
+    # Ours: no augmentation, so features are computed once and the optimum is exact; `lr` is then the L2 strength.
+    "logistic": LinearRecipe("multinomial logistic regression on centre views", "lbfgs", 1e-4, 0, 0),
+}
+
+RECIPE_OF_METHOD: dict[str, str] = {
+    "moco-v2": "moco-v2", "densecl": "moco-v2", "regioncl-m": "regioncl-m", "regioncl-d": "regioncl-m",
+    "simsiam": "simsiam", "regioncl-s": "simsiam", "moco-v3": "moco-v3", "regioncl-m3": "moco-v3",
+    "moby": "moby", "regioncl-moby": "moby", "byol": "lewel-b", "care": "care", "lewel-b": "lewel-b",
+    "lewel-m": "lewel-m",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LinearConfig(EvalConfig):
+    """Flags of the linear protocol."""
+
+    recipe: str = flag("", "one of " + ", ".join(LINEAR_RECIPES) + "; empty: the pre-training method's, else moco-v2")
+    lrs: tuple[float, ...] = flag(
+        (), "peak learning rates trained side by side, comma-separated (L2 strengths for logistic); empty: the recipe's"
+    )
+    epochs: int = flag(0, "passes over the training images; 0: the recipe's. Milestones move in proportion")
+    global_batch: int = flag(0, "images of a step over all ranks; 0: the recipe's, or all where there are fewer")
+    weight_decay: float = flag(-1.0, "L2 coupled to the gradient; negative: the recipe's")
+    head_bn: Literal["recipe", "yes", "no"] = flag("recipe", "BatchNorm1d after the linear layer")
+    eval_every: int = flag(1, "epochs between validations; the last epoch always has one")
+    real_labels: str = flag("", "ImageNet-ReaL label file (real.json), for its top-1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training heads on features: pure of data sets, so that tests feed it tables
+
+
+class LinearHeads(nn.Module):
+    """Classifiers that see the same features and never each other's gradient: (B, C) -> one (B, classes) per head.
+
+    All start from the same weights: N(0, 0.01), biases 0.
+    """
+
+    def __init__(self, features: int, classes: int, count: int, batch_norm: bool, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(classes, features, generator=generator) * 0.01
+        self.heads = nn.ModuleList()
+        for _ in range(count):
+            linear = nn.Linear(features, classes)
+            with torch.no_grad():
+                linear.weight.copy_(start)
+                linear.bias.zero_()
+            # Statistics over the global batch, so that the number of ranks changes nothing.
+            norm = convert_batch_norm(nn.BatchNorm1d(classes), "sync") if batch_norm else nn.Identity()
+            self.heads.append(nn.Sequential(linear, norm))
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """Logits of each head."""
+        return [head(features) for head in self.heads]
+
+
+def lr_factor(recipe: LinearRecipe, epochs: int, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of 0-based step `step` relative to its peak; milestones move with `epochs` over the recipe's."""
+    if recipe.schedule == "steps":
+        epoch = step // steps_per_epoch
+        return 0.1 ** sum(epoch >= milestone * epochs / recipe.epochs for milestone in recipe.milestones)
+    total = epochs * steps_per_epoch
+    warmup = total * recipe.warmup_epochs / recipe.epochs
+    if step < warmup:
+        return step / warmup
+    at = step if recipe.schedule == "cosine-step" else step // steps_per_epoch * steps_per_epoch
+    return 0.5 * (1 + math.cos(math.pi * (at - warmup) / (total - warmup)))
+
+
+def head_optimizer(heads: LinearHeads, recipe: LinearRecipe, lrs: Sequence[float]) -> torch.optim.Optimizer:
+    """One parameter group for each head, with its own peak learning rate in "peak"."""
+    groups: list[dict[str, Any]] = [
+        {"params": list(head.parameters()), "lr": lr, "peak": lr, "weight_decay": recipe.weight_decay}
+        for head, lr in zip(heads.heads, lrs, strict=True)
+    ]
+    if recipe.optimizer == "lars":
+        return Lars(groups, lr=lrs[0], momentum=0.9)
+    return torch.optim.SGD(groups, lr=lrs[0], momentum=0.9, nesterov=recipe.optimizer == "nesterov")
+
+
+FeatureBatches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
+
+
+def train_heads(
+    heads: LinearHeads,
+    batches: FeatureBatches,
+    steps_per_epoch: int,
+    epochs: int,
+    recipe: LinearRecipe,
+    lrs: Sequence[float],
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> None:
+    """Train every head with cross-entropy at its own learning rate.
+
+    Args:
+        heads: on the device of the features; left in training mode between epochs.
+        batches: epoch -> (features (B, C) fp32, labels (B,) int64) of this rank for each step of the epoch.
+        steps_per_epoch: how many of them an epoch has.
+        epochs: passes.
+        recipe: optimizer and schedule.
+        lrs: peak learning rate of each head.
+        after_epoch: called with the number of epochs done, 1 to `epochs`.
+    """
+    optimizer = head_optimizer(heads, recipe, lrs)
+    step = 0
+    for epoch in range(epochs):
+        heads.train()
+        for features, labels in batches(epoch):
+            factor = lr_factor(recipe, epochs, step, steps_per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            # A sum, not a mean: each head then gets the very gradient it would get alone.
+            loss = torch.stack([F.cross_entropy(logits, labels) for logits in heads(features)]).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            average_buffers([p.grad for p in heads.parameters() if p.grad is not None])
+            optimizer.step()
+            step += 1
+        after_epoch(epoch + 1)
+
+
+def fit_logistic(
+    features: Tensor, labels: Tensor, classes: int, l2: float, iterations: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Exact multinomial logistic regression: (weight (classes, C), bias (classes,)), both fp64.
+
+    Minimises mean cross-entropy + l2 / 2 * |weight|^2 with the bias left free, by L-BFGS in fp64. scikit-learn's
+    `LogisticRegression(C=1 / (l2 * N))` has the same optimum.
+    """
+    x, y = features.double(), labels.to(features.device)
+    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, device=x.device, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, max_eval=2 * iterations, history_size=20, line_search_fn="strong_wolfe",
+        tolerance_grad=1e-7, tolerance_change=1e-12,
+    )
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(x @ weight.T + bias, y) + 0.5 * l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(objective)
+    return weight.detach(), bias.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The protocol
+
+
+@dataclass
+class HeadRecord:
+    """Validation figures of one head over the epochs."""
+
+    lr: float
+    history: list[tuple[int, Accuracy]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Last and best epoch."""
+        best_epoch, best = max(self.history, key=lambda item: (item[1].top1, -item[0]))
+        return {
+            "lr": self.lr, "epoch": self.history[-1][0], **self.history[-1][1].as_dict(),
+            "best_epoch": best_epoch, "best_top1": best.top1, "best_top5": best.top5,
+        }  # fmt: skip
+
+
+def choose_recipe(config: LinearConfig, method: str) -> tuple[str, LinearRecipe]:
+    """The recipe's name and the recipe with the flags applied.
+
+    Raises:
+        UserMistake: for an unknown name or a value outside its range.
+    """
+    name = config.recipe or RECIPE_OF_METHOD.get(method, "moco-v2")
+    if name not in LINEAR_RECIPES:
+        raise UserMistake(f"--recipe {name}: choose from {', '.join(LINEAR_RECIPES)}")
+    recipe = LINEAR_RECIPES[name]
+    if any(lr <= 0 for lr in config.lrs):
+        raise UserMistake(f"--lrs {','.join(map(str, config.lrs))}: each must be above 0")
+    if config.epochs < 0 or config.global_batch < 0 or config.eval_every < 1:
+        raise UserMistake(
+            f"--epochs {config.epochs}, --global-batch {config.global_batch} must not be negative and --eval-every "
+            f"{config.eval_every} must be at least 1"
+        )
+    if recipe.optimizer == "lbfgs" and (config.epochs or config.global_batch or config.head_bn == "yes"):
+        raise UserMistake("--recipe logistic is solved exactly: leave out --epochs, --global-batch and --head-bn")
+    if config.weight_decay >= 0:
+        recipe = dataclasses.replace(recipe, weight_decay=config.weight_decay)
+    if config.head_bn != "recipe":
+        recipe = dataclasses.replace(recipe, batch_norm=config.head_bn == "yes")
+    return name, recipe
+
+
+def batch_for(recipe_batch: int, wanted: int, images: int, world_size: int) -> int:
+    """The global batch: as wanted or the recipe's, but no more than the images, and a multiple of the ranks.
+
+    Raises:
+        UserMistake: a wanted batch that does not fit.
+    """
+    batch = wanted or min(recipe_batch, images // world_size * world_size)
+    if batch < 1 or batch > images or batch % world_size:
+        raise UserMistake(
+            f"--global-batch {batch} with {images} training images on {world_size} ranks; choose a multiple of "
+            f"{world_size} up to {images}"
+        )
+    return batch
+
+
+def epoch_features(session: Session, pipeline: Pipeline) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """Epoch -> features (B, C) fp32 and labels of freshly augmented images through the frozen backbone."""
+    device, encoder = session.runtime.device, session.encoder
+
+    def deliver(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        pipeline.set_epoch(epoch)
+        for batch in pipeline:
+            images = linear_images(batch, session.config.seed, epoch, device)
+            with torch.no_grad(), evaluation_mode(encoder), session.runtime.autocast():
+                features = pool(encoder(images))
+            yield features, batch.label.to(device, non_blocking=True)
+
+    return deliver
+
+
+def probe(
+    session: Session, config: LinearConfig, population: np.ndarray | None = None
+) -> tuple[list[HeadRecord], dict[str, Any]]:
+    """Train and validate the recipe's heads; `population` restricts the training images.
+
+    Returns:
+        (one record for each learning rate, what the result file says beside them).
+    """
+    name, recipe = choose_recipe(config, session.method)
+    val, val_hash = session.features_of(config.val_data)
+    real = _real_labels(session, config, val)
+    facts = {"recipe": name, "recipe_source": recipe.source, "val_data_hash": val_hash,
+             "val_images": len(val.labels)}  # fmt: skip
+    solve = _solve_exactly if recipe.optimizer == "lbfgs" else _train_by_steps
+    records, more = solve(session, config, recipe, population, val, real)
+    return records, {**facts, **more}
+
+
+def _real_labels(session: Session, config: LinearConfig, val: Features) -> list[list[int]] | None:
+    if not config.real_labels:
+        return None
+    from .features import center_view
+
+    pipeline = session.open(config.val_data, (center_view(session.image_size),))
+    try:
+        names = source_names(config.val_data, pipeline)
+        classes = int(pipeline.labels.max()) + 1
+        return read_real_labels(config.real_labels, names, len(val.labels), classes)
+    finally:
+        pipeline.close()
+
+
+def _solve_exactly(
+    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features,
+    real: list[list[int]] | None,
+) -> tuple[list[HeadRecord], dict[str, Any]]:  # fmt: skip
+    train, train_hash = session.features_of(config.data, population)
+    classes = class_count(train.labels.numpy(), val.labels.numpy())
+    # One scale for all strengths: without it the L2 term would weigh a feature by its unit.
+    mean, std = train.features.mean(dim=0), train.features.std(dim=0).clamp_min(1e-6)
+    records = []
+    for l2 in config.lrs or (recipe.lr,):
+        weight, bias = fit_logistic((train.features - mean) / std, train.labels, classes, l2)
+        logits = ((val.features - mean) / std).double() @ weight.T + bias
+        records.append(HeadRecord(l2, [(0, accuracy(logits, val.labels, real))]))
+    return records, {"data_hash": train_hash, "train_images": len(train.labels), "classes": classes}
+
+
+def _train_by_steps(
+    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features,
+    real: list[list[int]] | None,
+) -> tuple[list[HeadRecord], dict[str, Any]]:  # fmt: skip
+    runtime, views = session.runtime, linear_views(session.image_size)
+    if population is None:
+        counted = session.open(config.data, views)
+        population = np.arange(counted.num_samples)
+        counted.close()
+    batch = batch_for(recipe.global_batch, config.global_batch, len(population), runtime.world_size)
+    pipeline = session.open(config.data, views, batch, order="global", drop_last=True, population=population)
+    try:
+        classes = class_count(pipeline.labels[population], val.labels.numpy())
+        epochs = config.epochs or recipe.epochs
+        scale = batch / recipe.global_batch
+        lrs = [lr * (scale if not config.lrs else 1.0) for lr in config.lrs or (recipe.lr,)]
+        session.say(
+            f"linear: {recipe.source}; {len(population)} images, {classes} classes, {epochs} epochs of {len(pipeline)} "
+            f"steps of {batch}, {recipe.optimizer}, lr {', '.join(f'{lr:g}' for lr in lrs)}"
+        )
+        width = val.features.shape[1]
+        heads = LinearHeads(width, classes, len(lrs), recipe.batch_norm, config.seed).to(runtime.device)
+        records = [HeadRecord(lr, []) for lr in lrs]
+
+        def validate(done: int) -> None:
+            if done % config.eval_every and done != epochs:
+                return
+            heads.eval()
+            with torch.no_grad():
+                for record, logits in zip(records, heads(val.features), strict=True):
+                    record.history.append((done, accuracy(logits, val.labels, real)))
+            best = max(records, key=lambda record: record.history[-1][1].top1)
+            session.say(f"epoch {done}/{epochs}: top-1 {percent(best.history[-1][1].top1)} at lr {best.lr:g}")
+
+        train_heads(heads, epoch_features(session, pipeline), len(pipeline), epochs, recipe, lrs, validate)
+        warn_of_bad(session, config.data, pipeline)
+        facts = {"data_hash": pipeline.data_hash, "train_images": len(population), "classes": classes,
+                 "global_batch": batch, "epochs": epochs, "batch_norm": recipe.batch_norm,
+                 "optimizer": recipe.optimizer, "weight_decay": recipe.weight_decay}  # fmt: skip
+        return records, facts
+    finally:
+        pipeline.close()
+
+
+def report(session: Session, records: list[HeadRecord], facts: dict[str, Any]) -> None:
+    """Print the table and write the result file."""
+    rows = [record.as_dict() for record in records]
+    best = max(rows, key=lambda row: row["top1"])
+    header = ["lr" if facts["recipe"] != "logistic" else "L2", "top-1", "top-5", "ReaL", "best top-1", "at epoch"]
+    session.say(table(header, [
+        [f"{row['lr']:g}", percent(row["top1"]), percent(row["top5"]), percent(row.get("real_top1")),
+         percent(row["best_top1"]), str(row["best_epoch"])]
+        for row in rows
+    ]))  # fmt: skip
+    if len(rows) > 1:
+        session.say("the best row was chosen on the validation images")
+    session.write({**facts, "results": rows, "best": best, "top1": best["top1"], "top5": best["top5"]})
+
+
+def run(argv: Sequence[str]) -> int:
+    """The `linear` command."""
+    config = parse_config("linear", "Linear classification on the frozen backbone.", LinearConfig(), argv)
+    choose_recipe(config, "")
+    with open_session("linear", config) as session:
+        report(session, *probe(session, config))
+    return 0

@@ -1,0 +1,184 @@
+"""Semi-supervised classification: the whole network fine-tuned on 1% or 10% of the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.collectives import average_buffers
+from models.norm import convert_batch_norm, running_buffers
+from pipeline.interface import Pipeline
+
+from ..errors import UserMistake
+from .accuracy import Accuracy, accuracy
+from .features import center_view, extract_features, pool
+from .fewshot import labelled_subset
+from .linear import HeadRecord, batch_for
+from .session import (
+    EvalConfig,
+    Session,
+    class_count,
+    flag,
+    linear_images,
+    linear_views,
+    open_session,
+    parse_config,
+    percent,
+    table,
+    warn_of_bad,
+)
+
+# Peak learning rates (backbone, classifier) of LEWEL's recipe at batch 256, for 1% and for 10% of the labels.
+PUBLISHED_LRS = {0.01: (1e-4, 1.0), 0.1: (0.01, 0.1)}
+EPOCHS, MILESTONES = 50, (30, 40)
+
+
+@dataclass(frozen=True)
+class SemiConfig(EvalConfig):
+    """Flags of the semi-supervised protocol.
+
+    Source: LEWEL (arXiv 2203.14898) section 4.2 and its code: SGD 0.9, weight decay 1e-4, batch 256, 50 epochs, x0.1
+    at 30 and 40. Differs: batch norm spans the global batch by default, so that the number of devices changes nothing.
+    """
+
+    fraction: float = flag(0.01, "share of each class's training images: 0.01 or 0.1 in the paper")
+    list: str = flag("", "text file with one training image a line (as SimCLR's 1percent.txt), instead of a drawn one")
+    lr_backbone: float = flag(0.0, "peak learning rate of the backbone; 0: the recipe's for 1% or 10%")
+    lr_head: float = flag(0.0, "peak learning rate of the classifier; 0: the recipe's for 1% or 10%")
+    weight_decay: float = flag(1e-4, "L2 coupled to the gradient")
+    epochs: int = flag(EPOCHS, "passes over the labelled images; milestones move in proportion")
+    global_batch: int = flag(0, "images of a step over all ranks; 0: 256, or fewer where there are fewer images")
+    bn: Literal["sync", "plain"] = flag("sync", "batch norm over the global batch, or over each rank's part")
+    eval_every: int = flag(10, "epochs between validations; the last epoch always has one")
+
+
+def learning_rates(config: SemiConfig, images: int, total: int, batch: int) -> tuple[float, float]:
+    """Peak rates of (backbone, classifier): the flags', else the recipe's for 1% or 10%, scaled to the batch."""
+    share = images / total
+    nearest = min(PUBLISHED_LRS, key=lambda known: abs(np.log(known / share)))
+    backbone, head = (lr * batch / 256 for lr in PUBLISHED_LRS[nearest])
+    return config.lr_backbone or backbone, config.lr_head or head
+
+
+def _check(config: SemiConfig) -> None:
+    for name in ("lr_backbone", "lr_head", "weight_decay"):
+        if getattr(config, name) < 0:
+            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    if config.epochs < 1 or config.global_batch < 0 or config.eval_every < 1:
+        raise UserMistake(
+            f"--epochs {config.epochs} and --eval-every {config.eval_every} must be at least 1, --global-batch "
+            f"{config.global_batch} not negative"
+        )
+
+
+class Classifier(nn.Module):
+    """Backbone, global average pooling and a fresh linear layer (N(0, 0.01), bias 0): images -> logits (B, classes)."""
+
+    def __init__(self, encoder: nn.Module, width: int, classes: int, seed: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.fc = nn.Linear(width, classes)
+        with torch.no_grad():
+            self.fc.weight.copy_(torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)) * 0.01)
+            self.fc.bias.zero_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits in fp32."""
+        features = pool(self.encoder(images))
+        with torch.autocast(images.device.type, enabled=False):
+            logits: Tensor = self.fc(features.float())
+        return logits
+
+
+def fine_tune_epoch(
+    session: Session, model: Classifier, optimizer: torch.optim.Optimizer, scaler: Any, pipeline: Pipeline, epoch: int
+) -> None:
+    """One pass over the labelled images, all parameters moving."""
+    device = session.runtime.device
+    model.train()
+    pipeline.set_epoch(epoch)
+    for batch in pipeline:
+        images = linear_images(batch, session.config.seed, epoch, device)
+        with session.runtime.autocast():
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), batch.label.to(device, non_blocking=True))
+        optimizer.zero_grad(set_to_none=True)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        average_buffers([p.grad for p in model.parameters() if p.grad is not None])
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        average_buffers(running_buffers(model))
+
+
+def _validate(session: Session, model: Classifier, val: Pipeline) -> Accuracy:
+    val.set_epoch(0)
+    features = extract_features(model.encoder, val, session.runtime.device, session.autocast_dtype)
+    with torch.no_grad():
+        return accuracy(model.fc(features.features), features.labels)
+
+
+def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> tuple[HeadRecord, dict[str, Any]]:
+    """Fine-tune on the images `population` and validate."""
+    batch = batch_for(256, config.global_batch, len(population), session.runtime.world_size)
+    train = session.open(
+        config.data, linear_views(session.image_size), batch, order="global", drop_last=True, population=population
+    )
+    val = session.open(config.val_data, (center_view(session.image_size),))
+    try:
+        classes = class_count(train.labels[population], val.labels)
+        lrs = learning_rates(config, len(population), train.num_samples, batch)
+        encoder = convert_batch_norm(session.encoder, config.bn)
+        model = Classifier(encoder, encoder.feature_dim, classes, config.seed).to(session.runtime.device)  # type: ignore
+        optimizer = torch.optim.SGD(
+            [{"params": list(model.encoder.parameters()), "lr": lrs[0], "peak": lrs[0]},
+             {"params": list(model.fc.parameters()), "lr": lrs[1], "peak": lrs[1]}],
+            momentum=0.9, weight_decay=config.weight_decay,
+        )  # fmt: skip
+        scaler = torch.amp.GradScaler("cuda") if session.runtime.dtype is torch.float16 else None
+        session.say(
+            f"semi: {len(population)} images, {classes} classes, {config.epochs} epochs of {len(train)} steps of "
+            f"{batch}, lr {lrs[0]:g} backbone, {lrs[1]:g} classifier"
+        )
+        record = HeadRecord(lrs[1], [])
+        for epoch in range(config.epochs):
+            factor = 0.1 ** sum(epoch >= milestone * config.epochs / EPOCHS for milestone in MILESTONES)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            fine_tune_epoch(session, model, optimizer, scaler, train, epoch)
+            if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
+                record.history.append((epoch + 1, _validate(session, model, val)))
+                session.say(f"epoch {epoch + 1}/{config.epochs}: top-1 {percent(record.history[-1][1].top1)}")
+        warn_of_bad(session, config.data, train)
+        return record, {
+            "data_hash": train.data_hash, "val_data_hash": val.data_hash, "train_images": len(population),
+            "val_images": val.num_samples, "classes": classes, "global_batch": batch, "epochs": config.epochs,
+            "lr_backbone": lrs[0], "lr_head": lrs[1],
+        }  # fmt: skip
+    finally:
+        train.close()
+        val.close()
+
+
+def run(argv: Sequence[str]) -> int:
+    """The `semi` command."""
+    config = parse_config("semi", "Fine-tune the whole network on a share of the labels.", SemiConfig(), argv)
+    _check(config)
+    with open_session("semi", config) as session:
+        population, facts = labelled_subset(session, config, config.fraction, config.list)
+        record, more = fine_tune(session, config, population)
+        row = record.as_dict()
+        session.say(table(["images", "top-1", "top-5", "best top-1", "at epoch"], [[
+            str(len(population)), percent(row["top1"]), percent(row["top5"]), percent(row["best_top1"]),
+            str(row["best_epoch"]),
+        ]]))  # fmt: skip
+        session.write({**more, **facts, "results": [row], "top1": row["top1"], "top5": row["top5"]})
+    return 0

@@ -1,0 +1,291 @@
+"""What the classification protocols share: flags, the loaded backbone, labelled pipelines, the result file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline import augment
+from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
+from pipeline.loaders import build_pipeline
+
+from ..backbone_io import BackboneSource, build_encoder, load
+from ..checkpoint import write_atomically
+from ..config import Config, Recipe, RunConfig
+from ..errors import UserMistake
+from ..flags import OneLineParser, add_leaf, leaves, parse_flags, replace_leaves
+from ..runtime import Runtime, start
+from ..versions import versions
+from .features import Features, center_view, extract_features, normalise
+
+FEATURE_BATCH = 256
+DEFAULT_IMAGE_SIZE = 224
+
+
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field that becomes a flag with this help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Flags that every classification protocol has."""
+
+    checkpoint: str = flag("", "a run's folder, our backbone file, or a torchvision or timm checkpoint")
+    arch: str = flag("", "backbone architecture; empty finds it out from the checkpoint")
+    untrained: bool = flag(
+        False, "evaluate a fresh backbone of the checkpoint's architecture instead, as a baseline; its weights follow "
+        "from --seed"
+    )
+    data: str = flag("", "labelled training images: packed file, folder, list or shard pattern")
+    val_data: str = flag("", "labelled validation images with the same classes")
+    loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "reference", "synthetic"] = flag(
+        "auto", "where images come from; for synthetic, --data and --val-data are numbers of images"
+    )
+    image_size: int = flag(0, "side of the evaluated square in pixels; 0 is the run's own, or 224")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        "auto", "of the backbone; auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
+    workers: int = flag(0, "decoding threads of this process; 0 follows from the cores it may use")
+    seed: int = flag(0, "every random draw follows from it")
+    output: str = flag("", "result file; empty is eval-PROTOCOL.json beside the checkpoint")
+
+
+ConfigT = TypeVar("ConfigT", bound=EvalConfig)
+
+
+def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequence[str]) -> ConfigT:
+    """The configuration that a command line asks for.
+
+    Raises:
+        UserMistake: an unknown flag, a value that does not fit, or one of the three paths missing.
+    """
+    parser = OneLineParser(prog=f"train/evaluate.py {protocol}", description=description, allow_abbrev=False)
+    fields = leaves(default)
+    for leaf in fields:
+        add_leaf(parser, leaf)
+    config = replace_leaves(default, parse_flags(parser, argv, fields))
+    for name, what in (("checkpoint", "a run's folder or a file"), ("data", "labelled images"),
+                       ("val_data", "labelled validation images")):
+        if not getattr(config, name):
+            raise UserMistake(f"--{name.replace('_', '-')} is needed: give {what}")
+    if config.image_size < 0 or config.workers < 0:
+        raise UserMistake(f"--image-size {config.image_size} and --workers {config.workers} must not be negative")
+    return config
+
+
+@dataclass
+class Session:
+    """One protocol at work.
+
+    Attributes:
+        protocol: its name.
+        config: flags.
+        runtime: device, rank and precision.
+        encoder: filled, in eval mode, on the device, channels-last.
+        arch: its architecture.
+        source: what was loaded.
+        image_size: side of a view in pixels.
+        run: the run's `config.json`, empty for a file.
+    """
+
+    protocol: str
+    config: EvalConfig
+    runtime: Runtime
+    encoder: nn.Module
+    arch: str
+    source: BackboneSource
+    image_size: int
+    run: dict[str, Any]
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def method(self) -> str:
+        """The pre-training method, empty where the checkpoint does not say."""
+        return str(self.run.get("run", {}).get("method") or self.source.metadata.get("method", ""))
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Autocast dtype of the backbone, None in fp32."""
+        return None if self.runtime.dtype is torch.float32 else self.runtime.dtype
+
+    def say(self, text: str) -> None:
+        """Print on the first rank."""
+        if self.runtime.is_main:
+            print(text, flush=True)
+
+    def open(
+        self,
+        data: str,
+        views: tuple[ViewSpec, ...],
+        global_batch: int = 0,
+        order: str = "sequential",
+        drop_last: bool = False,
+        population: np.ndarray | None = None,
+    ) -> Pipeline:
+        """A pipeline over labelled images; a global batch of 0 is a size that suits feature extraction.
+
+        Raises:
+            UserMistake: the data cannot be read, or an image that would be used has no label.
+        """
+        world = self.runtime.world_size
+        settings = PipelineConfig(
+            data=data, views=views, global_batch=global_batch or max(FEATURE_BATCH // world, 1) * world,
+            seed=self.config.seed, rank=self.runtime.rank, world_size=world, workers=self.config.workers,
+            device=self.runtime.device, order=order, drop_last=drop_last, population=population,
+        )
+        try:
+            pipeline = build_pipeline(self.config.loader, settings, quiet=True)
+        except (ValueError, OSError, ImportError) as reason:
+            raise UserMistake(str(reason)) from None
+        used = pipeline.labels if population is None else pipeline.labels[population]
+        if (used < 0).any():
+            pipeline.close()
+            raise UserMistake(
+                f"{data}: {int((used < 0).sum())} of {len(used)} images have no label; give a folder with one "
+                "sub-folder a class, or a file packed from one"
+            )
+        return pipeline
+
+    def features_of(self, data: str, population: np.ndarray | None = None) -> tuple[Features, str]:
+        """(features of the centre view of each image, data hash); with several ranks all of them get all rows."""
+        pipeline = self.open(data, (center_view(self.image_size),), population=population)
+        try:
+            pipeline.set_epoch(0)
+            features = extract_features(self.encoder, pipeline, self.runtime.device, self.autocast_dtype)
+            warn_of_bad(self, data, pipeline)
+            return features, pipeline.data_hash
+        finally:
+            pipeline.close()
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Write the result file and say where it is."""
+        if not self.runtime.is_main:
+            return
+        path = result_path(self)
+        document = {
+            "protocol": self.protocol,
+            "untrained": self.config.untrained,
+            "checkpoint": self.source.origin,
+            "method": self.method,
+            "arch": self.arch,
+            "image_size": self.image_size,
+            "settings": dataclasses.asdict(self.config),
+            "world_size": self.runtime.world_size,
+            "device": str(self.runtime.device),
+            "dtype": str(self.runtime.dtype).removeprefix("torch."),
+            "versions": versions(),
+            "seconds": round(time.perf_counter() - self.started, 3),
+            **result,
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+        except OSError as reason:
+            raise UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output") from None
+        print(f"result: {path}")
+
+
+def result_path(session: Session) -> Path:
+    """`eval-PROTOCOL.json` in the run's folder; `NAME.eval-PROTOCOL.json` beside a file."""
+    if session.config.output:
+        return Path(session.config.output)
+    name = f"eval-{session.protocol}{'-untrained' if session.config.untrained else ''}.json"
+    if session.source.folder is not None:
+        return session.source.folder / name
+    path = Path(session.source.origin)
+    return path.with_name(f"{path.stem}.{name}")
+
+
+def warn_of_bad(session: Session, data: str, pipeline: Pipeline) -> None:
+    """Say on the first rank how many damaged records had another image take their place."""
+    bad = pipeline.stats().bad_records
+    if bad:
+        session.say(f"{data}: {len(bad)} damaged records were replaced, for example {next(iter(bad.items()))}")
+
+
+def _run_config(folder: Path | None) -> dict[str, Any]:
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    try:
+        loaded = json.loads((folder / "config.json").read_text())
+    except ValueError as reason:
+        raise UserMistake(f"{folder}/config.json is damaged: {reason}; give backbone.safetensors instead") from None
+    return loaded if isinstance(loaded, dict) else {}
+
+
+@contextmanager
+def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
+    """Set the process up, load the backbone and prove that it is whole.
+
+    Raises:
+        UserMistake: as `load`; nothing was computed then.
+    """
+    process = RunConfig(device=config.device, precision=config.precision, seed=config.seed, compile=False)
+    with start(Config(process, Recipe(), None)) as runtime:
+        loaded = load(config.checkpoint, config.arch, print if runtime.is_main else lambda _: None)
+        encoder = loaded.encoder
+        if config.untrained:
+            torch.manual_seed(config.seed)
+            encoder = build_encoder(loaded.arch).eval()
+            if runtime.is_main:
+                print(f"--untrained: a fresh {loaded.arch} takes its place")
+        run = _run_config(loaded.source.folder)
+        size = config.image_size or int(run.get("recipe", {}).get("image_size", 0)) or DEFAULT_IMAGE_SIZE
+        encoder = encoder.to(runtime.device).to(memory_format=torch.channels_last)
+        yield Session(protocol, config, runtime, encoder, loaded.arch, loaded.source, size, run)
+
+
+def linear_views(image_size: int) -> tuple[ViewSpec, ...]:
+    """The random crop of probe training and fine-tuning."""
+    return augment.view_specs("linear", image_size)
+
+
+def linear_images(batch: Batch, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The batch's one view flipped at random and normalised, (B, 3, S, S) fp32 channels-last."""
+    params = augment.draw("linear", seed, epoch, batch.index.numpy(), 0)
+    pixels = next(iter(batch.views.values())).to(device, non_blocking=True)
+    return augment.apply(pixels, params.to(device), torch.float32)
+
+
+def class_count(train_labels: np.ndarray, val_labels: np.ndarray) -> int:
+    """Number of classes.
+
+    Raises:
+        UserMistake: the validation images have a class that no training image has.
+    """
+    unseen = sorted(set(np.unique(val_labels).tolist()) - set(np.unique(train_labels).tolist()))
+    if unseen:
+        raise UserMistake(
+            f"--val-data has labels {unseen[:5]} that no image of --data has; give both with the same class folders"
+        )
+    return int(train_labels.max()) + 1
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right under a header line."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as percent with two decimals; `-` for None."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+__all__ = [
+    "EvalConfig", "Session", "class_count", "flag", "linear_images", "linear_views", "normalise", "open_session",
+    "parse_config", "percent", "result_path", "table", "warn_of_bad",
+]

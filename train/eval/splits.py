@@ -1,0 +1,103 @@
+"""Which training images few-shot and semi-supervised protocols use: lists fixed by a seed, or published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.beton import BetonReader
+from pipeline.interface import Pipeline
+from pipeline.manifest import manifest_of
+from pipeline.rng import permutation
+
+from ..errors import UserMistake
+
+_SLOT_SUBSET = 64  # beyond the slots of pipeline/rng.py: which images of a class are in a labelled subset
+
+
+def balanced_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted indices of a share of every class's images, at least one each.
+
+    Args:
+        labels: (N,) int64, all >= 0.
+        fraction: share of each class, in (0, 1]; counts are rounded to the nearest whole image.
+        seed: a subset is a function of (labels, fraction, seed), and a smaller fraction's is part of a larger one's.
+
+    Raises:
+        UserMistake: a fraction outside its range.
+    """
+    if not 0 < fraction <= 1:
+        raise UserMistake(f"--fraction {fraction}: must be above 0 and at most 1, for example 0.01")
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(fraction * len(members)))
+        chosen.append(members[permutation(seed, len(members), int(label), 0, _SLOT_SUBSET)[:count]])
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def source_names(data: str, pipeline: Pipeline) -> list[str] | None:
+    """The source file of every sample of a store in storage order, None where the store does not keep them."""
+    names = getattr(pipeline, "sources", None)
+    if names is None and data.endswith(".beton"):
+        manifest = manifest_of(BetonReader(data))
+        names = manifest.sources if manifest is not None else None
+    if callable(names):
+        names = names()
+    return None if names is None else [str(name) for name in names]
+
+
+def read_list(path: str, names: Sequence[str] | None, total: int) -> np.ndarray:
+    """Sorted indices of the samples that a list names.
+
+    Args:
+        path: text file with one image a line: a file name (as SimCLR's 1percent.txt), a path that ends in it, or a
+            sample index. Blank lines and lines that begin with # are skipped.
+        names: source file of each sample, None where the store does not keep them.
+        total: number of samples.
+
+    Raises:
+        UserMistake: the file cannot be read, an entry is not in the data or is there twice, or a name is ambiguous.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except OSError as reason:
+        raise UserMistake(f"--list {path}: {reason.strerror}; give a text file with one image a line") from None
+    entries = [line for line in lines if line and not line.startswith("#")]
+    if not entries:
+        raise UserMistake(f"--list {path}: names no image")
+    if all(entry.isdigit() for entry in entries):
+        found = [int(entry) for entry in entries]
+        if max(found) >= total:
+            raise UserMistake(f"--list {path}: index {max(found)}, but the data has {total} images")
+    else:
+        found = _by_name(path, entries, names)
+    if len(set(found)) != len(found):
+        raise UserMistake(f"--list {path}: {len(found) - len(set(found))} images are named twice")
+    return np.sort(np.asarray(found, dtype=np.int64))
+
+
+def _by_name(path: str, entries: list[str], names: Sequence[str] | None) -> list[int]:
+    if names is None:
+        raise UserMistake(f"--list {path}: the data does not keep file names; pack it with tools/make_ffcv_dataset.py")
+    whole = {name: place for place, name in enumerate(names)}
+    last: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        last.setdefault(Path(name).name, []).append(place)
+    found = []
+    for entry in entries:
+        places = [whole[entry]] if entry in whole else last.get(Path(entry).name, [])
+        if len(places) != 1:
+            problem = "is not in the data" if not places else f"fits {len(places)} images"
+            raise UserMistake(f"--list {path}: {entry} {problem}; the list must belong to --data")
+        found.append(places[0])
+    return found
+
+
+def write_list(path: Path, indices: np.ndarray, names: Sequence[str] | None) -> None:
+    """Save a list that `read_list` reads back: source names where they are known and distinct, else indices."""
+    named = names is not None and len({names[i] for i in indices}) == len(indices)
+    lines = [names[i] if named and names is not None else str(i) for i in indices.tolist()]
+    path.write_text("\n".join(lines) + "\n")

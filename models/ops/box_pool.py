@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .masked_pool import accumulation_dtype, layout_of, like_layout
+from .masked_pool import layout_of, like_layout
+from .pool_kernels import kernels_for
+from .precision import accumulated_matmul, accumulation_dtype
 
 
 def check_box_pool(feature_map: Tensor, box_cells: Tensor) -> None:
@@ -33,34 +35,37 @@ def box_masks(box_cells: Tensor, height: int, width: int) -> Tensor:
     return in_rows[:, :, None] & in_columns[:, None, :]
 
 
-def _weights(box_cells: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """(B, 3, S): 0/1 masks of paste, canvas and everything, each divided by its number of cells (0 where empty)."""
-    paste = box_masks(box_cells, height, width).flatten(1)
-    masks = torch.stack([paste, ~paste, torch.ones_like(paste)], dim=1).to(dtype)
-    return masks / masks.sum(dim=2, keepdim=True).clamp(min=1)
+def _cell_counts(paste: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 3, 1): cells in the box, outside and altogether, at least 1, from the boolean masks (B, S)."""
+    cells = paste.sum(dim=1, dtype=dtype)
+    everything = torch.full_like(cells, paste.shape[1])
+    return torch.stack([cells, everything - cells, everything], dim=1)[:, :, None].clamp(min=1)
 
 
 def box_pool_definition(feature_map: Tensor, box_cells: Tensor) -> Tensor:
     """The mathematics in plain PyTorch; arguments and result as for `box_pool`."""
-    dtype = accumulation_dtype(feature_map.dtype)
     with torch.autocast(feature_map.device.type, enabled=False):
-        weights = _weights(box_cells, feature_map.shape[2], feature_map.shape[3], dtype)
-        return torch.bmm(weights, feature_map.flatten(2).to(dtype).mT).to(feature_map.dtype)
+        paste = box_masks(box_cells, feature_map.shape[2], feature_map.shape[3]).flatten(1)
+        masks = torch.stack([paste, ~paste, torch.ones_like(paste)], dim=1)  # (B, 3, S); 0 and 1 are exact in any dtype
+        sums = accumulated_matmul(masks.to(feature_map.dtype), feature_map.flatten(2).mT)  # (B, 3, C)
+        return (sums / _cell_counts(paste, sums.dtype)).to(feature_map.dtype)
 
 
 def box_pool_backward_definition(grad: Tensor, feature_map: Tensor, box_cells: Tensor) -> Tensor:
     """Gradient for the feature map: every cell gets the gradients of the means it is part of, over their sizes."""
-    batch, channels, height, width = feature_map.shape
-    dtype = accumulation_dtype(feature_map.dtype)
     with torch.autocast(feature_map.device.type, enabled=False):
-        weights = _weights(box_cells, height, width, dtype)
-        by_position = torch.bmm(weights.mT, grad.to(dtype)).to(feature_map.dtype)  # (B, S, C)
-    return like_layout(by_position.view(batch, height, width, channels).permute(0, 3, 1, 2), feature_map)
+        paste = box_masks(box_cells, feature_map.shape[2], feature_map.shape[3])
+        dtype = accumulation_dtype(feature_map.dtype)
+        per_cell = grad.to(dtype) / _cell_counts(paste.flatten(1), dtype)  # (B, 3, C)
+        inside, outside = ((per_cell[:, part] + per_cell[:, 2]).to(feature_map.dtype) for part in (0, 1))  # each (B, C)
+        by_cell = torch.where(paste[..., None], inside[:, None, None], outside[:, None, None])  # (B, H, W, C)
+        return like_layout(by_cell.permute(0, 3, 1, 2), feature_map)
 
 
 @torch.library.custom_op("regatta::box_pool", mutates_args=())
 def _box_pool(feature_map: Tensor, box_cells: Tensor) -> Tensor:
-    return box_pool_definition(feature_map, box_cells).contiguous()
+    kernels = kernels_for(feature_map)
+    return kernels.box_pool(feature_map, box_cells) if kernels else box_pool_definition(feature_map, box_cells)
 
 
 @_box_pool.register_fake
@@ -70,7 +75,10 @@ def _(feature_map: Tensor, box_cells: Tensor) -> Tensor:
 
 @torch.library.custom_op("regatta::box_pool_backward", mutates_args=())
 def _box_pool_backward(grad: Tensor, feature_map: Tensor, box_cells: Tensor) -> Tensor:
-    return box_pool_backward_definition(grad.contiguous(), feature_map, box_cells)
+    kernels = kernels_for(feature_map)
+    if kernels is None:
+        return box_pool_backward_definition(grad, feature_map, box_cells)
+    return like_layout(kernels.box_pool_backward(grad, feature_map, box_cells), feature_map)
 
 
 @_box_pool_backward.register_fake

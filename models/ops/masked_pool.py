@@ -13,10 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64 (so that gradcheck works); everything else is summed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .pool_kernels import STORAGE, kernels_for
+from .precision import accumulated_matmul, accumulation_dtype
 
 
 def check_masked_pool(features: Tensor, weights: Tensor) -> None:
@@ -33,26 +31,26 @@ def check_masked_pool(features: Tensor, weights: Tensor) -> None:
         raise ValueError(f"{channels} channels do not divide into {weights.shape[1]} groups of weights")
 
 
-def _grouped(features: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """Features as (B, G, C/G, S) in the accumulation dtype; a view of either memory format before the cast."""
+def _grouped(features: Tensor, groups: int) -> Tensor:
+    """Features (B, C, H, W) as (B * G, C/G, S); a view for the default format and, with G = 1, for channels-last."""
     batch, channels, height, width = features.shape
-    return features.flatten(2).view(batch, groups, channels // groups, height * width).to(dtype)
+    return features.flatten(2).reshape(batch * groups, channels // groups, height * width)
 
 
-def _inverse_sums(weights: Tensor) -> Tensor:
-    """1 / sum over positions of weights (B, G, M, S), and 0 where the sum is 0: (B, G, M, 1)."""
-    total = weights.sum(dim=3, keepdim=True)
+def _inverse_sums(maps: Tensor) -> Tensor:
+    """1 / sum over positions of maps (B * G, M, S), and 0 where the sum is 0: (B * G, M, 1)."""
+    total = maps.sum(dim=2, keepdim=True, dtype=accumulation_dtype(maps.dtype))
     return torch.where(total == 0, torch.zeros_like(total), 1 / torch.where(total == 0, torch.ones_like(total), total))
 
 
 def masked_pool_definition(features: Tensor, weights: Tensor) -> Tensor:
     """The mathematics in plain PyTorch; arguments and result as for `masked_pool`."""
-    dtype = accumulation_dtype(features.dtype)
+    batch, groups, masks = weights.shape[:3]
     with torch.autocast(features.device.type, enabled=False):
-        maps = weights.flatten(3).to(dtype)  # (B, G, M, S)
-        grouped = _grouped(features, weights.shape[1], dtype)
-        pooled = torch.matmul(maps, grouped.transpose(2, 3)) * _inverse_sums(maps)  # (B, G, M, C/G)
-        return pooled.transpose(1, 2).flatten(2).to(features.dtype)
+        maps = weights.flatten(3).flatten(0, 1)  # (B * G, M, S)
+        pooled = accumulated_matmul(maps, _grouped(features, groups).mT) * _inverse_sums(maps)  # (B * G, M, C/G)
+        by_group = pooled.to(features.dtype).view(batch, groups, masks, -1)
+        return by_group.transpose(1, 2).reshape(batch, masks, features.shape[1])
 
 
 def masked_pool_backward_definition(
@@ -69,20 +67,19 @@ def masked_pool_backward_definition(
     groups, masks = weights.shape[1:3]
     dtype = accumulation_dtype(features.dtype)
     with torch.autocast(features.device.type, enabled=False):
-        maps = weights.flatten(3).to(dtype)
+        maps = weights.flatten(3).flatten(0, 1)  # (B * G, M, S)
         inverse = _inverse_sums(maps)
-        by_group = grad.to(dtype).view(batch, masks, groups, channels // groups).transpose(1, 2)
-        scaled = by_group * inverse  # (B, G, M, C/G)
+        by_group = grad.view(batch, masks, groups, channels // groups).transpose(1, 2).flatten(0, 1)  # (B * G, M, C/G)
         grad_features, grad_weights = features.new_empty(0), weights.new_empty(0)
         if need_features:
-            # Written as (B, S, C) so that the result is channels-last where the features are.
-            by_position = torch.matmul(maps.transpose(2, 3), scaled)  # (B, G, S, C/G)
-            flat = by_position.permute(0, 2, 1, 3).reshape(batch, height, width, channels).to(features.dtype)
-            grad_features = like_layout(flat.permute(0, 3, 1, 2), features)
+            # Written as (B, S, C), so that the result is channels-last where the features are.
+            by_position = accumulated_matmul((maps.to(dtype) * inverse).mT, by_group)  # (B * G, S, C/G)
+            flat = by_position.to(features.dtype).view(batch, groups, height, width, -1).permute(0, 1, 4, 2, 3)
+            grad_features = like_layout(flat.reshape(features.shape), features)
         if need_weights:
-            product = torch.matmul(scaled, _grouped(features, groups, dtype))  # (B, G, M, S), already divided by n
-            mean = (maps * product).sum(dim=3, keepdim=True) * inverse
-            grad_weights = ((product - mean) * (inverse != 0)).to(weights.dtype).view(weights.shape)
+            product = accumulated_matmul(by_group, _grouped(features, groups))  # (B * G, M, S)
+            mean = (maps * product).sum(dim=2, keepdim=True) * inverse
+            grad_weights = ((product - mean) * inverse).to(weights.dtype).view(weights.shape)
     return grad_features, grad_weights
 
 
@@ -99,7 +96,8 @@ def layout_of(pattern: Tensor) -> torch.memory_format:
 
 @torch.library.custom_op("regatta::masked_pool", mutates_args=())
 def _masked_pool(features: Tensor, weights: Tensor) -> Tensor:
-    return masked_pool_definition(features, weights).contiguous()
+    kernels = kernels_for(features, *weights.shape[1:3]) if weights.dtype in STORAGE else None
+    return kernels.masked_pool(features, weights) if kernels else masked_pool_definition(features, weights)
 
 
 @_masked_pool.register_fake
@@ -111,7 +109,11 @@ def _(features: Tensor, weights: Tensor) -> Tensor:
 def _masked_pool_backward(
     grad: Tensor, features: Tensor, weights: Tensor, need_features: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    return masked_pool_backward_definition(grad.contiguous(), features, weights, need_features, need_weights)
+    kernels = kernels_for(features, *weights.shape[1:3]) if weights.dtype in STORAGE else None
+    if kernels is None:
+        return masked_pool_backward_definition(grad.contiguous(), features, weights, need_features, need_weights)
+    grad_features, grad_weights = kernels.masked_pool_backward(grad, features, weights, need_features, need_weights)
+    return like_layout(grad_features, features) if need_features else grad_features, grad_weights
 
 
 @_masked_pool_backward.register_fake

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .masked_pool import accumulation_dtype
+from .precision import accumulated_matmul, accumulation_dtype
 
 BLOCK_ELEMENTS = 8 * 2**20
 """Logits held at a time, 32 MiB in float32: below Hopper's 50 MB L2 cache, so a block is summed where it was made."""
@@ -25,19 +25,9 @@ def block_size(rows: int, queue_size: int) -> int:
     return min(queue_size, max(256, BLOCK_ELEMENTS // max(rows, 1) // 256 * 256))
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` with the result in the accumulation dtype, not rounded to the inputs' own."""
-    dtype = accumulation_dtype(left.dtype)
-    if left.dtype == dtype:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
-
-
 def queue_logsumexp_definition(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Return log sum_k exp(rows . queue_k / temperature) from the whole (R, K) matrix: (R,), fp32 or fp64."""
-    return torch.logsumexp(_product(rows, queue.T) / temperature, dim=1)
+    return torch.logsumexp(accumulated_matmul(rows, queue.T) / temperature, dim=1)
 
 
 @torch.library.custom_op("regatta::queue_logsumexp", mutates_args=())
@@ -48,7 +38,7 @@ def _queue_logsumexp(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
         maximum = rows.new_full((rows.shape[0], 1), -torch.inf, dtype=dtype)
         total = rows.new_zeros((rows.shape[0], 1), dtype=dtype)
         for block in queue.split(block_size(rows.shape[0], queue.shape[0])):
-            logits = _product(rows, block.T).div_(temperature)  # (R, block)
+            logits = accumulated_matmul(rows, block.T).div_(temperature)  # (R, block)
             new_maximum = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
             total.mul_((maximum - new_maximum).exp_()).add_(logits.sub_(new_maximum).exp_().sum(dim=1, keepdim=True))
             maximum = new_maximum
@@ -69,9 +59,9 @@ def _queue_logsumexp_backward(
     with torch.autocast(rows.device.type, enabled=False):
         result = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
         for block in queue.split(block_size(rows.shape[0], queue.shape[0])):
-            probability = _product(rows, block.T).div_(temperature).sub_(logsumexp[:, None]).exp_()
+            probability = accumulated_matmul(rows, block.T).div_(temperature).sub_(logsumexp[:, None]).exp_()
             # Rounded to the inputs' dtype for the second GEMM, as the softmax of a materialised matrix would be.
-            result.add_(_product(probability.to(rows.dtype), block))
+            result.add_(accumulated_matmul(probability.to(rows.dtype), block))
         return result.mul_((grad.to(dtype) / temperature)[:, None]).to(rows.dtype)
 
 

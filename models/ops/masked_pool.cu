@@ -1,0 +1,331 @@
+// Mask pooling: means of a channels-last feature map over boxes or under soft maps, forward and backward.
+//
+//   pooled[b, m, c] = sum_s w[b, g(c), m, s] f[b, c, s] / sum_s w[b, g(c), m, s],   g(c) = c / (C / G)
+//
+// Compiled at first use by NVRTC with these macros (nvrtc.py, pool_kernels.py):
+//   FEATURE, WEIGHT   storage types: Float32, Float16 or BFloat16; all sums are float32
+//   VECTOR            channels a thread loads at once (16 bytes' worth, or 1 where channels do not divide)
+//   MAPS              maps summed together: 1, 2, 4 or 8
+// It includes no header, so that no toolkit is needed, and has no host part, so that the tests can compile this very
+// file with a C++ compiler under a shim that runs the threads of a block in a loop.
+//
+// A block is LANES x SLICES threads: lanes walk along the channels, which are contiguous, so that a warp reads one
+// run of memory; slices share out the positions, so that enough loads are under way to fill the memory system.
+
+#define LANES 32
+#define SLICES 8
+#define THREADS (LANES * SLICES)
+#define STRIDE (LANES + LANES / VECTOR)  // spreads the columns that consecutive channels read over the banks
+#define POSITIONS 8                      // positions a thread keeps in registers in the backward pass
+#define MAX_SUMS 2048                    // (groups of a block's channels) x masks
+#define MAX_POSITIONS 1024
+
+struct Arguments {
+    const void* features;     // (B, H, W, C)
+    const void* weights;      // (B, G, M, H, W)
+    const void* grad;         // (B, M, C), of `pooled`; M is 3 for boxes
+    const long long* boxes;   // (B, 4) top, left, height, width
+    void* out;                // forward (B, M, C); backward (B, H, W, C) or (B, G, M, H, W)
+    int channels, height, width, groups, masks;
+};
+
+struct Float32 {
+    typedef float Bits;
+    static __device__ __forceinline__ float load(Bits bits) { return bits; }
+    static __device__ __forceinline__ Bits store(float value) { return value; }
+};
+
+struct BFloat16 {
+    typedef unsigned short Bits;
+    static __device__ __forceinline__ float load(Bits bits) { return __uint_as_float((unsigned int)bits << 16); }
+    static __device__ __forceinline__ Bits store(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+        Bits bits;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+        return bits;
+#else
+        // Round to nearest even by hand where there is no instruction for it; NaN stays NaN.
+        unsigned int word = __float_as_uint(value);
+        if (value != value) return 0x7fff;
+        return (Bits)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+#endif
+    }
+};
+
+struct Float16 {
+    typedef unsigned short Bits;
+#if defined(__CUDA_ARCH__)
+    static __device__ __forceinline__ float load(Bits bits) {
+        float value;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+        return value;
+    }
+    static __device__ __forceinline__ Bits store(float value) {
+        Bits bits;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+        return bits;
+    }
+#else
+    static float load(Bits bits) { return shim_half_to_float(bits); }
+    static Bits store(float value) { return shim_float_to_half(value); }
+#endif
+};
+
+typedef FEATURE::Bits FeatureBits;
+typedef WEIGHT::Bits WeightBits;
+
+// What one thread loads or stores at a time: 16 bytes with the full VECTOR.
+struct alignas(VECTOR * sizeof(FeatureBits)) Pack {
+    FeatureBits bits[VECTOR];
+};
+
+static __device__ __forceinline__ Pack load_pack(const void* base, long long offset) {
+    return *reinterpret_cast<const Pack*>(static_cast<const FeatureBits*>(base) + offset);
+}
+
+static __device__ __forceinline__ void store_pack(void* base, long long offset, const float* values) {
+    Pack pack;
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) pack.bits[v] = FEATURE::store(values[v]);
+    *reinterpret_cast<Pack*>(static_cast<FeatureBits*>(base) + offset) = pack;
+}
+
+static __device__ __forceinline__ float load_weight(const void* base, long long offset) {
+    return WEIGHT::load(static_cast<const WeightBits*>(base)[offset]);
+}
+
+static __device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int offset = LANES / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    return value;
+}
+
+static __device__ __forceinline__ float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+// Sum over the slices of a block what each thread holds for its VECTOR channels; `column` runs over LANES * VECTOR.
+static __device__ __forceinline__ void share(float* part, int lane, int slice, const float* values) {
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) part[(slice * VECTOR + v) * STRIDE + lane] = values[v];
+}
+
+static __device__ __forceinline__ float collect(const float* part, int column) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int slice = 0; slice < SLICES; ++slice)
+        sum += part[(slice * VECTOR + column % VECTOR) * STRIDE + column / VECTOR];
+    return sum;
+}
+
+struct Box {
+    int top, bottom, left, right, cells;
+    __device__ __forceinline__ bool holds(int row, int column) const {
+        return row >= top && row < bottom && column >= left && column < right;
+    }
+};
+
+static __device__ __forceinline__ int clamp_to(long long value, int limit) {
+    return value < 0 ? 0 : value > limit ? limit : (int)value;
+}
+
+// The part of image `image`'s box that lies on the map.
+static __device__ __forceinline__ Box load_box(const Arguments& a, long long image) {
+    const long long* given = a.boxes + image * 4;
+    Box box;
+    box.top = clamp_to(given[0], a.height);
+    box.left = clamp_to(given[1], a.width);
+    box.bottom = clamp_to(given[0] + given[2], a.height);
+    box.right = clamp_to(given[1] + given[3], a.width);
+    int rows = box.bottom - box.top, columns = box.right - box.left;
+    box.cells = rows > 0 && columns > 0 ? rows * columns : 0;
+    return box;
+}
+
+// Grid (channel blocks, images). Writes the means of box, rest and everything: (B, 3, C).
+extern "C" __global__ void __launch_bounds__(THREADS) box_pool_forward(const Arguments a) {
+    __shared__ float paste_part[SLICES * VECTOR * STRIDE];
+    __shared__ float canvas_part[SLICES * VECTOR * STRIDE];
+    const int lane = threadIdx.x, slice = threadIdx.y;
+    const long long image = blockIdx.y;
+    const int channel = (blockIdx.x * LANES + lane) * VECTOR, positions = a.height * a.width;
+    const Box box = load_box(a, image);
+    float paste[VECTOR] = {}, canvas[VECTOR] = {};
+    if (channel < a.channels) {
+#pragma unroll 4
+        for (int s = slice; s < positions; s += SLICES) {
+            const Pack pack = load_pack(a.features, (image * positions + s) * a.channels + channel);
+            const bool inside = box.holds(s / a.width, s % a.width);
+#pragma unroll
+            for (int v = 0; v < VECTOR; ++v) {
+                const float value = FEATURE::load(pack.bits[v]);
+                paste[v] += inside ? value : 0.0f;
+                canvas[v] += inside ? 0.0f : value;
+            }
+        }
+    }
+    share(paste_part, lane, slice, paste);
+    share(canvas_part, lane, slice, canvas);
+    __syncthreads();
+    FeatureBits* out = static_cast<FeatureBits*>(a.out) + image * 3 * a.channels;
+    for (int column = slice * LANES + lane; column < LANES * VECTOR; column += THREADS) {
+        const int c = blockIdx.x * LANES * VECTOR + column;
+        if (c >= a.channels) continue;
+        const float in_box = collect(paste_part, column), rest = collect(canvas_part, column);
+        out[c] = FEATURE::store(in_box * inverse((float)box.cells));
+        out[a.channels + c] = FEATURE::store(rest * inverse((float)(positions - box.cells)));
+        out[2 * a.channels + c] = FEATURE::store((in_box + rest) / (float)positions);
+    }
+}
+
+// Grid (channel blocks, images). Writes the gradient of the map: (B, H, W, C).
+extern "C" __global__ void __launch_bounds__(THREADS) box_pool_backward(const Arguments a) {
+    const int lane = threadIdx.x, slice = threadIdx.y;
+    const long long image = blockIdx.y;
+    const int channel = (blockIdx.x * LANES + lane) * VECTOR, positions = a.height * a.width;
+    if (channel >= a.channels) return;
+    const Box box = load_box(a, image);
+    const Pack paste = load_pack(a.grad, (image * 3 + 0) * a.channels + channel);
+    const Pack canvas = load_pack(a.grad, (image * 3 + 1) * a.channels + channel);
+    const Pack all = load_pack(a.grad, (image * 3 + 2) * a.channels + channel);
+    const float per_paste = inverse((float)box.cells), per_canvas = inverse((float)(positions - box.cells));
+    float inside[VECTOR], outside[VECTOR];
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) {
+        const float shared = FEATURE::load(all.bits[v]) / (float)positions;
+        inside[v] = FEATURE::load(paste.bits[v]) * per_paste + shared;
+        outside[v] = FEATURE::load(canvas.bits[v]) * per_canvas + shared;
+    }
+    for (int s = slice; s < positions; s += SLICES) {
+        const long long offset = (image * positions + s) * a.channels + channel;
+        store_pack(a.out, offset, box.holds(s / a.width, s % a.width) ? inside : outside);
+    }
+}
+
+// Grid (channel blocks, images, blocks of MAPS masks). Writes (B, M, C).
+extern "C" __global__ void __launch_bounds__(THREADS) masked_pool_forward(const Arguments a) {
+    __shared__ float part[SLICES * VECTOR * STRIDE];
+    __shared__ float weight_part[SLICES * LANES];
+    const int lane = threadIdx.x, slice = threadIdx.y, first = blockIdx.z * MAPS;
+    const long long image = blockIdx.y;
+    const int channel = (blockIdx.x * LANES + lane) * VECTOR, positions = a.height * a.width;
+    float sums[MAPS][VECTOR] = {}, weight_sums[MAPS] = {};
+    if (channel < a.channels) {
+        const long long group = channel / (a.channels / a.groups);
+        const long long maps = ((image * a.groups + group) * a.masks + first) * positions;
+#pragma unroll 2
+        for (int s = slice; s < positions; s += SLICES) {
+            const Pack pack = load_pack(a.features, (image * positions + s) * a.channels + channel);
+#pragma unroll
+            for (int m = 0; m < MAPS; ++m) {
+                if (first + m >= a.masks) break;
+                const float weight = load_weight(a.weights, maps + (long long)m * positions + s);
+                weight_sums[m] += weight;
+#pragma unroll
+                for (int v = 0; v < VECTOR; ++v) sums[m][v] += weight * FEATURE::load(pack.bits[v]);
+            }
+        }
+    }
+    FeatureBits* out = static_cast<FeatureBits*>(a.out) + (image * a.masks + first) * a.channels;
+#pragma unroll
+    for (int m = 0; m < MAPS; ++m) {
+        if (first + m >= a.masks) break;  // the same for the whole block, so no thread misses a barrier
+        __syncthreads();
+        share(part, lane, slice, sums[m]);
+        weight_part[slice * LANES + lane] = weight_sums[m];
+        __syncthreads();
+        for (int column = slice * LANES + lane; column < LANES * VECTOR; column += THREADS) {
+            const int c = blockIdx.x * LANES * VECTOR + column;
+            if (c >= a.channels) continue;
+            float weight = 0.0f;
+            for (int other = 0; other < SLICES; ++other) weight += weight_part[other * LANES + column / VECTOR];
+            out[(long long)m * a.channels + c] = FEATURE::store(collect(part, column) * inverse(weight));
+        }
+    }
+}
+
+// Grid (channel blocks, images). Writes the gradient of the features: (B, H, W, C). Every thread keeps POSITIONS cells
+// of its channels in registers while it runs over the masks, so any number of masks costs one write of the map.
+extern "C" __global__ void __launch_bounds__(THREADS) masked_pool_backward_features(const Arguments a) {
+    __shared__ float scale[MAX_SUMS];
+    const int lane = threadIdx.x, slice = threadIdx.y, positions = a.height * a.width;
+    const int per_group = a.channels / a.groups, block_channel = blockIdx.x * LANES * VECTOR;
+    const int channel = block_channel + lane * VECTOR;
+    const int end_channel = block_channel + LANES * VECTOR < a.channels ? block_channel + LANES * VECTOR : a.channels;
+    const int first_group = block_channel / per_group, groups = (end_channel - 1) / per_group - first_group + 1;
+    const long long image = blockIdx.y;
+    const long long block_maps = (image * a.groups + first_group) * a.masks * (long long)positions;
+    for (int i = slice; i < groups * a.masks; i += SLICES) {
+        float sum = 0.0f;
+        for (int s = lane; s < positions; s += LANES) sum += load_weight(a.weights, block_maps + (long long)i * positions + s);
+        sum = warp_sum(sum);
+        if (lane == 0) scale[i] = inverse(sum);
+    }
+    __syncthreads();
+    if (channel >= a.channels) return;
+    const int group = channel / per_group - first_group;
+    const long long maps = block_maps + (long long)group * a.masks * positions;
+    for (int start = slice; start < positions; start += SLICES * POSITIONS) {
+        float sums[POSITIONS][VECTOR] = {};
+        for (int m = 0; m < a.masks; ++m) {
+            const Pack pack = load_pack(a.grad, (image * a.masks + m) * a.channels + channel);
+            float grad[VECTOR];
+#pragma unroll
+            for (int v = 0; v < VECTOR; ++v) grad[v] = FEATURE::load(pack.bits[v]) * scale[group * a.masks + m];
+#pragma unroll
+            for (int p = 0; p < POSITIONS; ++p) {
+                const int s = start + p * SLICES;
+                if (s >= positions) break;
+                const float weight = load_weight(a.weights, maps + (long long)m * positions + s);
+#pragma unroll
+                for (int v = 0; v < VECTOR; ++v) sums[p][v] += weight * grad[v];
+            }
+        }
+#pragma unroll
+        for (int p = 0; p < POSITIONS; ++p) {
+            const int s = start + p * SLICES;
+            if (s >= positions) break;
+            store_pack(a.out, (image * positions + s) * a.channels + channel, sums[p]);
+        }
+    }
+}
+
+// Grid (groups, images, blocks of MAPS masks). Writes the gradient of the weights: (B, G, M, H, W). A warp takes a
+// position and sums over the group's channels; then warp m finishes mask m: (p[s] - sum_s' w[s'] p[s'] / n) / n.
+extern "C" __global__ void __launch_bounds__(THREADS) masked_pool_backward_weights(const Arguments a) {
+    __shared__ float products[MAPS][MAX_POSITIONS];
+    const int lane = threadIdx.x, slice = threadIdx.y, first = blockIdx.z * MAPS, positions = a.height * a.width;
+    const int per_group = a.channels / a.groups;
+    const long long image = blockIdx.y, group = blockIdx.x;
+    for (int s = slice; s < positions; s += SLICES) {
+        float sums[MAPS] = {};
+        for (int c = lane * VECTOR; c < per_group; c += LANES * VECTOR) {
+            const long long channel = group * per_group + c;
+            const Pack feature = load_pack(a.features, (image * positions + s) * a.channels + channel);
+#pragma unroll
+            for (int m = 0; m < MAPS; ++m) {
+                if (first + m >= a.masks) break;
+                const Pack grad = load_pack(a.grad, (image * a.masks + first + m) * a.channels + channel);
+#pragma unroll
+                for (int v = 0; v < VECTOR; ++v) sums[m] += FEATURE::load(feature.bits[v]) * FEATURE::load(grad.bits[v]);
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < MAPS; ++m) {
+            const float sum = warp_sum(sums[m]);
+            if (lane == 0) products[m][s] = sum;
+        }
+    }
+    __syncthreads();
+    const int mask = first + slice;
+    if (slice >= MAPS || mask >= a.masks) return;
+    const long long map = ((image * a.groups + group) * a.masks + mask) * positions;
+    float weight_sum = 0.0f, product_sum = 0.0f;
+    for (int s = lane; s < positions; s += LANES) {
+        const float weight = load_weight(a.weights, map + s);
+        weight_sum += weight;
+        product_sum += weight * products[slice][s];
+    }
+    const float per_weight = inverse(warp_sum(weight_sum));
+    const float mean = warp_sum(product_sum) * per_weight;
+    for (int s = lane; s < positions; s += LANES)
+        static_cast<WeightBits*>(a.out)[map + s] = WEIGHT::store((products[slice][s] - mean) * per_weight);
+}

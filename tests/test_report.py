@@ -81,9 +81,9 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert not page.open
     assert all(address.startswith("data:") for address in page.addresses)
     assert not re.search(r"https?://|url\(|@import|<script", text)
-    # Loss, k-NN, three health figures, speed, waiting, gradient, rate, EMA.
-    assert page.count["svg"] == 10
-    for words in ("Loss", "k-NN top-1", "View retrieval", "Waiting for data", "chance, ln(K+1) = 8.32", "skipped_step"):
+    # Loss, its terms, k-NN, three health figures, speed, waiting, gradient, rate, EMA.
+    assert page.count["svg"] == 11
+    for words in ("Loss by term", "k-NN top-1", "View retrieval", "Waiting for data", "chance, ln(K+1) = 8.32", "skipped_step"):
         assert words in text
     assert "no images to show" in text
     assert not list(folder.glob("*.partial"))

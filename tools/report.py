@@ -118,12 +118,11 @@ def _title(run: Run) -> str:
     return f"{settings.get('method', '?')} · {recipe.get('arch', '?')} · {recipe.get('image_size', '?')} px"
 
 
-def _change(run: Run, kind: str, name: str, percent: bool) -> tuple[str, str]:
+def _change(run: Run, kind: str, name: str, form: str) -> tuple[str, str]:
     """Newest value, and a sentence with where it began and its best."""
     _, values = run.values(kind, name)
     if not values:
         return "–", "not measured"
-    form = ".1%" if percent else ".3f"
     if len(values) == 1:
         return format(values[0], form), "measured once"
     return format(values[-1], form), f"from {values[0]:{form}} at the first, best {max(values):{form}}"
@@ -138,9 +137,9 @@ def _tiles(run: Run) -> str:
     seen = f"{int(steps[-1]) * batch:,} images seen" if steps else "no step finished"
     cells = [
         ("Loss, last twentieth", _number(_median(tail)), seen),
-        ("k-NN top-1", *_change(run, "knn", "top1", percent=True)),
-        ("View retrieval", *_change(run, "health", "view_retrieval", percent=True)),
-        ("Effective rank", *_change(run, "health", "effective_rank", percent=False)),
+        ("k-NN top-1", *_change(run, "knn", "top1", ".1%")),
+        ("View retrieval", *_change(run, "health", "view_retrieval", ".1%")),
+        ("Effective rank", *_change(run, "health", "effective_rank", ".1f")),
         ("Source images/s", _number(speed, ",.0f"), "median of the run"),
         ("Waiting for data", _number(wait, ".1%"), "median share of the time"),
     ]
@@ -216,14 +215,11 @@ def _per_run(runs: Sequence[Run], kind: str, name: str, scale: float = 1.0) -> l
 
 
 def _loss_terms(runs: Sequence[Run]) -> list[Series]:
-    """The total of each run; for a single run also each of its terms."""
-    series = _per_run(runs, "train", "loss")
-    if len(runs) == 1:
-        names = dict.fromkeys(name for row in runs[0].of_kind("train") for name in row if name.startswith("loss/"))
-        for number, name in enumerate(names, start=1):
-            x, y = runs[0].values("train", name)
-            series.append(Series(name, x, y, colour=number))
-    return series
+    """Every term of a single run; of several runs the instance loss, which all contrastive methods have."""
+    if len(runs) > 1:
+        return _per_run(runs, "train", "loss/ins")
+    names = dict.fromkeys(name for row in runs[0].of_kind("train") for name in row if name.startswith("loss/"))
+    return [Series(name, *runs[0].values("train", name), colour=number) for number, name in enumerate(names)]
 
 
 def _charts(runs: Sequence[Run]) -> str:
@@ -231,8 +227,9 @@ def _charts(runs: Sequence[Run]) -> str:
     references = [(f"chance, ln(K+1) = {level:.2f}", level) for level in levels.values()]
     percent = 100.0
     figures = [
+        line_chart("Loss", "The sum of all terms, as the method weighs them.", _per_run(runs, "train", "loss")),
         line_chart(
-            "Loss",
+            "Loss by term" if len(runs) == 1 else "Instance loss",
             "With a queue the first values are low because its keys are still random; compare later ones with chance.",
             _loss_terms(runs),
             references=references,

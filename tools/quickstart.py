@@ -1,0 +1,382 @@
+"""What `bash tools/quickstart.sh [FOLDER]` does after set-up: pack, train RegionCL-M for minutes, compare, report.
+
+Ends within six minutes on two CPU cores, whatever the machine: a short timing decides how many steps there is time for.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.stores import list_images
+from tools.cli import make_parser, parse
+from tools.report import Run, build_report, chance_level, read_run
+from tools.sample_photos import cut_photos
+from train.errors import RunEnd, UserMistake, run_to_exit_code
+
+ROOT = Path(__file__).resolve().parents[1]
+_METHOD = "regioncl-m"
+_RECIPE = "regioncl-m-quick"
+_MOST_IMAGES = 20_000
+"""Of a larger folder a sample is packed, so that packing leaves time to train."""
+_MOST_SEEN = 500_000
+_PUBLISHED_SEEN = 200 * 1_281_167
+_TIMING_STEPS = 20
+_LOG_EVERY = 10
+_LAST_STEPS = 50
+_REPORT_S = 15.0
+_MARGIN = 0.9
+_MARKER = ".quickstart"
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"quickstart: {text}", flush=True)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What is trained on.
+
+    Attributes:
+        train: packed images to train on.
+        validation: packed labelled images that are not trained on, None without labels.
+        images: number of images in `train`.
+    """
+
+    train: Path
+    validation: Path | None
+    images: int
+
+
+def _call(command: Sequence[str | Path]) -> None:
+    """Run one of our commands; its own message and exit code end the quickstart when it fails."""
+    finished = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT)
+    code = finished.returncode
+    if code:
+        # A command that a signal ended has a negative code; shells call it 128 + signal.
+        raise RunEnd(f"{Path(str(command[0])).name} ended with exit code {code}", code if code > 0 else 128 - code)
+
+
+def _pack(source: Path, packed: Path) -> int:
+    """Pack images with the project's own command; the number of images packed."""
+    _call([ROOT / "tools" / "make_ffcv_dataset.py", source, packed, "--max-resolution", "160", "--max-bad", "0.05"])
+    manifest = json.loads(packed.with_name(packed.stem + ".manifest.json").read_text(encoding="utf-8"))
+    return int(manifest["images"])
+
+
+def prepare_run_dir(run_dir: Path) -> None:
+    """An empty run folder; an earlier quickstart's is replaced, anything else is left alone.
+
+    Raises:
+        UserMistake: when the folder holds something else.
+    """
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / _MARKER).is_file():
+        raise UserMistake(f"--run-dir {run_dir} holds what the quickstart did not make; choose another folder")
+    try:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True)
+        (run_dir / _MARKER).touch()
+    except OSError as reason:
+        cause = reason.strerror or reason
+        raise UserMistake(f"--run-dir {run_dir}: {cause}; choose a folder that can be written") from None
+
+
+# --- which images ----------------------------------------------------------------------------------------------------
+
+
+def pack_sample_photos(run_dir: Path, seed: int) -> Packed:
+    """Crops of the photographs inside scikit-image; held-out parts of each are the validation images."""
+    say("cutting photographs that come inside scikit-image into crops; nearest neighbours will tell them apart")
+    images = run_dir / "images"
+    train, validation = cut_photos(images, seed=seed)
+    return _pack_both(run_dir, train, validation)
+
+
+def pack_folder(folder: Path, run_dir: Path) -> Packed:
+    """The images of a folder; of labelled ones a tenth is kept for validation.
+
+    Raises:
+        UserMistake: when there are no images.
+    """
+    train, validation = folder / "train", folder / "val"
+    if train.is_dir() and validation.is_dir():
+        say(f"{folder} has a train and a val folder; using them as they are")
+        return _pack_both(run_dir, train, validation)
+    try:
+        files, labels = list_images(folder)
+    except ValueError as reason:
+        raise UserMistake(str(reason)) from None
+    chosen = np.unique(np.linspace(0, len(files) - 1, min(len(files), _MOST_IMAGES)).astype(np.int64))
+    if len(chosen) < len(files):
+        say(f"taking {len(chosen):,} of {len(files):,} images, so that packing leaves time to train")
+    to_train, to_validate = split(labels[chosen])
+    if len(to_validate):
+        say(f"{len(set(labels[chosen][to_train].tolist()))} class folders: every tenth image is kept to measure k-NN")
+    elif len(chosen) == len(files):
+        return _pack_both(run_dir, folder, None)
+    for name, part in (("train", to_train), ("val", to_validate)):
+        for path in (files[chosen[position]] for position in part):
+            link = run_dir / "images" / name / path.relative_to(folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    images = run_dir / "images"
+    return _pack_both(run_dir, images / "train", images / "val" if len(to_validate) else None)
+
+
+def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and to validate on.
+
+    Args:
+        labels: (N,) int64, -1 where there is none.
+
+    Returns:
+        Sorted positions. With two classes or more every tenth image of each is for validation, one at least, and
+        classes of a single image are left out, so that both parts have the same classes. Otherwise all are trained on.
+    """
+    everything = np.arange(len(labels))
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
+    members = [positions for positions in members if len(positions) > 1]
+    if len(members) < 2:
+        return everything, everything[:0]
+    validation = np.sort(np.concatenate([positions[min(9, len(positions) - 1) :: 10] for positions in members]))
+    return np.setdiff1d(np.concatenate(members), validation), validation
+
+
+def _pack_both(run_dir: Path, train: Path, validation: Path | None) -> Packed:
+    images = _pack(train, run_dir / "train.beton")
+    packed = None
+    if validation is not None:
+        packed = run_dir / "val.beton"
+        _pack(validation, packed)
+    shutil.rmtree(run_dir / "images", ignore_errors=True)
+    return Packed(run_dir / "train.beton", packed, images)
+
+
+# --- how long ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a short run showed.
+
+    Attributes:
+        step_s: seconds of one step.
+        fixed_s: seconds of a run beside its steps: starting, the figures at its start and end, saving.
+        figures_s: seconds of the figures once.
+    """
+
+    step_s: float
+    fixed_s: float
+    figures_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train.
+
+    Attributes:
+        epochs: length of the schedule.
+        steps: optimizer steps.
+        figures_every: epochs between figures; 0 only at the start and the end.
+    """
+
+    epochs: int
+    steps: int
+    figures_every: int
+
+
+def read_timing(run: Run, wall_s: float) -> Timing:
+    """The timing of a short run that took `wall_s` seconds in all."""
+    batch = run.config["recipe"]["global_batch"]
+    # The first row carries compilation and first touches of memory.
+    step_s = batch / run.of_kind("train")[-1]["images_per_s"]
+    start = run.of_kind("start")[0]["time_s"]
+    first = [row["time_s"] for row in run.rows if row["kind"] in ("health", "knn") and row["step"] == 0]
+    steps = run.of_kind("train")[-1]["step"]
+    return Timing(step_s, max(wall_s - steps * step_s, 0.0), max(first, default=start) - start)
+
+
+def make_plan(timing: Timing, left_s: float, images: int, global_batch: int) -> Plan:
+    """The longest schedule that fits into `left_s` seconds: whole epochs, or part of one when it is not enough.
+
+    Args:
+        timing: of this machine.
+        left_s: seconds from now until the training must have ended.
+        images: images in the data.
+        global_batch: images of a step.
+    """
+    steps_per_epoch = max(images // global_batch, 1)
+    # Figures at two places inside the run cost as much as they did in the timing.
+    available = max(left_s - timing.fixed_s - 2 * timing.figures_s, 0.0) * _MARGIN
+    steps = min(int(available / timing.step_s), _MOST_SEEN // global_batch)
+    steps = max(steps, _TIMING_STEPS)
+    epochs = max(steps // steps_per_epoch, 1)
+    steps = min(steps, epochs * steps_per_epoch)
+    return Plan(epochs, steps, epochs // 3)
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def instance_loss(run: Run) -> float | None:
+    """Mean instance loss over the last 50 steps; each row of the metrics is a mean over the steps since the last."""
+    rows = run.of_kind("train")
+    last = rows[-1]["step"] if rows else 0
+    tail = [row["loss/ins"] for row in rows if row["step"] > last - _LAST_STEPS and "loss/ins" in row]
+    return sum(tail) / len(tail) if tail else None
+
+
+def comparison(run: Run) -> list[tuple[str, str, str]]:
+    """(figure, untrained, trained) for each figure of the backbone that the run measured at its first and last step."""
+    named = [
+        ("knn", "top1", "20-NN top-1", ".1%"),
+        ("health", "view_retrieval", "view retrieval", ".1%"),
+        ("health", "effective_rank", "effective rank", ".1f"),
+        ("health", "feature_std", "feature spread", ".3f"),
+    ]
+    rows = []
+    for kind, name, label, form in named:
+        steps, values = run.values(kind, name)
+        if len(values) > 1 and steps[0] == 0:
+            rows.append((label, format(values[0], form), format(values[-1], form)))
+    return rows
+
+
+def _tell(run: Run, packed: Packed, report: Path) -> None:
+    print()
+    print(f"{'backbone':<18}{'untrained':>12}{'trained':>12}")
+    for label, before, after in comparison(run):
+        print(f"{label:<18}{before:>12}{after:>12}")
+    loss, chance = instance_loss(run), chance_level(run)
+    if loss is not None and chance is not None:
+        print(
+            f"\ninstance loss over the last {_LAST_STEPS} steps: {loss:.2f}, {chance - loss:.2f} nats under chance, "
+            f"ln(K+1) = {chance:.2f}"
+        )
+    steps, _ = run.values("train", "loss")
+    seen = int(steps[-1]) * run.config["recipe"]["global_batch"]
+    print(
+        f"\n{seen:,} images, one part in {max(round(_PUBLISHED_SEEN / seen), 1):,} of a published run, can show that the "
+        "loss falls well under chance and that the two views of an image find each other, and cannot show what the method "
+        "is worth: k-NN may still be below that of random filters."
+    )
+    places = {
+        "report": report,
+        "backbone": run.folder / "backbone.safetensors",
+        "run": run.folder,
+        "packed images": packed.train,
+    }
+    print()
+    for name, place in places.items():
+        print(f"{name:<14} {place}")
+
+
+def _train(packed: Packed, run_dir: Path, seed: int, more: Sequence[str]) -> None:
+    command: list[str | Path] = [
+        ROOT / "train" / "main.py",
+        "--method",
+        _METHOD,
+        "--recipe",
+        _RECIPE,
+        "--data",
+        packed.train,
+        "--run-dir",
+        run_dir,
+        "--seed",
+        str(seed),
+        "--log-every",
+        str(_LOG_EVERY),
+        "--resume",
+        "never",
+        *more,
+    ]
+    if packed.validation is not None:
+        command += ["--val-data", packed.validation]
+    _call(command)
+
+
+def quickstart(folder: Path | None, run_dir: Path, minutes: float, seed: int) -> None:
+    """Everything after set-up.
+
+    Raises:
+        RunEnd: with one line and an exit code when a step fails.
+    """
+    ends = time.monotonic() + minutes * 60
+    prepare_run_dir(run_dir)
+    packed = pack_folder(folder, run_dir) if folder else pack_sample_photos(run_dir, seed)
+
+    say("timing a few steps to see how many there is time for")
+    timing_dir = run_dir / "timing"
+    began = time.monotonic()
+    _train(packed, timing_dir, seed, ["--max-steps", str(_TIMING_STEPS), "--knn-every", "0"])
+    short = read_run(timing_dir)
+    timing = read_timing(short, time.monotonic() - began)
+    shutil.rmtree(timing_dir)
+    batch = short.config["recipe"]["global_batch"]
+    plan = make_plan(timing, ends - time.monotonic() - _REPORT_S, packed.images, batch)
+
+    say(
+        f"{batch / timing.step_s:,.0f} images/s: training RegionCL-M for {plan.steps} steps of {batch} images "
+        f"({plan.steps * batch / packed.images:.1f} epochs), about {plan.steps * timing.step_s + timing.fixed_s:.0f} s"
+    )
+    _train(
+        packed,
+        run_dir,
+        seed,
+        ["--epochs", str(plan.epochs), "--max-steps", str(plan.steps), "--knn-every", str(plan.figures_every)],
+    )
+    report = run_dir / "report.html"
+    build_report([run_dir], report)
+    _tell(read_run(run_dir), packed, report)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the quickstart as the command line says; returns the exit code."""
+    parser = make_parser(
+        "tools/quickstart.sh", "Pack images, train RegionCL-M for a few minutes and compare with an untrained backbone."
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="IMAGE_FOLDER",
+        help="images to train on; class folders become labels; photographs inside scikit-image when not given",
+    )
+    parser.add_argument("--minutes", type=float, default=5.5, help="when to have finished, set-up not counted")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"), help="folder of the run")
+    parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
+
+    def start() -> int:
+        arguments: argparse.Namespace = parse(parser, argv)
+        if arguments.folder is not None and not arguments.folder.is_dir():
+            raise UserMistake(f"{arguments.folder} is no folder; give a folder of images, or nothing")
+        if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
+            raise UserMistake(f"--minutes {arguments.minutes}: must be above 0")
+        folder = arguments.folder.resolve() if arguments.folder else None
+        try:
+            quickstart(folder, arguments.run_dir.resolve(), arguments.minutes, arguments.seed)
+        except KeyboardInterrupt:
+            raise RunEnd("interrupted; the same command starts over", 130) from None
+        return 0
+
+    return run_to_exit_code(start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

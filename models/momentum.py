@@ -9,6 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .collectives import average_buffers
+from .norm import running_buffers
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -58,3 +61,20 @@ def _extend(online: list[Tensor], momentum: list[Tensor], source: list[Tensor], 
         raise ValueError("an online and a momentum module differ in structure; pair a module with its own copy")
     online.extend(source)
     momentum.extend(target)
+
+
+@torch.no_grad()
+def follow(pairs: Sequence[tuple[nn.Module, nn.Module]], m: float, whole_state: bool = False) -> None:
+    """`ema_update` after an optimizer step, of parameters or of the whole state (EMAN).
+
+    With `whole_state` the online running statistics are first averaged over ranks, so that all ranks' momentum networks
+    stay equal to one process's.
+
+    Args:
+        pairs: (online, momentum) modules of equal structure.
+        m: EMA coefficient, 0..1.
+        whole_state: average batch-norm running statistics too.
+    """
+    if whole_state:
+        average_buffers([buffer for online, _ in pairs for buffer in running_buffers(online)])
+    ema_update(pairs, m, buffers=whole_state)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from .base import Method
+from .byol import Byol
+from .care import Care
 from .densecl import DenseCL
+from .lewel_b import LewelB
+from .lewel_m import LewelM
 from .moby import MoBY
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
@@ -21,6 +25,10 @@ METHODS: dict[str, type[Method]] = {
     "regioncl-d": RegionCLD,
     "simsiam": SimSiam,
     "regioncl-s": RegionCLS,
+    "byol": Byol,
+    "care": Care,
+    "lewel-m": LewelM,
+    "lewel-b": LewelB,
     "moco-v3": MoCoV3,
     "regioncl-m3": RegionCLM3,
     "moby": MoBY,

@@ -1,0 +1,105 @@
+"""BYOL: predict the momentum network's embedding of the other view, without negatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..heads import mlp_head
+from ..losses import byol_regression
+from ..momentum import copy_and_freeze, follow
+from ..norm import convert_batch_norm
+from ..options import option
+from ..resnet import ConvInit, build_backbone
+from .base import Method, StepInputs, StepOutput
+
+MomentumNorm = Literal["own", "ema"]
+
+
+@dataclass(frozen=True)
+class ByolConfig:
+    """Hyper-parameters of BYOL."""
+
+    hidden_dim: int = option(4096, "width of the hidden layer of projector and predictor")
+    dim: int = option(256, "width of the embeddings")
+    head_bias: bool = option(False, "biases in the linear layers of projector and predictor")
+    momentum_norm: MomentumNorm = option(
+        "own", "batch norm of the momentum network: own batch statistics, or ema: the online ones averaged (EMAN)"
+    )
+    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
+    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
+
+
+class Byol(Method):
+    """Regression of the other view's momentum embedding, in both directions.
+
+    z = g(GAP f(x)), L = mean[2 - 2 cos(q(z1), sg z'2)] + mean[2 - 2 cos(q(z2), sg z'1)], range 0..8.
+
+    Args:
+        config: hyper-parameters.
+        arch: key of `BACKBONES`.
+        image_size: side of a view in pixels; the network takes any.
+        bn_mode: "group", "sync" or "plain" batch norm: "sync" for BYOL, "group" and `momentum_norm` ema for EMAN.
+        bn_group_size: consecutive images that share batch-norm statistics; 0 is the rank's whole batch.
+
+    Source: BYOL (arXiv 2006.07733) section 3.1, Eq. 2; EMAN (arXiv 2101.08482) for averaged batch norms.
+    Differs: heads without biases by default, as in the EMAN and LEWEL code; `head_bias` gives the BYOL paper's.
+    """
+
+    Config = ByolConfig
+    ema_index_offset = 0
+
+    def __init__(
+        self, config: ByolConfig, *, arch: str, image_size: int, bn_mode: str = "sync", bn_group_size: int = 0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = build_backbone(arch, config.conv_init, config.zero_init_residual)
+        biases = [config.head_bias] * 2
+        sizes = (self.encoder.feature_dim, config.hidden_dim, config.dim)
+        self.projector = mlp_head(sizes, biases=biases, hidden_norm=True)
+        self.predictor = mlp_head((config.dim, config.hidden_dim, config.dim), biases=biases, hidden_norm=True)
+        convert_batch_norm(self, bn_mode, bn_group_size)
+        self.momentum_encoder = copy_and_freeze(self.encoder)
+        self.momentum_projector = copy_and_freeze(self.projector)
+        self.train()
+
+    def train(self, mode: bool = True) -> Byol:
+        """Training mode; averaged batch norms stay in evaluation mode, which uses their running statistics."""
+        super().train(mode)
+        if self.config.momentum_norm == "ema":
+            for _, momentum in self.momentum_pairs():
+                momentum.eval()
+        return self
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Online and momentum networks."""
+        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
+
+    def forward(self, inputs: StepInputs) -> StepOutput:
+        """Sum over both directions."""
+        views = (inputs.view1, inputs.view2)
+        predictions = [self.predictor(self.projector(_global_pool(self.encoder(view)))) for view in views]
+        targets = [self.target(view) for view in views]
+        first = byol_regression(predictions[0], targets[1]).mean()
+        second = byol_regression(predictions[1], targets[0]).mean()
+        return StepOutput(first + second, {"view1": first.detach(), "view2": second.detach()})
+
+    @torch.no_grad()
+    def target(self, images: Tensor) -> Tensor:
+        """Momentum embeddings (B, D) of images (B, 3, S, S)."""
+        projected: Tensor = self.momentum_projector(_global_pool(self.momentum_encoder(images)))
+        return projected
+
+    @torch.no_grad()
+    def after_step(self, output: StepOutput, ema_momentum: float) -> None:
+        """EMA of parameters, and of running statistics with averaged batch norms."""
+        follow(self.momentum_pairs(), ema_momentum, whole_state=self.config.momentum_norm == "ema")
+
+
+def _global_pool(feature_map: Tensor) -> Tensor:
+    """Mean over positions: (B, C, H, W) -> (B, C)."""
+    return feature_map.mean(dim=(2, 3))

@@ -1,0 +1,159 @@
+"""LEWEL-B: BYOL with aligned embeddings beside the global one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment import AlignmentHead, ColumnMlp, Grouping, HeadOutput, random_scores
+from ..losses import byol_regression
+from ..momentum import copy_and_freeze, follow
+from ..norm import convert_batch_norm
+from ..options import option
+from ..resnet import ConvInit, build_backbone
+from .base import Method, StepInputs, StepOutput
+from .byol import MomentumNorm
+
+
+@dataclass(frozen=True)
+class LewelBConfig:
+    """Hyper-parameters of LEWEL-B."""
+
+    hidden_dim: int = option(4096, "width of the hidden layers of projectors and predictors")
+    dim: int = option(256, "width of the projector's output (d); there are d / h maps")
+    c: int = option(256, "width of an aligned embedding")
+    h: int = option(4, "channel groups, each pooled by maps of its own")
+    beta: float = option(0.5, "weight of the aligned loss; the global loss has 1 - beta (the paper's meaning)")
+    coupled: bool = option(True, "the global projector also makes the maps; false gives them a head of their own")
+    global_loss: bool = option(True, "train the global embedding; alone it has weight 1")
+    aligned_loss: bool = option(True, "train the aligned embeddings; alone they have weight 1")
+    align: Literal["learned", "random"] = option("learned", "learned maps, or random ones drawn anew each step")
+    grouping: Grouping = option("contiguous", "maps of a channel group: neighbours (the code), or every h-th (Eq. 2)")
+    momentum_norm: MomentumNorm = option(
+        "ema", "batch norm of the momentum network: own batch statistics, or ema: the online ones averaged (EMAN)"
+    )
+    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
+    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
+
+
+def loss_weights(beta: float, global_loss: bool, aligned_loss: bool) -> tuple[float, float]:
+    """Weights of the global and the aligned loss: (1 - beta, beta), or 1 for the only one that is on.
+
+    Raises:
+        ValueError: beta outside 0..1.
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"--beta {beta} is outside 0..1")
+    if not (global_loss and aligned_loss):
+        return (1.0, 0.0) if global_loss else (0.0, 1.0)
+    return 1.0 - beta, beta
+
+
+class LewelB(Method):
+    """Regression of global and aligned embeddings of the other view, in both directions.
+
+    L = sum over directions v -> w of (1 - beta) nmse(q(z_g^v), z_g'^w) + beta nmse(s(z_a^v), z_a'^w),
+    nmse(p, t) = 2 - 2 mean cos(p, t); aligned embedding k of one view is matched with number k of the other.
+
+    Args:
+        config: hyper-parameters.
+        arch: key of `BACKBONES`.
+        image_size: side of a view in pixels; the network takes any.
+        bn_mode: "group" or "plain" with `momentum_norm` ema (EMAN), "sync" with own.
+        bn_group_size: consecutive images that share batch-norm statistics; 0 is the rank's whole batch.
+
+    Source: LEWEL (arXiv 2203.14898) section 3.3; LayneH/LEWEL for head, initialisation and EMAN.
+    Differs: `beta` weights the aligned loss as in the paper; the code's flag weights the global one (equal at 0.5).
+    """
+
+    Config = LewelBConfig
+    ema_index_offset = 0
+
+    def __init__(
+        self, config: LewelBConfig, *, arch: str, image_size: int, bn_mode: str = "group", bn_group_size: int = 0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.global_weight, self.aligned_weight = loss_weights(config.beta, config.global_loss, config.aligned_loss)
+        self.encoder = build_backbone(arch, config.conv_init, config.zero_init_residual)
+        self.projector = AlignmentHead(
+            self.encoder.feature_dim, config.hidden_dim, config.dim, config.c, config.h,
+            coupled=config.coupled, grouping=config.grouping, align=config.align,
+            global_loss=config.global_loss, aligned_loss=config.aligned_loss,
+        )  # fmt: skip
+        if config.global_loss:
+            self.predictor = ColumnMlp(config.dim, config.hidden_dim, config.dim)
+        if config.aligned_loss:
+            self.aligned_predictor = ColumnMlp(config.c, config.hidden_dim, config.c)
+        convert_batch_norm(self, bn_mode, bn_group_size)
+        self.momentum_encoder = copy_and_freeze(self.encoder)
+        self.momentum_projector = copy_and_freeze(self.projector)
+        self.train()
+
+    def train(self, mode: bool = True) -> LewelB:
+        """Training mode; averaged batch norms stay in evaluation mode, which uses their running statistics."""
+        super().train(mode)
+        if self.config.momentum_norm == "ema":
+            for _, momentum in self.momentum_pairs():
+                momentum.eval()
+        return self
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Online and momentum networks."""
+        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
+
+    def forward(self, inputs: StepInputs) -> StepOutput:
+        """Sum of both directions; metrics are the unweighted sums of each kind."""
+        views = (inputs.view1, inputs.view2)
+        online, targets = [], []
+        for number, view in enumerate(views):
+            feature_map = self.encoder(view)
+            random = draw_random(self.projector, inputs, number, feature_map)
+            online.append(self.projector(feature_map, random))
+            with torch.no_grad():
+                targets.append(self.momentum_projector(self.momentum_encoder(view), random))
+        losses = [self._direction(online[0], targets[1]), self._direction(online[1], targets[0])]
+        metrics = {name: torch.stack([terms[name].detach() for terms in losses]).sum() for name in losses[0]}
+        weights = {"global": self.global_weight, "aligned": self.aligned_weight}
+        loss = torch.stack([weights[name] * terms[name] for terms in losses for name in terms]).sum()
+        return StepOutput(loss, metrics)
+
+    def _direction(self, online: HeadOutput, target: HeadOutput) -> dict[str, Tensor]:
+        """Unweighted losses of one view's online embeddings against the other's momentum embeddings."""
+        terms: dict[str, Tensor] = {}
+        if online.embedding is not None and target.embedding is not None:
+            predicted = self.predictor(online.embedding.unsqueeze(1)).squeeze(1)
+            terms["global"] = byol_regression(predicted, target.embedding).mean()
+        if online.aligned is not None and target.aligned is not None:
+            predicted = self.aligned_predictor(online.aligned)
+            terms["aligned"] = byol_regression(predicted.flatten(0, 1), target.aligned.flatten(0, 1)).mean()
+        return terms
+
+    @torch.no_grad()
+    def after_step(self, output: StepOutput, ema_momentum: float) -> None:
+        """EMA of parameters, and of running statistics with averaged batch norms."""
+        follow(self.momentum_pairs(), ema_momentum, whole_state=self.config.momentum_norm == "ema")
+
+
+def draw_random(
+    head: AlignmentHead, inputs: StepInputs, view: int, feature_map: Tensor, image_index: Tensor | None = None
+) -> Tensor | None:
+    """Scores of random maps for a feature map (B, D, H, W); None where the maps are learned.
+
+    Args:
+        head: tells whether and how many.
+        inputs: seed, step and rank.
+        view: 0 or 1; both networks see the same maps of a view.
+        feature_map: whose positions are scored.
+        image_index: (B,) int64 place of each image in the global batch; by default this rank's own.
+    """
+    if not head.random_maps:
+        return None
+    batch = feature_map.shape[0]
+    if image_index is None:
+        image_index = torch.arange(inputs.rank * batch, (inputs.rank + 1) * batch, device=feature_map.device)
+    positions = feature_map.shape[2] * feature_map.shape[3]
+    return random_scores(inputs.seed, inputs.step, view, image_index, positions, head.dim)

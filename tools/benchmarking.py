@@ -200,10 +200,9 @@ def check_twice_eager(name: str, ours: torch.Tensor, eager: torch.Tensor, exact:
     Raises:
         RuntimeError: the error exceeds twice eager's and one unit in the last place of the largest value.
     """
-    reference = exact.double().cpu()
-    ours_error = float((ours.detach().double().cpu() - reference).abs().max()) if ours.numel() else 0.0
-    eager_error = float((eager.detach().double().cpu() - reference).abs().max()) if eager.numel() else 0.0
-    spacing = torch.finfo(ours.dtype).eps * float(reference.abs().max()) if ours.numel() else 0.0
+    reference = exact.detach().double().cpu()
+    ours_error, eager_error = (float((x.detach().double().cpu() - reference).abs().max()) for x in (ours, eager))
+    spacing = torch.finfo(ours.dtype).eps * float(reference.abs().max())
     if not ours_error <= max(2 * eager_error, spacing):
         raise RuntimeError(f"{name}: error {ours_error:.3g} is more than twice eager's {eager_error:.3g}")
     return ours_error / eager_error if eager_error else 0.0

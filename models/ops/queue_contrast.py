@@ -25,14 +25,13 @@ def block_size(rows: int, queue_size: int) -> int:
     return min(queue_size, max(256, BLOCK_ELEMENTS // max(rows, 1) // 256 * 256))
 
 
-def queue_logsumexp_definition(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Return log sum_k exp(rows . queue_k / temperature) from the whole (R, K) matrix: (R,), fp32 or fp64."""
-    return torch.logsumexp(accumulated_matmul(rows, queue.T) / temperature, dim=1)
+@torch.library.custom_op("regatta::queue_sumexp", mutates_args=())
+def _queue_sumexp(rows: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """For every row sum_k exp(logit_k - m) and m = max_k logit_k, logit_k = rows . queue_k / temperature; each (R,).
 
-
-@torch.library.custom_op("regatta::queue_logsumexp", mutates_args=())
-def _queue_logsumexp(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Blockwise `queue_logsumexp_definition` by the online rule: running maximum, running sum relative to it."""
+    The sum and its shift are returned apart, not as one logarithm: a logarithm near 8 rounded to float32 would put an
+    error of 2e-7 into every probability. The online rule keeps a running maximum and a sum relative to it.
+    """
     dtype = accumulation_dtype(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         maximum = rows.new_full((rows.shape[0], 1), -torch.inf, dtype=dtype)
@@ -42,45 +41,44 @@ def _queue_logsumexp(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
             new_maximum = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
             total.mul_((maximum - new_maximum).exp_()).add_(logits.sub_(new_maximum).exp_().sum(dim=1, keepdim=True))
             maximum = new_maximum
-        return (maximum + total.log_()).squeeze(1)
+        return total.squeeze(1), maximum.squeeze(1)
 
 
-@_queue_logsumexp.register_fake
-def _(rows: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    return rows.new_empty(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
+@_queue_sumexp.register_fake
+def _(rows: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    total = rows.new_empty(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
+    return total, torch.empty_like(total)
 
 
-@torch.library.custom_op("regatta::queue_logsumexp_backward", mutates_args=())
-def _queue_logsumexp_backward(
-    grad: Tensor, rows: Tensor, queue: Tensor, logsumexp: Tensor, temperature: float
-) -> Tensor:
-    """Return d rows = grad / temperature * softmax(rows . queue / temperature) @ queue, each block computed again."""
+@torch.library.custom_op("regatta::queue_sumexp_backward", mutates_args=())
+def _queue_sumexp_backward(grad: Tensor, rows: Tensor, queue: Tensor, maximum: Tensor, temperature: float) -> Tensor:
+    """Return grad / temperature * sum_k exp(logit_k - m) queue_k, each block computed again; m is a constant."""
     dtype = accumulation_dtype(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         result = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
         for block in queue.split(block_size(rows.shape[0], queue.shape[0])):
-            probability = accumulated_matmul(rows, block.T).div_(temperature).sub_(logsumexp[:, None]).exp_()
-            # Rounded to the inputs' dtype for the second GEMM, as the softmax of a materialised matrix would be.
-            result.add_(accumulated_matmul(probability.to(rows.dtype), block))
+            share = accumulated_matmul(rows, block.T).div_(temperature).sub_(maximum[:, None]).exp_()
+            # Cast for the second GEMM. At most 1, not normalised: probabilities of 1 / K would be float16 subnormals.
+            result.add_(accumulated_matmul(share.to(rows.dtype), block))
         return result.mul_((grad.to(dtype) / temperature)[:, None]).to(rows.dtype)
 
 
-@_queue_logsumexp_backward.register_fake
-def _(grad: Tensor, rows: Tensor, queue: Tensor, logsumexp: Tensor, temperature: float) -> Tensor:
+@_queue_sumexp_backward.register_fake
+def _(grad: Tensor, rows: Tensor, queue: Tensor, maximum: Tensor, temperature: float) -> Tensor:
     return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     rows, queue, ctx.temperature = inputs
-    ctx.save_for_backward(rows, queue, output)
+    ctx.save_for_backward(rows, queue, output[1])
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-    rows, queue, logsumexp = ctx.saved_tensors
-    return _queue_logsumexp_backward(grad, rows, queue, logsumexp, ctx.temperature), None, None
+def _backward(ctx, grad_total: Tensor, grad_maximum: Tensor) -> tuple[Tensor, None, None]:
+    rows, queue, maximum = ctx.saved_tensors
+    return _queue_sumexp_backward(grad_total, rows, queue, maximum, ctx.temperature), None, None
 
 
-_queue_logsumexp.register_autograd(_backward, setup_context=_setup_context)
+_queue_sumexp.register_autograd(_backward, setup_context=_setup_context)
 
 
 def queue_contrast(
@@ -110,12 +108,13 @@ def queue_contrast(
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     dtype = accumulation_dtype(rows.dtype)
-    logsumexp = _queue_logsumexp(rows, queue.detach().to(rows.dtype), temperature)
-    positive = positives.to(dtype) / temperature
-    parts = [positive[:, None], logsumexp[:, None]]
-    if extra is not None:
-        parts.append(extra.to(dtype) / temperature)
-    return torch.logsumexp(torch.cat(parts, dim=1), dim=1) - positive
+    total, queue_maximum = _queue_sumexp(rows, queue.detach().to(rows.dtype), temperature)
+    own = positives[:, None] if extra is None else torch.cat([positives[:, None], extra], dim=1)
+    own = own.to(dtype) / temperature  # (R, 1 + E)
+    # The shift changes no value, so nothing flows through it; it keeps every exponential at most 1.
+    shift = torch.maximum(queue_maximum, own.amax(dim=1)).detach()
+    denominator = total * (queue_maximum.detach() - shift).exp() + (own - shift[:, None]).exp().sum(dim=1)
+    return denominator.log() + (shift - own[:, 0])
 
 
 def queue_contrast_definition(

@@ -1,32 +1,69 @@
-"""What the tools' command lines share: an unknown flag fails in one line that names the nearest valid one."""
+"""What every command of the tools shares: flags that fail in one line, and exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from train.errors import UserMistake
-from train.flags import OneLineParser
+USER_MISTAKE = 2
+TOO_MANY_BAD = 3
+INTERRUPTED = 130
 
 
-def make_parser(prog: str, description: str) -> OneLineParser:
-    """A parser whose help shows every default and whose errors are one line."""
-    return OneLineParser(
-        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose `--help` shows every default and which takes no abbreviated flags."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
 
 
-def parse(parser: OneLineParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The parsed arguments.
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments.
 
     Raises:
-        UserMistake: on an unknown flag, naming the nearest valid one, or on a value that does not fit.
+        ValueError: one line that says what is wrong; for an unknown flag it names the nearest valid one.
     """
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        nearest = difflib.get_close_matches(name, parser.known_flags(), n=1, cutoff=0.0)
-        kind = "flag" if name.startswith("-") else "argument"
-        raise UserMistake(f"unknown {kind} {name}; the nearest valid flag is {nearest[0]}; --help lists all")
-    return namespace
+    known = list(parser._option_string_actions)
+    for token in argv:
+        if token == "--":
+            break
+        flag = token.split("=")[0]
+        if re.fullmatch(r"-[-\w.]*[A-Za-z][-\w.]*", flag) and flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown flag {flag}; the nearest valid one is {near[0]} (see --help)")
+
+    def fail(message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+    parser.error = fail  # type: ignore[method-assign]
+    return parser.parse_args(argv)
+
+
+def call(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a command and give its exit code; a user's mistake becomes one line on standard error and code 2.
+
+    A `ValueError` or an `OSError` (a path that is missing, read-only or full) is taken for the user's mistake. With
+    REGATTA_TRACEBACK=1 in the environment it is raised instead, for whoever looks for a fault in the program.
+    """
+    try:
+        return main(argv)
+    except (ValueError, OSError) as error:
+        if os.environ.get("REGATTA_TRACEBACK") == "1":
+            raise
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        print("stopped before it was done; nothing was left under a final name", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a command with the process's arguments and leave with its exit code; SIGTERM cleans up as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.exit(call(main, sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""The augmentation of `augment.apply` on the CPU as one compiled pass, `native/augment.cpp`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .native_build import try_load
+
+COLUMNS = 14
+"""Floats in a row of parameters; the library is asked whether it agrees."""
+_OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None after saying once on standard error why there is none and what happens instead."""
+    loaded = try_load("augment", instead="augmentation on the CPU runs as PyTorch operations, many times slower")
+    if loaded is None:
+        return None
+    loaded.regatta_augment_scratch.restype = ctypes.c_size_t
+    loaded.regatta_augment_scratch.argtypes = (ctypes.c_int, ctypes.c_int)
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    loaded.regatta_augment.argtypes = (
+        pointer, ctypes.c_int64, number, number, pointer, number, number, number, pointer, pointer, number,
+    )  # fmt: skip
+    assert loaded.regatta_augment_columns() == COLUMNS
+    return loaded
+
+
+@cache
+def _threads(process: int, count: int) -> ThreadPoolExecutor:
+    """One pool for each process: a fork takes no threads along."""
+    return ThreadPoolExecutor(count, thread_name_prefix=f"augment-{process}")
+
+
+def augment(
+    images: Tensor,
+    table: Tensor,
+    gray_first: bool,
+    radius: int,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 0,
+    lanes: int = 0,
+) -> Tensor:
+    """Augment a batch of views.
+
+    Args:
+        images: (B, 3, H, W) uint8 on the CPU; channels-last is read as it is, anything else is copied first.
+        table: (B, 14) float32 on the CPU, the columns of `augment.COLUMNS`.
+        gray_first: whether the profile greys before it jitters.
+        radius: taps on each side of the blur's centre, less than H and W.
+        dtype: float32, bfloat16 or float16 for a normalised result, uint8 for grey levels.
+        threads: images are divided over so many threads; 0 is what torch uses.
+        lanes: floats in a register, 16 (AVX-512), 8 (AVX2) or 4; 0 is the most there are.
+
+    Returns:
+        (B, 3, H, W) `dtype`, channels-last.
+
+    Raises:
+        ValueError: for a dtype, size or number of lanes that it cannot do.
+        RuntimeError: if there is no library.
+    """
+    loaded = library()
+    if loaded is None:
+        raise RuntimeError("the native augmentation could not be built; see the message before")
+    if dtype not in (*_OUTPUTS, torch.float16):
+        raise ValueError(f"the native augmentation gives float32, bfloat16, float16 or uint8, not {dtype}")
+    batch, channels, height, width = images.shape
+    assert images.dtype == torch.uint8 and channels == 3 and table.shape == (batch, COLUMNS)
+    images = images.contiguous(memory_format=torch.channels_last)
+    table = table.contiguous()
+    # float16 is nobody's choice on a CPU: converted afterwards rather than once more in C++.
+    made = torch.float32 if dtype == torch.float16 else dtype
+    result = torch.empty((batch, 3, height, width), dtype=made, memory_format=torch.channels_last)
+
+    def work(first: int, count: int) -> int:
+        scratch = torch.empty(loaded.regatta_augment_scratch(height, width), dtype=torch.uint8)
+        return loaded.regatta_augment(
+            images.data_ptr() + first * height * width * 3,
+            count,
+            height,
+            width,
+            table.data_ptr() + first * COLUMNS * 4,
+            int(gray_first),
+            radius,
+            _OUTPUTS[made],
+            result.data_ptr() + first * height * width * 3 * result.element_size(),
+            scratch.data_ptr(),
+            lanes,
+        )
+
+    threads = min(threads or torch.get_num_threads(), batch)
+    if threads <= 1:
+        status = work(0, batch)
+    else:
+        edges = [batch * part // threads for part in range(threads + 1)]
+        counts = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        status = max(_threads(os.getpid(), threads).map(work, edges, counts))
+    if status == 2:
+        raise ValueError(f"this processor has no registers of {lanes} floats; use lanes=0")
+    if status:
+        raise ValueError(f"cannot augment images of {height} x {width} px with a blur of {radius} px to each side")
+    return result.to(dtype)

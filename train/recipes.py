@@ -181,7 +181,7 @@ def byol(epochs: int = 200) -> Made:
 
     Source: LEWEL's code base, lr 0.9 for 256 images, its 100- and 200-epoch weight decays; 70.6 and 71.9 in its tables.
     """
-    return _byol_eman(epochs, 0.9, 1e-6 if epochs == 100 else 1.5e-6, 128), _model("byol", bn="eman")
+    return _byol_eman(epochs, 0.9, 1e-6 if epochs == 100 else 1.5e-6, 128), _model("byol", momentum_norm="ema")
 
 
 def byol_paper(epochs: int) -> Made:
@@ -197,7 +197,7 @@ def byol_paper(epochs: int) -> Made:
         bn=BnConfig("sync"),
         augment=AugmentConfig("byol"),
     )
-    return recipe, _model("byol", bn="sync")
+    return recipe, _model("byol", momentum_norm="own")
 
 
 def care(epochs: int = 100) -> Made:
@@ -242,7 +242,7 @@ def lewel_b_400() -> Made:
         bn=BnConfig("sync"),
         augment=AugmentConfig("byol-lewel"),
     )
-    return recipe, _model("lewel-b", bn="sync")
+    return recipe, _model("lewel-b", momentum_norm="own")
 
 
 def _small(made: Made, epochs: int, image_size: int, **model: Any) -> Made:

@@ -1,0 +1,299 @@
+"""A batch of records to a batch of views: the native decoder and, for what it leaves, the general path.
+
+Every loader with random access decodes through `ViewDecoder`, so all of them give the same pixels, refuse the same
+records and fill their places alike.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from .epoch import SUBSTITUTE_ATTEMPTS, substitute
+from .geometry import draw_crops
+from .interface import ViewSpec
+from .jpeg import ImageRefused
+from .native_build import load, try_load
+from .stores import Store
+
+MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs
+VIEW = np.dtype(
+    [
+        ("size", "<i4"),
+        ("kind", "<i4"),
+        ("interpolation", "<i4"),
+        ("draw_id", "<u4"),
+        ("scale", "<f8", 2),
+        ("ratio", "<f8", 2),
+        ("log_ratio", "<f8", 2),
+        ("resize_ratio", "<f8"),
+    ]
+)
+JOB = np.dtype(
+    [
+        ("data", "<u8"),
+        ("size", "<u8"),
+        ("path", "<u8"),
+        ("index", "<u4"),
+        ("crc", "<u4"),
+        ("flags", "<u4"),
+        ("slot", "<i4"),
+        ("status", "<i4"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("reserved", "<i4"),
+    ]
+)
+PACKED = np.dtype(
+    [
+        ("pool", "<u8"),
+        ("specs", "<u8"),
+        ("views", "<i8"),
+        ("seed", "<u8"),
+        ("epoch", "<i8"),
+        ("max_pixels", "<i8"),
+        ("offsets", "<u8"),
+        ("sizes", "<u8"),
+        ("checksums", "<u8"),
+        ("jobs", "<u8"),
+        ("outs", "<u8"),
+        ("ring", "<i8"),
+        ("rows", "<i8"),
+    ]
+)
+CHECK_CRC, WHOLE_IMAGE, REFUSE_ROTATED = 1, 2, 4
+OK, DAMAGED, UNSUPPORTED, CHECKSUM, UNREADABLE, TOO_LARGE = range(6)
+_REASONS = {
+    DAMAGED: "damaged or not a JPEG",
+    CHECKSUM: "its bytes changed after packing (checksum)",
+    UNREADABLE: "the file cannot be read",
+    TOO_LARGE: f"more than {MAX_PIXELS} pixels",
+}
+_KINDS = {"random": 0, "center": 1, "whole": 2}
+_INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
+_PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_LOW_64 = 0xFFFFFFFFFFFFFFFF
+INSTEAD = "images are decoded by PIL, several times slower"
+
+
+def view_array(views: Sequence[ViewSpec]) -> np.ndarray:
+    """The views as the C structure of `native/crops.h`."""
+    rows = np.zeros(len(views), dtype=VIEW)
+    for row, spec in zip(rows, views, strict=True):
+        row["size"], row["kind"], row["draw_id"] = spec.size, _KINDS[spec.kind], spec.draw_id
+        row["interpolation"] = _INTERPOLATIONS[spec.interpolation]
+        row["scale"], row["ratio"], row["resize_ratio"] = spec.scale, spec.ratio, spec.resize_ratio
+        row["log_ratio"] = math.log(spec.ratio[0]), math.log(spec.ratio[1])
+    return rows
+
+
+def native_library(instead: str | None = INSTEAD) -> ctypes.CDLL | None:
+    """The native decoder with its signatures declared; None (said once) where it cannot be built.
+
+    Raises:
+        NativeUnavailable: it cannot be built and `instead` is None.
+    """
+    library = load("views") if instead is None else try_load("views", instead)
+    if library is None:
+        return None
+    pointer, u64, u32, i32, i64 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32, ctypes.c_int64
+    library.rg_pool_open.argtypes, library.rg_pool_open.restype = [i32], pointer
+    library.rg_pool_close.argtypes, library.rg_pool_close.restype = [pointer], None
+    library.rg_decode.argtypes = [pointer, pointer, i32, pointer, i32, pointer, u64, u32, i64]
+    library.rg_views_of_rgb.argtypes = [pointer, i32, i32, pointer, i32, i32, pointer, u64, u32, u32]
+    library.rg_packed_batch.argtypes = [u64, u64, u64, u64]
+    library.rg_crc32.argtypes, library.rg_crc32.restype = [pointer, u64], u32
+    library.rg_crop.argtypes, library.rg_crop.restype = [pointer, u64, u32, u32, i64, i64, pointer], None
+    library.rg_force_level.argtypes, library.rg_force_level.restype = [i32], None
+    assert library.rg_job_bytes() == JOB.itemsize and library.rg_view_bytes() == VIEW.itemsize
+    assert library.rg_packed_bytes() == PACKED.itemsize
+    return library
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Any image file's bytes as uint8 (height, width, 3) RGB, upright; raises `ImageRefused`."""
+    import io
+
+    from PIL import ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:
+        raise ImageRefused(str(error)) from error
+
+
+def pil_views(pixels: np.ndarray, views: Sequence[ViewSpec], seed: int, epoch: int, index: int) -> list[np.ndarray]:
+    """The reference: PIL's crop and antialiased resize of a fully decoded image.
+
+    Args:
+        pixels: uint8 (height, width, 3) RGB.
+        views: what to cut.
+        seed: run seed.
+        epoch: epoch number.
+        index: the sample that keys the draws.
+
+    Returns:
+        One uint8 (size, size, 3) array per view.
+    """
+    height, width = pixels.shape[:2]
+    image = Image.fromarray(pixels)
+    cut = []
+    for spec in views:
+        sides = np.array([height]), np.array([width])
+        top, left, box_height, box_width = draw_crops(spec, seed, epoch, np.array([index]), *sides)[0].tolist()
+        crop = image.crop((left, top, left + box_width, top + box_height))
+        cut.append(np.asarray(crop.resize((spec.size, spec.size), _PIL_FILTERS[spec.interpolation])))
+    return cut
+
+
+class ViewDecoder:
+    """Decodes batches of one store into arrays that the caller owns.
+
+    Args:
+        store: where the records are.
+        views: what to cut from each.
+        seed: run seed.
+        population: the samples that substitutes are drawn from.
+        threads: threads of the native decoder.
+        note_bad: called with (sample, reason) for each bad record.
+        native: False for the slow reference, PIL throughout.
+
+    Attributes:
+        specs: the views as the C side knows them.
+        pool: handle of the native threads, None with PIL.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        views: Sequence[ViewSpec],
+        seed: int,
+        population: np.ndarray,
+        threads: int,
+        note_bad: Callable[[int, str], None],
+        native: bool = True,
+    ):
+        self._store, self._views, self._seed, self._population = store, tuple(views), seed, population
+        self._note_bad = note_bad
+        self._library = native_library() if native else None
+        self.specs = view_array(views)
+        self.pool = self._library.rg_pool_open(threads) if self._library else None
+        if self._library and not self.pool:
+            raise RuntimeError(f"the system refused to start {threads} decoding threads; choose fewer with --workers")
+
+    @property
+    def native(self) -> bool:
+        """Whether the native decoder is in use."""
+        return self._library is not None
+
+    def decode(self, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+        """Cut all views of a batch.
+
+        Args:
+            epoch: epoch number.
+            index: (B,) int64 samples.
+            outs: per view a C-contiguous uint8 array of at least (B, size, size, 3); rows 0..B-1 are filled.
+
+        Raises:
+            RuntimeError: a bad record, and 64 others drawn for its place are bad too.
+        """
+        self.repair(epoch, index, self._native_pass(epoch, index, index, np.arange(len(index)), outs), outs)
+
+    def repair(self, epoch: int, index: np.ndarray, status: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+        """Finish a batch that the native decoder went through: general path, then substitutes for bad records.
+
+        Args:
+            epoch: epoch number.
+            index: (B,) int64 samples.
+            status: (B,) what the native decoder said of each.
+            outs: as for `decode`.
+
+        Raises:
+            RuntimeError: a bad record, and 64 others drawn for its place are bad too.
+        """
+        if not status.any():
+            return
+        slots = np.flatnonzero(status)
+        sources, status = index[slots], status[slots]
+        for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
+            bad = self._general_pass(status, epoch, sources, index[slots], slots, outs)
+            if not len(bad):
+                return
+            slots = slots[bad]
+            keys = index[slots]
+            sources = np.array([substitute(self._seed, epoch, key, attempt, self._population) for key in keys.tolist()])
+            status = self._native_pass(epoch, sources, keys, slots, outs)
+        raise RuntimeError(
+            f"sample {index[slots[0]]} is bad, and so are {SUBSTITUTE_ATTEMPTS} others drawn for its place; "
+            "pack the images again"
+        )
+
+    def _native_pass(
+        self, epoch: int, sources: np.ndarray, keys: np.ndarray, slots: np.ndarray, outs: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Decode sample sources[i] with the draws of keys[i] into row slots[i]; returns each one's status."""
+        if self._library is None:
+            return np.full(len(sources), UNSUPPORTED)
+        jobs = np.zeros(len(sources), dtype=JOB)
+        jobs["index"], jobs["slot"] = keys, slots
+        keep_alive = self._store.fill(jobs, sources)
+        pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
+        self._library.rg_decode(
+            self.pool, jobs.ctypes.data, len(jobs), self.specs.ctypes.data, len(outs), pointers.ctypes.data,
+            self._seed & _LOW_64, epoch, MAX_PIXELS,
+        )  # fmt: skip
+        del keep_alive
+        return jobs["status"]
+
+    def _general_pass(
+        self, status: np.ndarray, epoch: int, sources: np.ndarray, keys: np.ndarray, slots: np.ndarray,
+        outs: Sequence[np.ndarray],
+    ) -> np.ndarray:  # fmt: skip
+        """The general path for what has a status other than OK; returns the positions that are bad records."""
+        bad = []
+        for at in np.flatnonzero(status).tolist():
+            source = int(sources[at])
+            reason = self._general(int(status[at]), epoch, source, int(keys[at]), int(slots[at]), outs)
+            if reason is not None:
+                self._note_bad(source, f"{self._store.name(source)}: {reason}")
+                bad.append(at)
+        return np.array(bad, dtype=np.int64)
+
+    def _general(
+        self, status: int, epoch: int, source: int, key: int, slot: int, outs: Sequence[np.ndarray]
+    ) -> str | None:
+        """Whatever the native decoder leaves, through the full decode; returns the reason where that fails too."""
+        if status in (CHECKSUM, UNREADABLE):
+            return _REASONS[status]
+        try:
+            data = self._store.read(source)
+        except OSError as error:
+            return f"{_REASONS[UNREADABLE]} ({error.strerror})"
+        if not self._store.intact(source, data):
+            return _REASONS[CHECKSUM]
+        try:
+            pixels = decode_rgb(data)
+        except ImageRefused as error:
+            return str(error)
+        if self._library is None:
+            for out, cut in zip(outs, pil_views(pixels, self._views, self._seed, epoch, key), strict=True):
+                out[slot] = cut
+            return None
+        pixels = np.ascontiguousarray(pixels)
+        pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
+        done = self._library.rg_views_of_rgb(
+            pixels.ctypes.data, *pixels.shape[:2], self.specs.ctypes.data, len(outs), slot, pointers.ctypes.data,
+            self._seed & _LOW_64, epoch, key,
+        )  # fmt: skip
+        return None if done == OK else _REASONS[TOO_LARGE]
+
+    def close(self) -> None:
+        """Stop the threads; may be called twice."""
+        pool, self.pool = self.pool, None
+        if pool and self._library is not None:
+            self._library.rg_pool_close(pool)

@@ -1,0 +1,55 @@
+"""Plain files, or a packed file without FFCV: read and decoded by our own threads, or by PIL as the slow reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+
+from .decoder import ViewDecoder
+from .epoch import EpochPipeline
+from .interface import Batch, PipelineConfig
+from .prefetch import HostBatch, HostBuffers, decoding_threads, deliver_batches, prefetch
+from .stores import open_store
+
+
+class FolderPipeline(EpochPipeline):
+    """A store with random access, decoded by a pool of native threads one or two batches ahead.
+
+    Args:
+        config: what to deliver; `config.data` is a folder (nested; class folders become labels), a list file with one
+            path a line, or a `.beton` file.
+        decoder: "native", or "pil" for the reference that every loader is tested against. Without a compiler "native"
+            says so once and does the same work with PIL.
+    """
+
+    def __init__(self, config: PipelineConfig, decoder: str = "native"):
+        self.store = open_store(config.data)
+        super().__init__(config, self.store.labels, self.store.data_hash)
+        self.decoder = ViewDecoder(
+            self.store,
+            config.views,
+            config.seed,
+            self.plan.population,
+            decoding_threads(config.workers),
+            self.note_bad,
+            native=decoder == "native",
+        )
+        self._buffers = HostBuffers(config.views, self.plan.slice.batch_per_device, config.device.type == "cuda")
+
+    def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
+        """Generate the batches whose sample indices are given, in order."""
+
+        def work(index: np.ndarray) -> HostBatch:
+            arrays = self._buffers.take()
+            self.decoder.decode(epoch, index, arrays)
+            return index, arrays
+
+        with closing(deliver_batches(self.config, self.labels, prefetch(work, batches))) as delivered:  # type: ignore[type-var]
+            yield from delivered
+
+    def close(self) -> None:
+        """Stop workers and release buffers; may be called twice."""
+        super().close()
+        self.decoder.close()

@@ -1,0 +1,321 @@
+// One JPEG in, N views out: the decoder behind every loader, with a plain C interface.
+//
+// Each view is a crop drawn from (seed, epoch, sample, view), resized with antialiasing straight from the JPEG's colour
+// planes and converted to RGB at the output size. A batch is spread over threads; none of it needs Python's lock.
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "crc32.h"
+#include "crops.h"
+#include "jpeg_planes.h"
+#include "resize.h"
+
+namespace regatta {
+
+enum Flags : uint32_t {
+  kCheckCrc = 1,       // compare the record with `crc` first
+  kWholeImage = 2,     // decode to the end, to notice damage below the crops
+  kRefuseRotated = 4,  // leave images with an EXIF orientation to the general path
+};
+
+// One image; the memory layout is shared with pipeline/native_build.py.
+struct Job {
+  const uint8_t* data;  // the record, or null to read `path`
+  uint64_t size;
+  const char* path;
+  uint32_t index;  // keys the draws
+  uint32_t crc;
+  uint32_t flags;
+  int32_t slot;    // row of the output arrays
+  int32_t status;  // Status, written here
+  int32_t width;   // written where the header could be read
+  int32_t height;
+  int32_t reserved;
+};
+
+struct Scratch {
+  PlaneDecoder decoder;
+  ResizeScratch resize;
+  std::vector<uint8_t> file;
+  std::vector<uint8_t> planes[3];
+  std::vector<Box> boxes;
+};
+
+Scratch& scratch() {
+  static thread_local Scratch instance;
+  return instance;
+}
+
+std::atomic<int32_t> forced_level{-1};
+
+int32_t current_level() {
+  static const int32_t best = best_level();
+  const int32_t forced = forced_level.load(std::memory_order_relaxed);
+  return forced < 0 ? best : std::min(forced, best);
+}
+
+// The bytes of a file in a buffer that only grows; -1 where it cannot be read.
+int64_t read_file(const char* path, std::vector<uint8_t>& bytes) {
+  std::FILE* file = std::fopen(path, "rb");
+  if (!file) return -1;
+  if (bytes.empty()) bytes.resize(size_t{1} << 18);
+  size_t used = 0;
+  for (;;) {
+    used += std::fread(bytes.data() + used, 1, bytes.size() - used, file);
+    if (used < bytes.size()) break;
+    bytes.resize(bytes.size() * 2);
+  }
+  const bool good = std::ferror(file) == 0;
+  std::fclose(file);
+  return good ? static_cast<int64_t>(used) : -1;
+}
+
+void write_views(Scratch& own, const Plane* planes, int32_t color, const ViewSpec* specs, int32_t views, int32_t slot,
+                 uint8_t* const* outs) {
+  for (int32_t view = 0; view < views; ++view) {
+    const size_t bytes = static_cast<size_t>(specs[view].size) * specs[view].size * 3;
+    resize_view(own.resize, planes, color, own.boxes[view], specs[view].size, specs[view].interpolation,
+                current_level(), outs[view] + bytes * slot);
+  }
+}
+
+void draw_boxes(Scratch& own, const ViewSpec* specs, int32_t views, uint64_t seed, uint32_t epoch, uint32_t index,
+                int height, int width) {
+  own.boxes.resize(views);
+  for (int32_t view = 0; view < views; ++view)
+    own.boxes[view] = draw_crop(specs[view], seed, epoch, index, height, width);
+}
+
+int32_t run_job(Job& job, const ViewSpec* specs, int32_t views, uint8_t* const* outs, uint64_t seed, uint32_t epoch,
+                int64_t max_pixels) {
+  Scratch& own = scratch();
+  const uint8_t* data = job.data;
+  size_t size = job.size;
+  if (!data) {
+    const int64_t used = read_file(job.path, own.file);
+    if (used < 0) return kUnreadable;
+    data = own.file.data();
+    size = static_cast<size_t>(used);
+  }
+  if ((job.flags & kCheckCrc) && crc32(data, size) != job.crc) return kChecksum;
+  const int32_t opened = own.decoder.open(data, size, max_pixels, job.flags & kRefuseRotated);
+  job.width = own.decoder.width;
+  job.height = own.decoder.height;
+  if (opened != kOk) return opened;
+  draw_boxes(own, specs, views, seed, epoch, job.index, job.height, job.width);
+  int64_t last_row = 0;
+  for (const Box& box : own.boxes) last_row = std::max(last_row, box.top + box.height);
+  const int32_t decoded = own.decoder.decode(static_cast<int>(last_row), job.flags & kWholeImage);
+  if (decoded != kOk) return decoded;
+  write_views(own, own.decoder.planes, own.decoder.color, specs, views, job.slot, outs);
+  return kOk;
+}
+
+// What the threads of one call share.
+struct Work {
+  Job* jobs;
+  int32_t count;
+  const ViewSpec* specs;
+  int32_t views;
+  uint8_t* const* outs;
+  uint64_t seed;
+  uint32_t epoch;
+  int64_t max_pixels;
+  std::atomic<int32_t> next{0};
+
+  // Images differ in cost, so threads take them one by one.
+  void drain() {
+    for (int32_t at = next.fetch_add(1); at < count; at = next.fetch_add(1)) {
+      try {
+        jobs[at].status = run_job(jobs[at], specs, views, outs, seed, epoch, max_pixels);
+      } catch (const std::bad_alloc&) {
+        jobs[at].status = kTooLarge;
+      }
+    }
+  }
+};
+
+// Threads that wait for work; the caller works along, so a pool of one thread starts none.
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  void run(Work& work) {
+    std::lock_guard<std::mutex> one_call_at_a_time(calls_);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = &work;
+      busy_ = static_cast<int>(threads_.size());
+      ++generation_;
+    }
+    wake_.notify_all();
+    work.drain();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+    work_ = nullptr;
+  }
+
+ private:
+  void serve() {
+    uint64_t seen = 0;
+    for (;;) {
+      Work* work;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return closing_ || generation_ != seen; });
+        if (closing_) return;
+        seen = generation_;
+        work = work_;
+      }
+      work->drain();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  std::mutex mutex_, calls_;
+  std::condition_variable wake_, done_;
+  Work* work_ = nullptr;
+  int busy_ = 0;
+  uint64_t generation_ = 0;
+  bool closing_ = false;
+};
+
+}  // namespace regatta
+
+using regatta::Box;
+using regatta::Job;
+using regatta::Plane;
+using regatta::Pool;
+using regatta::Scratch;
+using regatta::ViewSpec;
+
+#define REGATTA_API extern "C" __attribute__((visibility("default")))
+
+REGATTA_API int32_t rg_job_bytes() { return sizeof(Job); }
+REGATTA_API int32_t rg_view_bytes() { return sizeof(ViewSpec); }
+
+// Instruction set in use: 0 scalar, 1 AVX2, 2 AVX-512.
+REGATTA_API int32_t rg_level() { return regatta::current_level(); }
+
+// Use at most this instruction set; -1 for the best there is. For tests and measurements.
+REGATTA_API void rg_force_level(int32_t level) { regatta::forced_level.store(level); }
+
+REGATTA_API uint32_t rg_crc32(const uint8_t* data, uint64_t size) { return regatta::crc32(data, size); }
+
+REGATTA_API void* rg_pool_open(int32_t threads) {
+  try {
+    return new Pool(threads);
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+REGATTA_API void rg_pool_close(void* pool) { delete static_cast<Pool*>(pool); }
+
+// Decode every job into row `slot` of the outputs, uint8 (rows, size, size, 3) per view. Returns how many failed; each
+// job says why in `status`, and the rows of failed jobs keep what was in them.
+REGATTA_API int32_t rg_decode(void* pool, Job* jobs, int32_t count, const ViewSpec* specs, int32_t views,
+                              uint8_t* const* outs, uint64_t seed, uint32_t epoch, int64_t max_pixels) {
+  regatta::Work work{jobs, count, specs, views, outs, seed, epoch, max_pixels};
+  static_cast<Pool*>(pool)->run(work);
+  int32_t failed = 0;
+  for (int32_t at = 0; at < count; ++at) failed += jobs[at].status != regatta::kOk;
+  return failed;
+}
+
+// What a batch of a packed file needs beside its sample numbers; prepared and kept by pipeline/ffcv_loader.py.
+struct PackedCall {
+  void* pool;
+  const ViewSpec* specs;
+  int64_t views;
+  uint64_t seed;
+  int64_t epoch, max_pixels;
+  const int64_t* offsets;     // of each record in the file
+  const int64_t* sizes;
+  const uint32_t* checksums;  // null where none are known
+  Job* jobs;                  // (ring, rows): how each image of a batch fared
+  uint8_t* const* outs;       // (ring, views): where its views go
+  int64_t ring, rows;
+};
+
+REGATTA_API int32_t rg_packed_bytes() { return sizeof(PackedCall); }
+
+// Decode one batch of a packed file. Integers only, so that compiled Python can call it: `call` is the address of a
+// PackedCall, `file` that of the mapped file, `order` that of (count, 2) int64 rows: sample, number of the batch.
+REGATTA_API int32_t rg_packed_batch(uint64_t call_address, uint64_t file, uint64_t order_address, uint64_t count) {
+  const PackedCall& call = *reinterpret_cast<const PackedCall*>(call_address);
+  const int64_t* order = reinterpret_cast<const int64_t*>(order_address);
+  if (count == 0 || count > static_cast<uint64_t>(call.rows)) return -1;
+  const int64_t turn = order[1] % call.ring;
+  Job* jobs = call.jobs + turn * call.rows;
+  for (uint64_t at = 0; at < count; ++at) {
+    const int64_t sample = order[2 * at];
+    const uint32_t flags = call.checksums ? regatta::kCheckCrc : regatta::kWholeImage;
+    jobs[at] = {reinterpret_cast<const uint8_t*>(file + call.offsets[sample]),
+                static_cast<uint64_t>(call.sizes[sample]),
+                nullptr,
+                static_cast<uint32_t>(sample),
+                call.checksums ? call.checksums[sample] : 0,
+                flags,
+                static_cast<int32_t>(at),
+                regatta::kOk,
+                0,
+                0,
+                0};
+  }
+  return rg_decode(call.pool, jobs, static_cast<int32_t>(count), call.specs, static_cast<int32_t>(call.views),
+                   call.outs + turn * call.views, call.seed, static_cast<uint32_t>(call.epoch), call.max_pixels);
+}
+
+// The same views from pixels that the general path decoded: uint8 (height, width, 3), contiguous.
+REGATTA_API int32_t rg_views_of_rgb(const uint8_t* pixels, int32_t height, int32_t width, const ViewSpec* specs,
+                                    int32_t views, int32_t slot, uint8_t* const* outs, uint64_t seed, uint32_t epoch,
+                                    uint32_t index) {
+  try {
+    Scratch& own = regatta::scratch();
+    Plane planes[3];
+    const ptrdiff_t pitch = width + regatta::kPad;
+    for (int channel = 0; channel < 3; ++channel) {
+      std::vector<uint8_t>& buffer = own.planes[channel];
+      if (buffer.size() < static_cast<size_t>(pitch) * height) buffer.resize(static_cast<size_t>(pitch) * height);
+      for (int64_t row = 0; row < height; ++row)
+        for (int64_t column = 0; column < width; ++column)
+          buffer[row * pitch + column] = pixels[(row * width + column) * 3 + channel];
+      planes[channel] = {buffer.data(), pitch, width, height, 1.0, 1.0};
+    }
+    regatta::draw_boxes(own, specs, views, seed, epoch, index, height, width);
+    regatta::write_views(own, planes, regatta::kRgb, specs, views, slot, outs);
+    return regatta::kOk;
+  } catch (const std::bad_alloc&) {
+    return regatta::kTooLarge;
+  }
+}
+
+// One crop box as (top, left, height, width); for tests against pipeline/geometry.py.
+REGATTA_API void rg_crop(const ViewSpec* spec, uint64_t seed, uint32_t epoch, uint32_t index, int64_t height,
+                         int64_t width, int64_t* out) {
+  const Box box = regatta::draw_crop(*spec, seed, epoch, index, height, width);
+  out[0] = box.top;
+  out[1] = box.left;
+  out[2] = box.height;
+  out[3] = box.width;
+}

@@ -1,0 +1,189 @@
+"""Between the decoder and the consumer: buffers that are used again, a thread ahead, a copy to the device ahead."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from .interface import Batch, PipelineConfig, ViewSpec
+
+T = TypeVar("T")
+R = TypeVar("R")
+DEPTH = 2  # decoded batches that wait for the consumer
+
+
+def decoding_threads(workers: int) -> int:
+    """Threads that decode: `workers`, or for 0 the cores that this process may use.
+
+    Ranks of one machine share its cores, unless each was already bound to its own.
+    """
+    if workers > 0:
+        return workers
+    cores = len(os.sched_getaffinity(0))
+    bound = cores < (os.cpu_count() or cores)
+    return max(1, cores if bound else cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _references(arrays: list[np.ndarray]) -> int:
+    """References to the arrays of a list, counted the same way whatever the interpreter adds of its own."""
+    return sum(sys.getrefcount(arrays[at]) for at in range(len(arrays)))
+
+
+class HostBuffers:
+    """Sets of per-view arrays that are handed out and come back by themselves.
+
+    A set is free again when nothing refers to its arrays but this object: a tensor made by `torch.from_numpy`, and
+    every view of that tensor, keeps its array referred to. So a receiver may keep a batch as long as it likes, and
+    steady running neither allocates nor copies.
+
+    Args:
+        views: the arrays of a set, uint8 (rows, size, size, 3) each.
+        rows: images of a full batch.
+        pinned: page-locked memory, for asynchronous copies to a CUDA device.
+        keep: how many sets are kept; further ones are made and forgotten where a receiver hoards batches.
+    """
+
+    def __init__(self, views: Sequence[ViewSpec], rows: int, pinned: bool, keep: int = DEPTH + 6):
+        self._shapes = [(rows, spec.size, spec.size, 3) for spec in views]
+        self._pinned, self._keep = pinned, keep
+        self._sets: list[list[np.ndarray]] = []
+        self._unused = _references([np.empty(0) for _ in views])
+
+    def take(self) -> list[np.ndarray]:
+        """A free set; its contents are arbitrary."""
+        for arrays in self._sets:
+            if _references(arrays) == self._unused:
+                return list(arrays)
+        made = [torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned).numpy() for shape in self._shapes]
+        if len(self._sets) < self._keep:
+            self._sets.append(made)
+        return list(made)
+
+
+def prefetch(work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH) -> Iterator[R]:
+    """Results of `work` over the items in order, made by one thread that runs up to `depth` results ahead.
+
+    An exception in `work` is raised here. Closing the generator ends and joins the thread.
+    """
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def put(entry: tuple[str, Any]) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def run() -> None:
+        try:
+            for item in items:
+                if stop.is_set():
+                    return
+                put(("result", work(item)))
+            put(("end", None))
+        except BaseException as error:
+            put(("error", error))
+
+    thread = threading.Thread(target=run, name="regatta-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+            del value  # a name left here would keep the batch's buffers from being used again
+    finally:
+        stop.set()
+        while True:
+            try:
+                ready.get_nowait()
+            except queue.Empty:
+                break
+        thread.join()
+
+
+HostBatch = tuple[np.ndarray, list[np.ndarray]]
+"""Sample indices (B,) and per view a uint8 array of at least B rows."""
+
+
+def deliver_batches(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBatch]) -> Iterator[Batch]:
+    """Turn decoded host batches into batches on the device, one copy ahead where the device is not the host."""
+    move = _to_cuda if config.device.type == "cuda" else _on_host
+    with closing(move(config, labels, ready)) as batches:  # type: ignore[type-var]
+        yield from batches
+
+
+def _tensors(config: PipelineConfig, index: np.ndarray, arrays: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """The filled rows of the arrays as (B, 3, S, S) tensors, channels-last without a copy."""
+    return {
+        spec.name: torch.from_numpy(array[: len(index)]).permute(0, 3, 1, 2)
+        for spec, array in zip(config.views, arrays, strict=True)
+    }
+
+
+def _batch(views: dict[str, torch.Tensor], index: np.ndarray, labels: np.ndarray) -> Batch:
+    return Batch(views, torch.from_numpy(np.array(index, dtype=np.int64)), torch.from_numpy(labels[index]))
+
+
+def _on_host(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBatch]) -> Iterator[Batch]:
+    try:
+        for index, arrays in ready:
+            batch = _batch(_tensors(config, index, arrays), index, labels)
+            del arrays
+            if config.device.type != "cpu":
+                batch.views = {name: view.to(config.device) for name, view in batch.views.items()}
+            yield batch
+            del batch
+    finally:
+        ready.close()  # type: ignore[attr-defined]
+
+
+def _to_cuda(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBatch]) -> Iterator[Batch]:
+    side = torch.cuda.Stream(config.device)
+    copying: deque[tuple[torch.cuda.Event, dict[str, torch.Tensor], Batch]] = deque()
+    in_flight: deque[tuple[torch.cuda.Event, dict[str, torch.Tensor]]] = deque()
+
+    def start_copy(index: np.ndarray, arrays: list[np.ndarray]) -> None:
+        host = _tensors(config, index, arrays)
+        with torch.cuda.stream(side):
+            views = {name: view.to(config.device, non_blocking=True) for name, view in host.items()}
+            done = torch.cuda.Event()
+            done.record(side)
+        copying.append((done, host, _batch(views, index, labels)))
+
+    def hand_over() -> Batch:
+        done, host, batch = copying.popleft()
+        current = torch.cuda.current_stream(config.device)
+        current.wait_event(done)
+        for view in batch.views.values():
+            view.record_stream(current)  # its memory was taken on the side stream
+        in_flight.append((done, host))  # the page-locked source must outlive the copy
+        while in_flight and (len(in_flight) > 2 or in_flight[0][0].query()):
+            in_flight.popleft()[0].synchronize()
+        return batch
+
+    try:
+        for index, arrays in ready:
+            start_copy(index, arrays)
+            del arrays
+            if len(copying) > 1:
+                yield hand_over()
+        while copying:
+            yield hand_over()
+    finally:
+        ready.close()  # type: ignore[attr-defined]
+        side.synchronize()

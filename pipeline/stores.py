@@ -1,0 +1,153 @@
+"""Stores with random access: a packed file read without FFCV, and plain files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from .beton import BetonReader
+from .manifest import manifest_of
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .avif".split()
+)
+_CHECK_CRC, _WHOLE_IMAGE, _REFUSE_ROTATED = 1, 2, 4  # as in native/views.cpp
+
+
+class Store(Protocol):
+    """Records by number."""
+
+    labels: np.ndarray
+    """(N,) int64, -1 where there is none."""
+
+    data_hash: str
+    """SHA-256 (hex), equal for equal content."""
+
+    def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
+        """Write where the records `index` are into the decoder's jobs; the result must outlive the call."""
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one record; raises OSError."""
+
+    def intact(self, index: int, data: bytes) -> bool:
+        """Whether the bytes are those that were packed; true where nothing is known."""
+
+    def name(self, index: int) -> str:
+        """What to call a record in a message."""
+
+
+class PackedStore:
+    """The JPEG records of a `.beton` file, with the packer's checksums where its manifest is there."""
+
+    def __init__(self, path: str):
+        self.reader = BetonReader(path)
+        self.labels = self.reader.labels
+        manifest = manifest_of(self.reader)
+        self.checksums = None if manifest is None else manifest.checksums
+        self.data_hash = self.reader.fingerprint() if manifest is None else manifest.data_hash
+        self._base = self.reader.data.ctypes.data
+
+    def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
+        """Addresses within the memory map, which lives as long as the store."""
+        jobs["data"] = self._base + self.reader.offsets[index]
+        jobs["size"] = self.reader.sizes[index]
+        if self.checksums is None:
+            # Nothing else would notice damage below the crops.
+            jobs["flags"] = _WHOLE_IMAGE
+        else:
+            jobs["flags"] = _CHECK_CRC
+            jobs["crc"] = self.checksums[index]
+        return self.reader
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one record."""
+        return self.reader.record(index).tobytes()
+
+    def intact(self, index: int, data: bytes) -> bool:
+        """Whether the bytes fit the packer's checksum."""
+        return self.checksums is None or zlib.crc32(data) == int(self.checksums[index])
+
+    def name(self, index: int) -> str:
+        """Number and file."""
+        return f"record {index} of {self.reader.path.name}"
+
+
+def list_images(source: Path) -> tuple[list[Path], np.ndarray]:
+    """The image files of a folder or of a list file, and their labels (N,) int64.
+
+    A folder is searched with its subfolders in the order of the relative paths; where every image lies in a subfolder,
+    the first one on its way is its class, numbered in order of name. A list has one path a line, relative to the
+    list's own folder or absolute; its images have no label.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if source.is_dir():
+        files = [
+            Path(folder, name)
+            for folder, _, names in os.walk(source, followlinks=True)
+            for name in names
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
+        files.sort(key=lambda path: os.fsencode(path.relative_to(source).as_posix()))
+        parts = [path.relative_to(source).parts for path in files]
+        if files and all(len(part) > 1 for part in parts):
+            classes = {name: label for label, name in enumerate(sorted({part[0] for part in parts}))}
+            labels = np.array([classes[part[0]] for part in parts], dtype=np.int64)
+        else:
+            labels = np.full(len(files), -1, dtype=np.int64)
+    else:
+        lines = source.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        files = [source.parent / line.strip() for line in lines if line.strip()]
+        labels = np.full(len(files), -1, dtype=np.int64)
+    if not files:
+        raise ValueError(f"{source} holds no image files; give a folder of photos or a list with one path a line")
+    return files, labels
+
+
+class FileStore:
+    """Plain image files of any format; nothing vouches for them, so every one is decoded to its end."""
+
+    def __init__(self, path: str):
+        source = Path(path)
+        if not source.exists():
+            raise ValueError(f"{source} does not exist; give a folder of photos or a list with one path a line")
+        self.files, self.labels = list_images(source)
+        self._encoded = [os.fsencode(file) + b"\0" for file in self.files]
+        # Hashing every byte of a large folder would take minutes: names and sizes stand for the content.
+        digest = hashlib.sha256()
+        root = source if source.is_dir() else source.parent
+        for file in self.files:
+            size = file.stat().st_size if file.exists() else -1
+            digest.update(f"{os.path.relpath(file, root)}\0{size}\0".encode("utf-8", "surrogateescape"))
+        self.data_hash = digest.hexdigest()
+
+    def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
+        """The paths; the decoder's threads read the files."""
+        # numpy's view of a bytes object gives the address that the C side needs.
+        paths = [np.frombuffer(self._encoded[each], dtype=np.uint8) for each in index.tolist()]
+        jobs["path"] = [path.ctypes.data for path in paths]
+        jobs["flags"] = _WHOLE_IMAGE | _REFUSE_ROTATED
+        return paths
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one file; raises OSError."""
+        return self.files[index].read_bytes()
+
+    def intact(self, index: int, data: bytes) -> bool:
+        """Nothing is known about plain files."""
+        return True
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.files[index])
+
+
+def open_store(path: str) -> PackedStore | FileStore:
+    """The store at a path: a `.beton` file, or else a folder or list of images."""
+    return PackedStore(path) if path.endswith(".beton") else FileStore(path)

@@ -5,7 +5,15 @@ import csv
 import pytest
 import torch
 
-from tools.benchmarking import COLUMNS, Parser, Report, Summary, check_twice_eager, time_interleaved
+from tools.benchmarking import (
+    COLUMNS,
+    Report,
+    Summary,
+    check_twice_eager,
+    choose_device,
+    peak_mib,
+    time_interleaved,
+)
 
 
 def test_summary_is_median_and_percentiles():
@@ -51,11 +59,14 @@ def test_check_refuses_errors_above_twice_eager():
         check_twice_eager("bad", torch.tensor([float("nan"), 2.0]), eager, exact)
 
 
-def test_unknown_flag_names_the_nearest(capsys):
-    parser = Parser(prog="bench")
-    parser.add_argument("--rounds", type=int, default=3)
-    with pytest.raises(SystemExit) as stop:
-        parser.parse_args(["--round", "4"])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert "--rounds" in message and message.count("\n") == 1
+def test_peak_memory_is_seen():
+    peak = peak_mib(lambda: torch.zeros(2**20).add(1).sum(), torch.device("cpu"))
+    assert 8 <= peak < 9, "two tensors of 4 MiB at a time"
+
+
+def test_missing_gpu_is_the_users_mistake():
+    if torch.cuda.is_available():
+        assert choose_device("auto").type == "cuda"
+    else:
+        with pytest.raises(ValueError, match="--device cpu"):
+            choose_device("cuda")

@@ -9,18 +9,15 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import difflib
 import functools
 import importlib.metadata
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -109,11 +106,18 @@ class Report:
                 })  # fmt: skip
         return path
 
-    def finish(self, path: Path | None = None, write: bool = True) -> None:
-        """Append the rows to the CSV (unless `write` is off), say where, and print the table last."""
+    def finish(self, conclusion: str, path: Path | None = None, write: bool = True) -> None:
+        """Append the rows to the CSV (unless `write` is off), then print the table and the conclusion last.
+
+        Args:
+            conclusion: one line: what limits, by how much, which flag changes it.
+            path: the CSV; `tools/results/<benchmark>.csv` by default.
+            write: whether rows are kept.
+        """
         if write:
             print(f"{len(self.rows)} rows appended to {self.append_csv(path)}")
-        print(self.table(), flush=True)
+        print(self.table())
+        print(conclusion, flush=True)
 
 
 def format_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -254,30 +258,43 @@ def library_versions() -> str:
     return " ".join(found)
 
 
-class Parser(argparse.ArgumentParser):
-    """Shows defaults in its help; refuses an unknown flag in one line that names the nearest valid one."""
-
-    def __init__(self, **options: object) -> None:
-        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
-
-    def parse_args(self, args=None, namespace=None):  # noqa: D102
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.0)
-            self.error(f"unknown argument {unknown[0]}; the nearest valid one is {near[0] if near else '--help'}")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        """One line on standard error, exit code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that every benchmark has."""
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to measure")
+    parser.add_argument("--rounds", type=int, default=20, help="figures of each contender")
+    parser.add_argument("--max-seconds", type=float, default=60.0, help="time limit of each group of contenders")
+    parser.add_argument("--output", type=Path, default=None, help="CSV to append to; tools/results/<benchmark>.csv")
+    parser.add_argument("--no-csv", action="store_true", help="print the table and keep no rows")
 
 
-def main_or_exit(main: Callable[[], None]) -> None:
-    """Run `main`; a user's mistake (ValueError, missing file) becomes one line on standard error and exit code 2."""
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}".replace("\n", " "), file=sys.stderr)
-        sys.exit(2)
+def choose_device(name: str) -> torch.device:
+    """The device of a `--device` flag.
+
+    Raises:
+        ValueError: CUDA was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or check the driver")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """Most memory, in MiB, that `call` holds beyond what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak / 2**20

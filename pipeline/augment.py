@@ -233,6 +233,10 @@ class AugmentParams:
         """One column of the table, (B,) float32."""
         return self.table[:, COLUMN[name]]
 
+    def blur_radius(self, images: Tensor) -> int:
+        """Taps on each side of the blur's centre for images of this size; 0 where none is blurred."""
+        return blur_radius(min(images.shape[2:]), self.profile.sigma_range[1]) if "blur" in self.members else 0
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AugmentParams:
         """The same on another device, in two copies (from pinned memory where they need not be waited for)."""
         device = torch.device(device)
@@ -356,7 +360,7 @@ def apply(
         raise ValueError(f"views must be uint8, not {images.dtype}: augmentation normalises them itself")
     chosen, _ = choose_implementation(images.device, dtype, implementation)
     if chosen == "native":
-        radius = blur_radius(min(images.shape[2:])) if "blur" in params.members else 0
+        radius = params.blur_radius(images)
         return augment_native.augment(images, params.table, params.profile.gray_first, radius, dtype)
     work = torch.float64 if dtype == torch.float64 else torch.float32
     levels = images.to(work, memory_format=torch.contiguous_format)
@@ -405,7 +409,8 @@ def _blur(levels: Tensor, params: AugmentParams) -> Tensor:
     if "blur" not in params.members:
         return levels
     sigma = params.table[params.members["blur"], COLUMN["sigma"]].to(levels.dtype)
-    return _on_members(levels, params, "blur", lambda rows: gaussian_blur(rows, sigma))
+    radius = params.blur_radius(levels)
+    return _on_members(levels, params, "blur", lambda rows: gaussian_blur(rows, sigma, radius))
 
 
 def _solarize(levels: Tensor, params: AugmentParams) -> Tensor:

@@ -106,7 +106,7 @@ def test_gray_solarize_flip_and_blur_are_within_one_level_of_torchvision():
         images = sample_images(5, side)
         kernel = 2 * blur_radius(side) + 1
         for sigma in sigmas:
-            mine = gaussian_blur(images.float(), torch.full((5,), sigma)).round()
+            mine = gaussian_blur(images.float(), torch.full((5,), sigma), blur_radius(side)).round()
             assert (mine - tv.gaussian_blur(images, [kernel, kernel], [sigma, sigma])).abs().max() <= 1
 
 
@@ -125,6 +125,7 @@ def test_colour_operations_are_within_one_level_of_pil():
 
 def test_kernel_size_follows_the_side():
     assert [2 * blur_radius(side) + 1 for side in (224, 192, 160, 128, 96, 64, 32, 2)] == [23, 21, 17, 13, 11, 7, 5, 3]
+    assert blur_radius(224, 2.0) == 8 and blur_radius(64, 2.0) == 3 and blur_radius(224, 0.2) == 0
     with pytest.raises(ValueError, match="cannot blur images of 1 px"):
         blur_radius(1)
 

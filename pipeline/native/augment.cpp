@@ -38,8 +38,8 @@ constexpr float SCALE[3] = {1 / (255 * 0.229f), 1 / (255 * 0.224f), 1 / (255 * 0
 constexpr float SHIFT[3] = {-0.485f / 0.229f, -0.456f / 0.224f, -0.406f / 0.225f};
 constexpr int MAX_RADIUS = 480;
 constexpr int MARGIN = MAX_RADIUS + 32;
-// Taps below this share of the central one are left out: 4 sigma, at most 0.1 grey levels at the hardest of edges.
-constexpr float SMALLEST_TAP = 3.0e-4f;
+// Taps farther than this many sigmas from the centre are left out, as the definition does.
+constexpr float REACH = 4.0f;
 
 // One image's parameters, decoded.
 struct Recipe {
@@ -107,10 +107,9 @@ AugmentOne choose(int lanes) {
 void make_taps(float sigma, int radius, Recipe& recipe) {
     float total = recipe.taps[0] = 1.0f;
     recipe.reach = 0;
-    for (int distance = 1; distance <= radius; ++distance) {
+    for (int distance = 1; distance <= radius && (float)distance <= REACH * sigma; ++distance) {
         const float ratio = (float)distance / sigma;
         recipe.taps[distance] = std::exp(-0.5f * ratio * ratio);
-        if (recipe.taps[distance] < SMALLEST_TAP) break;
         total += 2.0f * recipe.taps[distance];
         recipe.reach = distance;
     }

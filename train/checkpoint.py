@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.methods.base import Method
+
 from .errors import CheckpointFailed, UserMistake
 
 _PREFIX = "step_"
@@ -38,7 +40,7 @@ class TrainState:
         metrics_bytes: length of `metrics.jsonl` when the state was saved.
     """
 
-    method: nn.Module
+    method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     step: int
@@ -115,7 +117,7 @@ def _write_files(folder: Path, state: TrainState, extra: dict[str, Any]) -> None
         "step": state.step,
         "optimizer": optimizer_plain,
         "scaler": state.scaler.state_dict() if state.scaler else None,
-        "host_state": state.method.host_state(),  # type: ignore[operator]
+        "host_state": state.method.host_state(),
         "sum_steps": state.sum_steps,
         "non_finite": state.non_finite.item(),
         "metrics_bytes": state.metrics_bytes,
@@ -219,7 +221,7 @@ def restore_checkpoint(folder: Path, state: TrainState, rank: int, world_size: i
     _restore_optimizer(state.optimizer, load_file(folder / "optimizer.safetensors"), document["optimizer"])
     if state.scaler is not None and document["scaler"] is not None:
         state.scaler.load_state_dict(document["scaler"])
-    state.method.load_host_state(document["host_state"])  # type: ignore[operator]
+    state.method.load_host_state(document["host_state"])
     device = state.non_finite.device
     state.step = document["step"]
     state.sums = {

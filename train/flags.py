@@ -112,7 +112,7 @@ def _normalise(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def add_leaf(parser: argparse.ArgumentParser, leaf: Leaf) -> None:
+def add_leaf(parser: argparse._ActionsContainer, leaf: Leaf) -> None:
     """One flag for one leaf; a boolean gets a `--no-` form as well."""
     shown = json.dumps(list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default, default=str)
     text = f"{leaf.help} (default: {shown})".strip().replace("%", "%%")

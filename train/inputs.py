@@ -100,11 +100,13 @@ class InputBuilder:
         params = augment.draw(
             augment.PROFILES[config.recipe.augment.profile], config.run.seed, epoch, batch.index.numpy(), number
         )
-        dtype = torch.float32 if self.runtime.device.type == "cpu" else self.runtime.dtype
+        # Autocast casts what a convolution reads; handing it the final dtype saves that pass.
+        dtype = self.runtime.dtype
         return augment.apply(
             batch.views[name],
             params.to(self.runtime.device, non_blocking=True),
             dtype,
+            implementation=config.recipe.augment.implementation,
         )
 
     def _inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int) -> StepInputs:

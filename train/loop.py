@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.collectives import average_buffers
-from models.methods.base import Method, StepInputs, StepOutput
+from models.methods.base import StepInputs, StepOutput
 from models.norm import running_buffers
 
 from .backbone_io import save_backbone
@@ -134,7 +134,7 @@ def take_step(job: Job, state: TrainState, step: int, micro_batches: list[StepIn
     taken = _update(state, bad, runtime.device)
     state.non_finite.add_(1).mul_(bad)
     if taken:
-        method: Method = state.method  # type: ignore[assignment]
+        method = state.method
         method.after_step(_joined(outputs), ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema))
         if runtime.world_size > 1:
             average_buffers(running_buffers(method))
@@ -218,7 +218,7 @@ def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
     """Read the sums (the host waits for the device here), write a row, start the next."""
     step = state.step - 1
     recipe = job.config.recipe
-    method: Method = state.method  # type: ignore[assignment]
+    method = state.method
     names = list(state.sums)
     totals = torch.stack([state.sums[name] for name in names])
     if job.runtime.world_size > 1:
@@ -265,7 +265,7 @@ def save(job: Job, state: TrainState, epoch: int) -> None:
     try:
         save_backbone(
             state.method.encoder,
-            job.run_dir / "backbone.safetensors",  # type: ignore[arg-type]
+            job.run_dir / "backbone.safetensors",
             arch=job.config.recipe.arch,
             method=job.config.run.method,
         )

@@ -56,12 +56,13 @@ def build_method(config: Config, runtime: Runtime) -> Method:
             method.synchronise_momentum()
     except (ValueError, OSError) as reason:
         raise UserMistake(str(reason)) from None
-    return method.to(runtime.device, memory_format=torch.channels_last)
+    return method.to(runtime.device).to(memory_format=torch.channels_last)
 
 
 def feature_grid(method: Method, image_size: int) -> int:
     """Cells a side of the encoder's last feature map."""
-    return max(image_size // method.encoder.stride, 1)  # type: ignore[operator]
+    stride: int = method.encoder.stride  # type: ignore[assignment]
+    return max(image_size // stride, 1)
 
 
 def describe(config: Config, runtime: Runtime, method: Method) -> str:

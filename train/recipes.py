@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from models.methods import METHODS
 
@@ -17,7 +17,7 @@ from .optim import LarsConfig, OptimConfig
 from .schedules import EmaConfig, ScheduleConfig
 
 Made = tuple[Recipe, Any]
-COSINE_TO_ONE = "cosine"
+COSINE_TO_ONE: Literal["cosine"] = "cosine"
 
 
 def _model(method: str, **changes: Any) -> Any:
@@ -266,12 +266,12 @@ RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
     "moco-v2": ("moco-v2", moco_v2),
     "moco-v2-800ep": ("moco-v2", lambda: moco_v2(800)),
     "moco-v2-symmetric-800ep": ("moco-v2", moco_v2_symmetric),
-    "moco-v2-small": ("moco-v2", lambda: _small(moco_v2(), 40, 64, queue_size=4096, temperature=0.1)),
+    "moco-v2-small": ("moco-v2", lambda: _small(moco_v2(), 32, 64, queue_size=4096, temperature=0.1)),
     "regioncl-m": ("regioncl-m", regioncl_m),
     "regioncl-m-100ep": ("regioncl-m", lambda: regioncl_m(100)),
     "regioncl-m-800ep": ("regioncl-m", lambda: regioncl_m(800)),
     "regioncl-m-symmetric-800ep": ("regioncl-m", regioncl_m_symmetric),
-    "regioncl-m-small": ("regioncl-m", lambda: _small(regioncl_m(), 40, 64, queue_size=4096, temperature=0.1)),
+    "regioncl-m-small": ("regioncl-m", lambda: _small(regioncl_m(), 32, 64, queue_size=4096, temperature=0.1)),
     "regioncl-m-quick": ("regioncl-m", lambda: _small(regioncl_m(), 8, 64, queue_size=1024, temperature=0.1)),
     "densecl": ("densecl", densecl),
     "regioncl-d": ("regioncl-d", regioncl_d),

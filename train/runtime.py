@@ -110,7 +110,7 @@ def bind_to_numa_node(device: torch.device) -> None:
     """Keep this process on the cores next to its GPU, where the system tells which those are."""
     if device.type != "cuda" or not hasattr(os, "sched_setaffinity"):
         return
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     bus = getattr(properties, "pci_bus_id", None)
     if bus is None:
         return

@@ -1,0 +1,100 @@
+"""Start training runs from tests: in forked processes that have already imported everything, one for each rank."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.runs_preload"])
+
+TINY = (
+    "--loader synthetic --data 128 --arch resnet18 --image-size 64 --epochs 2 --global-batch 8 --queue-size 64 "
+    "--hidden-dim 32 --dim 16 --bn.group-size 2 --optim.lr 0.05 --log-every 2 --checkpoint-every 3 --holdout 8 "
+    "--knn-every 0 --device cpu --deterministic"
+).split()
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _enter(argv: list[str], environment: dict[str, str], log: str) -> None:
+    os.environ.update(environment)
+    stream = open(log, "ab", buffering=0)
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    from train.main import main
+
+    sys.exit(main(argv))
+
+
+def start(argv: list[str], world_size: int = 1, log: Path | None = None) -> list[Any]:
+    """Start the ranks of one run; the caller joins them."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = []
+    for rank in range(world_size):
+        ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+        process = _CONTEXT.Process(target=_enter, args=(argv, {**shared, **ranks}, str(log or os.devnull)))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def finish(processes: list[Any], timeout_s: float = 240.0) -> list[int]:
+    """Exit codes of all ranks; kills those that outlast the time."""
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0.1))
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def run(argv: list[str], world_size: int = 1, log: Path | None = None) -> list[int]:
+    """Start a run and wait for its end."""
+    return finish(start(argv, world_size, log))
+
+
+def rows(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
+    """Rows of a run's metrics, of one kind or all."""
+    loaded = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in loaded if not kind or row["kind"] == kind]
+
+
+def comparable(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, bytes]]:
+    """What must be byte-identical: metric rows less their times, the plain state, and the tensor files."""
+    dropped = ("time_s", "images_per_s", "data_wait_share")
+    kept = [
+        {name: value for name, value in row.items() if name not in dropped}
+        for row in rows(run_dir)
+        if row["kind"] not in ("start", "resume", "checkpoint")
+    ]
+    newest = run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text()
+    state = json.loads((newest / "state.json").read_text())
+    # The byte length of the metrics depends on how many digits a time has.
+    state.pop("metrics_bytes")
+    state["config"]["run"].pop("run_dir")
+    state["config"].pop("versions")
+    tensors = {name: (newest / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+    # The order of a safetensors file's metadata is not fixed; its tensors are.
+    backbone = load_file(run_dir / "backbone.safetensors")
+    tensors["backbone"] = b"".join(name.encode() + value.numpy().tobytes() for name, value in sorted(backbone.items()))
+    return kept, state, tensors

@@ -1,0 +1,201 @@
+"""Flags, recipes and what a user sees after a mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import train.main
+from models.methods import METHODS
+from train.config import Config, changed_fields, resolve
+from train.errors import EXIT_USER_MISTAKE, UserMistake
+from train.flags import leaves, parse_value
+from train.recipes import RECIPES, default_recipe
+
+
+def error_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    assert train.main.main(argv) == EXIT_USER_MISTAKE
+    captured = capfd.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_has_no_colliding_flags(name: str) -> None:
+    method, make = RECIPES[name]
+    recipe, model = make()
+    flags = [leaf.flag for part in (train.config.RunConfig(), recipe, model) for leaf in leaves(part)]
+    assert len(flags) == len(set(flags))
+    assert isinstance(model, METHODS[method].Config)
+
+
+def test_every_method_has_a_recipe_of_its_name() -> None:
+    for method in METHODS:
+        assert RECIPES[default_recipe(method)][0] == method
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("moco-v2", 0.03), ("regioncl-m", 0.15), ("simsiam", 0.1), ("moco-v3", 9.6), ("moco-v3-300ep", 4.8),
+        ("moby", 1e-3), ("care", 0.2), ("lewel-m", 0.06), ("lewel-b", 3.6), ("lewel-b-400ep", 7.2),
+        ("byol-paper-1000ep", 3.2),
+    ],
+)  # fmt: skip
+def test_actual_learning_rates(name: str, rate: float) -> None:
+    from train.schedules import scaled_lr
+
+    if RECIPES[name][0] not in METHODS:
+        pytest.fail(f"{name} belongs to a method that does not exist")
+    recipe, _ = RECIPES[name][1]()
+    assert scaled_lr(recipe.optim, recipe.global_batch) == pytest.approx(rate)
+
+
+def test_flags_reach_every_part_in_either_spelling() -> None:
+    config = resolve(
+        ["--method", "regioncl-m", "--region.sampling", "official", "--optim.lr", "0.5", "--bn.group_size=16",
+         "--no-deterministic", "--compile", "--seed", "3", "--symmetric.enabled", "true"]
+    )  # fmt: skip
+    assert config.model.region.sampling == "official"
+    assert config.recipe.optim.lr == 0.5
+    assert config.recipe.bn.group_size == 16
+    assert config.run.compile is True and config.run.deterministic is False and config.run.seed == 3
+    assert config.model.symmetric.enabled is True
+    assert resolve(["--method", "moco-v2", "--no-compile"]).run.compile is False
+    assert resolve(["--method", "moco-v2"]).run.compile is None
+
+
+def test_every_flag_changes_the_configuration() -> None:
+    """No option is accepted and ignored on the way to the configuration."""
+    base = resolve(["--method", "regioncl-m"])
+    samples = {int: "7", float: "0.123", str: "x", bool: "toggle"}
+    for part in ("run", "recipe", "model"):
+        for leaf in leaves(getattr(base, part)):
+            if leaf.path[-1] in ("method", "recipe", "arch"):
+                continue
+            text = other_value(leaf, samples)
+            config = resolve(["--method", "regioncl-m", leaf.flag, text])
+            assert config != base, leaf.flag
+
+
+def other_value(leaf, samples: dict[type, str]) -> str:
+    import typing
+
+    arguments = typing.get_args(leaf.annotation)
+    if typing.get_origin(leaf.annotation) is typing.Literal:
+        return str(next(choice for choice in arguments if choice != leaf.default))
+    if leaf.annotation is bool:
+        return "false" if leaf.default else "true"
+    if leaf.annotation == bool | None:
+        return "true"
+    if typing.get_origin(leaf.annotation) is tuple:
+        return "0.5,0.25"
+    return samples[leaf.annotation]
+
+
+def test_unknown_flag_names_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
+    line = error_line(capfd, ["--method", "regioncl-m", "--region.samplng", "official"])
+    assert "--region.samplng" in line and "nearest valid flag is --region.sampling" in line
+
+
+SYNTHETIC = ["--method", "moco-v2", "--loader", "synthetic", "--data", "64", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--data", "x"], "--method is needed"),
+        (["--method", "mocov2"], "choose from"),
+        (["--method", "moco-v2", "--recipe", "regioncl-m"], "belongs to --method regioncl-m"),
+        (["--method", "moco-v2", "--recipe", "nope"], "choose from moco-v2"),
+        (["--method", "moco-v2", "--epochs", "many"], "--epochs many"),
+        (["--method", "moco-v2", "--epochs", "0"], "at least 1"),
+        (["--method", "regioncl-m", "--region.sampling", "both"], "choose from paper, official"),
+        (["--method", "moco-v2"], "tools/make_ffcv_dataset.py"),
+        (["--method", "moco-v2", "--data", "/nowhere/photos.beton", "--device", "cpu"], "/nowhere/photos.beton"),
+        ([*SYNTHETIC, "--arch", "resnet99"], "resnet99"),
+        (SYNTHETIC, "fewer than --global-batch"),
+        ([*SYNTHETIC, "--bn.group-size", "48"], "--bn.group-size 48"),
+        (["--method", "moco-v2", "--device", "cpu", "--precision", "fp16", "--data", "1"], "--precision fp16"),
+        (["--method", "moco-v2", "--config", "/nowhere.json"], "/nowhere.json"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(capfd, monkeypatch, tmp_path: Path, argv: list[str], expected: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The description of the run may be printed before data are opened, but only on standard output.
+    assert expected in error_line(capfd, argv)
+
+
+def test_read_only_run_folder(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    line = error_line(
+        capfd, ["--method", "moco-v2", "--loader", "synthetic", "--data", "64", "--device", "cpu", "--arch", "resnet18",
+                "--image-size", "32", "--run-dir", str(blocker / "run")]
+    )  # fmt: skip
+    assert "--run-dir" in line and "choose a folder that can be written" in line
+
+
+def test_config_file_repeats_a_run(tmp_path: Path) -> None:
+    config = resolve(["--method", "regioncl-m", "--region.weight", "0.5", "--optim.lr", "0.2", "--seed", "9"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**config.to_json(), "versions": {}}))
+    again = resolve(["--config", str(path)])
+    assert again == config
+    assert resolve(["--config", str(path), "--seed", "1"]).run.seed == 1
+
+
+def test_config_file_with_unknown_fields_is_refused(tmp_path: Path) -> None:
+    document = resolve(["--method", "moco-v2"]).to_json()
+    document["recipe"]["optim"]["nesterov"] = True
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserMistake, match="optim.nesterov"):
+        resolve(["--config", str(path)])
+
+
+def test_changed_fields_ignores_what_is_free() -> None:
+    before = resolve(["--method", "regioncl-m"])
+    free = resolve(["--method", "regioncl-m", "--workers", "3", "--knn-every", "1", "--run-dir", "elsewhere"])
+    other = resolve(["--method", "regioncl-m", "--optim.lr", "1", "--region.weight", "2"])
+    assert changed_fields(json.loads(json.dumps(before.to_json())), free.to_json()) == []
+    changes = changed_fields(json.loads(json.dumps(before.to_json())), other.to_json())
+    assert any(change.startswith("optim.lr") for change in changes)
+    assert any(change.startswith("region.weight") for change in changes)
+
+
+def test_dry_run_prints_what_follows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = ["--method", "regioncl-m", "--loader", "synthetic", "--device", "cpu", "--arch", "resnet18", "--dry-run",
+            "--image-size", "128", "--run-dir", str(tmp_path / "run")]  # fmt: skip
+    assert train.main.main(argv) == 0
+    printed = capfd.readouterr().out
+    assert "2 to 3 cells a side on a 4 x 4 grid" in printed
+    assert "lr 0.15" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_defaults_of_the_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        resolve(["--method", "regioncl-m", "--help"])
+    assert end.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--region.sampling {paper,official}" in printed and '(default: "paper")' in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "annotation", "value"),
+    [("none", bool | None, None), ("1,2", tuple[float, ...], (1.0, 2.0)), ("1_000", int, 1000), ("off", bool, False)],
+)
+def test_values_parse(text: str, annotation: object, value: object) -> None:
+    assert parse_value(text, annotation) == value
+
+
+def test_configuration_survives_json() -> None:
+    config = resolve(["--method", "regioncl-m"])
+    assert isinstance(config, Config)
+    assert json.loads(json.dumps(config.to_json()))["model"] == dataclasses.asdict(config.model)

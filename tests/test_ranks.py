@@ -1,0 +1,50 @@
+"""One, two and four ranks compute the same run, up to the order of floating-point sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import TINY, rows, run
+
+METHODS = ["moco-v2", "regioncl-m"]
+
+
+def losses(method: str, world_size: int, run_dir: Path, *more: str) -> list[float]:
+    argv = ["--method", method, "--run-dir", str(run_dir), "--max-steps", "10", *TINY, "--log-every", "1", *more]
+    assert set(run(argv, world_size)) == {0}
+    return [row["loss"] for row in rows(run_dir, "train")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_give_the_losses_of_one_process(tmp_path: Path, method: str) -> None:
+    alone = losses(method, 1, tmp_path / "1")
+    assert len(alone) == 10
+    assert alone[0] != pytest.approx(alone[-1], abs=1e-3)
+    for world_size in (2, 4):
+        together = losses(method, world_size, tmp_path / str(world_size))
+        # Sums in another order differ in the last bits, which ten steps of training amplify.
+        assert together == pytest.approx(alone, rel=2e-3), world_size
+        assert together[:3] == pytest.approx(alone[:3], rel=2e-5), world_size
+
+
+def test_pairs_over_the_global_batch_agree_too(tmp_path: Path) -> None:
+    flags = ("--region.pairing-scope", "global", "--region.pairing", "randperm")
+    alone = losses("regioncl-m", 1, tmp_path / "1", *flags)
+    assert losses("regioncl-m", 2, tmp_path / "2", *flags) == pytest.approx(alone, rel=2e-3)
+
+
+def test_group_size_decides_and_not_the_machine(tmp_path: Path) -> None:
+    """The equality above is not because nothing matters: other BN groups give other losses."""
+    small = losses("moco-v2", 1, tmp_path / "small")
+    large = losses("moco-v2", 1, tmp_path / "large", "--bn.group-size", "8")
+    assert small[:3] != pytest.approx(large[:3], rel=1e-3)
+
+
+def test_symmetric_and_micro_batches(tmp_path: Path) -> None:
+    """Two micro-batches on one process equal themselves on two ranks."""
+    flags = ("--symmetric.enabled", "--micro-batch", "2", "--global-batch", "8")
+    alone = losses("regioncl-m", 1, tmp_path / "1", "--symmetric.enabled", "--micro-batch", "4")
+    assert len(alone) == 10
+    assert losses("regioncl-m", 2, tmp_path / "2", *flags) != []

@@ -12,7 +12,6 @@ if not __package__:
     # Python puts the script's folder on the path, not the checkout.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import json
 import math
 import shutil
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.stores import list_images
-from tools.cli import make_parser, parse
+from tools.cli import call, make_parser, parse, run_main
 from tools.report import Run, build_report, chance_level, read_run
 from tools.sample_photos import cut_photos
 from train.errors import RunEnd, UserMistake, run_to_exit_code
@@ -272,9 +271,9 @@ def _tell(run: Run, packed: Packed, report: Path) -> None:
     steps, _ = run.values("train", "loss")
     seen = int(steps[-1]) * run.config["recipe"]["global_batch"]
     print(
-        f"\n{seen:,} images, one part in {max(round(_PUBLISHED_SEEN / seen), 1):,} of a published run, can show that the "
-        "loss falls well under chance and that the two views of an image find each other, and cannot show what the method "
-        "is worth: k-NN may still be below that of random filters."
+        f"\n{seen:,} images, one part in {max(round(_PUBLISHED_SEEN / seen), 1):,} of a published run, can show that "
+        "the loss falls well under chance and that the two views of an image find each other, and cannot show what the "
+        "method is worth: k-NN may still be below that of random filters."
     )
     places = {
         "report": report,
@@ -346,11 +345,10 @@ def quickstart(folder: Path | None, run_dir: Path, minutes: float, seed: int) ->
     _tell(read_run(run_dir), packed, report)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the quickstart as the command line says; returns the exit code."""
-    parser = make_parser(
-        "tools/quickstart.sh", "Pack images, train RegionCL-M for a few minutes and compare with an untrained backbone."
-    )
+def start(argv: Sequence[str]) -> int:
+    """Run the quickstart as the command line says."""
+    parser = make_parser("Pack images, train RegionCL-M for a few minutes and compare with an untrained backbone.")
+    parser.prog = "tools/quickstart.sh"
     parser.add_argument(
         "folder",
         nargs="?",
@@ -361,22 +359,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=5.5, help="when to have finished, set-up not counted")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"), help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
+    arguments = parse(parser, argv)
+    if arguments.folder is not None and not arguments.folder.is_dir():
+        raise UserMistake(f"{arguments.folder} is no folder; give a folder of images, or nothing")
+    if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
+        raise UserMistake(f"--minutes {arguments.minutes}: must be above 0")
+    folder = arguments.folder.resolve() if arguments.folder else None
+    quickstart(folder, arguments.run_dir.resolve(), arguments.minutes, arguments.seed)
+    return 0
 
-    def start() -> int:
-        arguments: argparse.Namespace = parse(parser, argv)
-        if arguments.folder is not None and not arguments.folder.is_dir():
-            raise UserMistake(f"{arguments.folder} is no folder; give a folder of images, or nothing")
-        if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
-            raise UserMistake(f"--minutes {arguments.minutes}: must be above 0")
-        folder = arguments.folder.resolve() if arguments.folder else None
-        try:
-            quickstart(folder, arguments.run_dir.resolve(), arguments.minutes, arguments.seed)
-        except KeyboardInterrupt:
-            raise RunEnd("interrupted; the same command starts over", 130) from None
-        return 0
 
-    return run_to_exit_code(start)
+def main(argv: Sequence[str]) -> int:
+    """The exit code; mistakes become one line on standard error."""
+    return call(lambda arguments: run_to_exit_code(lambda: start(arguments)), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

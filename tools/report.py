@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tools.charts import COLOURS, Series, line_chart
-from tools.cli import make_parser, parse
+from tools.cli import call, make_parser, parse, run_main
 from tools.published import candidates, differences
 from train.errors import UserMistake, run_to_exit_code
 
@@ -392,23 +392,24 @@ def build_report(runs: Sequence[Path], out: Path) -> None:
         raise UserMistake(f"{out}: {reason.strerror or reason}; choose another --out") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def write(argv: Sequence[str]) -> int:
     """Write the page and say where it is."""
-    parser = make_parser("tools/report.py", "Write one offline page about a run, or several side by side.")
+    parser = make_parser("Write one offline page about a run, or several side by side.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, help="file to write; report.html in the first run's folder when not given")
+    arguments = parse(parser, argv)
+    if not arguments.runs:
+        raise UserMistake("no run was named; give one or more run folders, for example runs/regioncl-m")
+    out = arguments.out or arguments.runs[0] / "report.html"
+    build_report(arguments.runs, out)
+    print(out)
+    return 0
 
-    def write() -> int:
-        arguments = parse(parser, argv)
-        if not arguments.runs:
-            raise UserMistake("no run was named; give one or more run folders, for example runs/regioncl-m")
-        out = arguments.out or arguments.runs[0] / "report.html"
-        build_report(arguments.runs, out)
-        print(out)
-        return 0
 
-    return run_to_exit_code(write)
+def main(argv: Sequence[str]) -> int:
+    """The exit code; mistakes become one line on standard error."""
+    return call(lambda arguments: run_to_exit_code(lambda: write(arguments)), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

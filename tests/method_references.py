@@ -1,0 +1,329 @@
+"""The loss of each method written from its formula with loops over images, in source order; slow and obvious.
+
+Networks are the method's own modules; everything between features and loss is done here again.
+Used by test_region_methods.py and test_planted_faults.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.methods.base import Method, StepInputs
+from models.swin import draw_branch_scale
+from tests.method_cases import build, make_inputs, randomise_norms, small_config, to_double
+
+VIEWS = ("view1", "view2")
+
+
+def n(v: Tensor) -> Tensor:
+    return v / v.norm().clamp(min=1e-12)
+
+
+def rows_n(rows: Tensor) -> Tensor:
+    return torch.stack([n(row) for row in rows])
+
+
+def cross_entropy_first(logits: list[Tensor]) -> Tensor:
+    """-log softmax of the first of a list of scalars."""
+    return torch.logsumexp(torch.stack(logits), 0) - logits[0]
+
+
+def gap(feature_map: Tensor) -> Tensor:
+    count = feature_map.shape[2] * feature_map.shape[3]
+    return feature_map.sum((2, 3)) / count
+
+
+def mean_of(terms: list[Tensor]) -> Tensor:
+    return torch.stack(terms).sum(0) / len(terms)
+
+
+def paste_and_canvas(feature_map: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Composite-order means over the cells of the box and over the others, cell by cell."""
+    pastes, canvases = [], []
+    for image, (top, left, height, width) in zip(feature_map, boxes.tolist(), strict=True):
+        inside, outside = [], []
+        for y in range(image.shape[1]):
+            for x in range(image.shape[2]):
+                within = top <= y < top + height and left <= x < left + width
+                (inside if within else outside).append(image[:, y, x])
+        pastes.append(mean_of(inside))
+        canvases.append(mean_of(outside))
+    return torch.stack(pastes), torch.stack(canvases)
+
+
+def inverse(partner: Tensor) -> list[int]:
+    result = [0] * len(partner)
+    for composite, source in enumerate(partner.tolist()):
+        result[source] = composite
+    return result
+
+
+def through_heads(heads: list[Any], blocks: list[Tensor], joint: bool) -> list[list[Tensor]]:
+    """Blocks of rows after each head; joint: one batch, else the first block and the others in two batches."""
+    results = []
+    for head in heads:
+        parts = [blocks] if joint else [blocks[:1], blocks[1:]]
+        blocks = [out for part in parts if part for out in head(torch.cat(part)).chunk(len(part))]
+        results.append(blocks)
+    return results
+
+
+def needed(region: Any, canvas: Tensor, paste: Tensor) -> dict[str, Tensor]:
+    """Which regions pass the heads: each for its own term or as the other's negative."""
+    both = region.intra_negative and (region.use_canvas or region.use_paste)
+    wanted = {"canvas": region.use_canvas or both, "paste": region.use_paste or both}
+    return {name: rows for name, rows in (("canvas", canvas), ("paste", paste)) if wanted[name]}
+
+
+def region_terms(
+    rows: dict[str, Tensor], partner: Tensor, region: Any, contrast: Callable[[Tensor, int, list[Tensor]], Tensor]
+) -> Tensor:
+    """L_reg for unit rows in composite order: a sum over source images with the inverse permutation.
+
+    `contrast(row, source image, intra-image similarities)` is the loss of one row.
+    """
+    at = inverse(partner)
+    total = []
+    for i in range(len(partner)):
+        for wanted, own, other, composite in (
+            (region.use_canvas, "canvas", "paste", i),
+            (region.use_paste, "paste", "canvas", at[i]),
+        ):
+            if wanted:
+                row = rows[own][composite]
+                intra = [row @ rows[other][composite].detach()] if region.intra_negative else []
+                total.append(0.5 * contrast(row, i, intra) / len(partner))
+    return torch.stack(total).sum()
+
+
+def queue_region_losses(
+    rows: dict[str, Tensor], key: Tensor, partner: Tensor, queue: Tensor, temperature: float, region: Any
+) -> Tensor:
+    """L_reg of methods.md 2.5: positive, intra-image negative and all of the queue."""
+
+    def contrast(row: Tensor, i: int, intra: list[Tensor]) -> Tensor:
+        logits = [row @ key[i].detach(), *intra, *[row @ q for q in queue]]
+        return cross_entropy_first([logit / temperature for logit in logits])
+
+    return region_terms(rows, partner, region, contrast)
+
+
+def _moco_keys(method: Any, inputs: StepInputs, view: str, direction: int, encode: Callable[[Tensor], list[Tensor]]):
+    """Outputs of `encode` on the shuffled images, put back in order one row at a time."""
+    images = getattr(inputs, view)
+    if not method.config.shuffle_bn:
+        return encode(images)
+    permutation = inputs.key_permutation[direction].tolist()
+    shuffled = encode(torch.stack([images[source] for source in permutation]))
+    ordered = []
+    for rows in shuffled:
+        back: list[Any] = [None] * len(rows)
+        for position, source in enumerate(permutation):
+            back[source] = rows[position]
+        ordered.append(torch.stack(back))
+    return ordered
+
+
+@torch.no_grad()
+def _global_key(method: Any, images: Tensor) -> list[Tensor]:
+    return [rows_n(method.momentum_projector(gap(method.momentum_encoder(images))))]
+
+
+@torch.no_grad()
+def _dense_keys(method: Any, images: Tensor) -> list[Tensor]:
+    feature_map = method.momentum_encoder(images)
+    dense = method.momentum_dense_projector(feature_map)
+    return [rows_n(method.momentum_projector(gap(feature_map))), dense, feature_map]
+
+
+def _instance_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    terms = [
+        cross_entropy_first([q @ k / temperature, *[q @ negative / temperature for negative in queue]])
+        for q, k in zip(query, key, strict=True)
+    ]
+    return mean_of(terms)
+
+
+def _dense_loss(method: Any, feature_map: Tensor, dense_key: Tensor, key_map: Tensor) -> Tensor:
+    dense = method.dense_projector(feature_map)
+    positions = [(y, x) for y in range(dense.shape[2]) for x in range(dense.shape[3])]
+    terms = []
+    for b in range(len(dense)):
+        for y, x in positions:
+            similarity = [n(feature_map[b, :, y, x]) @ n(key_map[b, :, v, u]) for v, u in positions]
+            v, u = positions[max(range(len(positions)), key=lambda j: similarity[j].item())]
+            g = n(dense[b, :, y, x])
+            logits = [g @ n(dense_key[b, :, v, u]), *[g @ negative for negative in method.dense_queue.rows]]
+            terms.append(cross_entropy_first([logit / method.config.temperature for logit in logits]))
+    return mean_of(terms)
+
+
+def moco_family(method: Any, inputs: StepInputs) -> Tensor:
+    """moco-v2, regioncl-m, densecl, regioncl-d."""
+    config = method.config
+    dense, region = hasattr(config, "dense_weight"), getattr(config, "region", None)
+    total = []
+    directions = (VIEWS, VIEWS[::-1]) if config.symmetric.enabled else (VIEWS,)
+    for direction, (query_view, key_view) in enumerate(directions):
+        encode = _dense_keys if dense else _global_key
+        key, *rest = _moco_keys(method, inputs, key_view, direction, lambda x: encode(method, x))  # noqa: B023
+        feature_map = method.encoder(getattr(inputs, query_view))
+        instance = _instance_queue(
+            rows_n(method.projector(gap(feature_map))), key, method.queue.rows, config.temperature
+        )
+        loss = instance
+        if dense:
+            loss = (1 - config.dense_weight) * instance + config.dense_weight * _dense_loss(method, feature_map, *rest)
+        if region is not None and query_view in method.mixed_views:
+            paste, canvas = paste_and_canvas(method.encoder(inputs.mixed[query_view]), inputs.box_cells[query_view])
+            rows = {name: rows_n(method.projector(part)) for name, part in needed(region, canvas, paste).items()}
+            loss = loss + region.weight * queue_region_losses(
+                rows, key, inputs.partner[query_view], method.queue.rows, config.temperature, region
+            )
+        total.append(loss)
+    joined = torch.stack(total).sum()
+    return joined / len(total) if config.symmetric.reduce == "mean" else joined
+
+
+def _cosine_distance(p: Tensor, z: Tensor) -> Tensor:
+    return -mean_of([n(a) @ n(b.detach()) for a, b in zip(p, z, strict=True)])
+
+
+def simsiam_family(method: Any, inputs: StepInputs) -> Tensor:
+    """simsiam and regioncl-s, methods.md 2.7."""
+    region = getattr(method.config, "region", None)
+    projections, predictions, regions = {}, {}, {}
+    for view in VIEWS:
+        blocks = [gap(method.encoder(getattr(inputs, view)))]
+        if view in method.mixed_views:
+            paste, canvas = paste_and_canvas(method.encoder(inputs.mixed[view]), inputs.box_cells[view])
+            blocks += needed(region, canvas, paste).values()
+        joint = not region or region.head_batching == "joint"
+        z, p = through_heads([method.projector, method.predictor], blocks, joint)
+        projections[view], predictions[view] = z[0], p[0]
+        if len(p) > 1:
+            regions[view] = iter(p[1:])
+    z1, z2 = projections["view1"], projections["view2"]
+    loss = 0.5 * _cosine_distance(predictions["view1"], z2) + 0.5 * _cosine_distance(predictions["view2"], z1)
+    for view, target in (("view1", z2), ("view2", z1)):
+        if view not in regions:
+            continue
+        share = region.weight / len(regions)
+        if region.use_canvas:
+            loss = loss + share * 0.5 * _cosine_distance(next(regions[view]), target)
+        if region.use_paste:
+            at = inverse(inputs.partner[view])
+            loss = loss + share * 0.5 * _cosine_distance(next(regions[view])[at], target)
+    return loss
+
+
+def moco_v3_family(method: Any, inputs: StepInputs) -> Tensor:
+    """moco-v3 and regioncl-m3, methods.md 2.8."""
+    config = method.config
+    region, tau = getattr(config, "region", None), config.temperature
+    total = []
+    for query_view, key_view in (VIEWS, VIEWS[::-1]):
+        key = _global_key(method, getattr(inputs, key_view))[0]
+        blocks = [gap(method.encoder(getattr(inputs, query_view)))]
+        regions: dict[str, Tensor] = {}
+        if query_view in method.mixed_views:
+            paste, canvas = paste_and_canvas(method.encoder(inputs.mixed[query_view]), inputs.box_cells[query_view])
+            regions = needed(region, canvas, paste)
+            blocks += regions.values()
+        joint = not region or region.head_batching == "joint"
+        outputs = through_heads([method.projector, method.predictor], blocks, joint)[1]
+        query, *rest = [rows_n(rows) for rows in outputs]
+
+        def contrast(row: Tensor, own: int, intra: list[Tensor], key: Tensor = key) -> Tensor:
+            others = [row @ k for j, k in enumerate(key) if j != own]
+            return 2 * tau * cross_entropy_first([logit / tau for logit in [row @ key[own], *others, *intra]])
+
+        total.append(mean_of([contrast(row, i, []) for i, row in enumerate(query)]))
+        if rest:
+            embedded = dict(zip(regions, rest, strict=True))
+            total.append(region.weight * region_terms(embedded, inputs.partner[query_view], region, contrast))
+    return torch.stack(total).sum()
+
+
+def moby_family(method: Any, inputs: StepInputs) -> Tensor:
+    """moby and regioncl-moby, methods.md 1.4 and 2.8."""
+    config = method.config
+    region = getattr(config, "region", None)
+    batch = len(inputs.view1)
+
+    def encode(images: Tensor, tag: int) -> Tensor:
+        scale = draw_branch_scale(5, config.drop_path, inputs.seed, inputs.step, tag, slice(0, batch), batch)
+        return method.encoder(images, scale)
+
+    total = []
+    for direction, (query_view, key_view, queue) in enumerate(
+        (("view1", "view2", method.queue2.rows), ("view2", "view1", method.queue1.rows))
+    ):
+        key = _global_key(method, getattr(inputs, key_view))[0]
+        blocks = [gap(encode(getattr(inputs, query_view), direction))]
+        regions: dict[str, Tensor] = {}
+        if query_view in method.mixed_views:
+            mixed_map = encode(inputs.mixed[query_view], 2 + direction)
+            paste, canvas = paste_and_canvas(mixed_map, inputs.box_cells[query_view])
+            regions = needed(region, canvas, paste)
+            blocks += regions.values()
+        joint = not region or region.head_batching == "joint"
+        query, *rest = [rows_n(rows) for rows in through_heads([method.projector, method.predictor], blocks, joint)[1]]
+        total.append(_instance_queue(query, key, queue, config.temperature))
+        if rest:
+            partner, embedded = inputs.partner[query_view], dict(zip(regions, rest, strict=True))
+            total.append(region.weight * queue_region_losses(embedded, key, partner, queue, config.temperature, region))
+    return torch.stack(total).sum()
+
+
+REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
+    "moco-v2": moco_family,
+    "regioncl-m": moco_family,
+    "densecl": moco_family,
+    "regioncl-d": moco_family,
+    "simsiam": simsiam_family,
+    "regioncl-s": simsiam_family,
+    "moco-v3": moco_v3_family,
+    "regioncl-m3": moco_v3_family,
+    "moby": moby_family,
+    "regioncl-moby": moby_family,
+}
+
+
+def ready(name: str, **changes: Any) -> tuple[Method, StepInputs]:
+    """A float64 method in the middle of training (momentum weights differ from the online ones), and its inputs."""
+    torch.set_num_threads(1)
+    method = build(name, small_config(name, **changes)).double()
+    randomise_norms(method)
+    with torch.no_grad():
+        for online, momentum in method.momentum_pairs():
+            for p, q in zip(online.parameters(), momentum.parameters(), strict=True):
+                q.copy_(p + 0.05 * torch.randn_like(p) * p.abs().mean())
+    return method, to_double(make_inputs(method, step=1))
+
+
+def gradients(method: Method, loss: Tensor) -> dict[str, Tensor]:
+    """Gradient of every online parameter, zeros where there is none."""
+    named = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else grad
+        for (name, p), grad in zip(named.items(), found, strict=True)
+    }
+
+
+def check_against_formula(name: str, method: Method, inputs: StepInputs) -> None:
+    """Loss and every gradient of `method` equal those of its formula to 1e-6, in float64."""
+    expected = REFERENCES[name](method, inputs)
+    expected_gradients = gradients(method, expected)
+    loss = method(inputs).loss
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    for parameter, gradient in gradients(method, loss).items():
+        torch.testing.assert_close(
+            gradient, expected_gradients[parameter], rtol=1e-6, atol=1e-9, msg=lambda m, p=parameter: f"{p}: {m}"
+        )

@@ -120,16 +120,21 @@ class _Parser:
             elif marker == 0xDB:
                 self._quantizers(body)
             elif marker == 0xDD:
-                self.restart_interval = int.from_bytes(body[:2], "big")
+                if len(body) != 2:
+                    raise ImageRefused("damaged JPEG: a restart interval of wrong length")
+                self.restart_interval = int.from_bytes(body, "big")
             elif marker == 0xDA:
                 self._scan(body)
             elif 0xE0 <= marker <= 0xEF:
                 self._application(marker, body)
+            elif marker not in (0xFE, 0xDC):  # a comment; a number of lines, which the frame header has told already
+                raise ImageRefused(f"damaged JPEG: a marker that does not exist (0x{marker:02x})")
         self._check_complete()
+        color = self._color()
         return JpegInfo(
             width=self.width,
             height=self.height,
-            color=self._color(),
+            color=color,
             orientation=self.orientation or 1,
             progressive=self.progressive,
             clean=self.clean,
@@ -190,6 +195,8 @@ class _Parser:
     def _lay_out(self) -> None:
         """Blocks of each component: those with image in them, and those that interleaved scans code."""
         most_h, most_v = max(c.h for c in self.components), max(c.v for c in self.components)
+        if any(most_h % c.h or most_v % c.v for c in self.components):
+            raise ImageRefused("JPEG of an unsupported kind (sampling factors that are no multiples)")
         mcus_wide, mcus_high = _ceil_div(self.width, 8 * most_h), _ceil_div(self.height, 8 * most_v)
         for c in self.components:
             c.blocks_wide = _ceil_div(_ceil_div(self.width * c.h, most_h), 8)
@@ -205,6 +212,8 @@ class _Parser:
             if len(counts) < 16 or len(symbols) < total or total > 256 or slot & 0xEC:
                 raise ImageRefused("damaged JPEG: an impossible Huffman table")
             table = np.zeros(_LOOKUP + _TAIL, dtype=np.int32)
+            if slot < 0x10 and total and symbols.max() > 15:
+                raise ImageRefused("damaged JPEG: an impossible Huffman table")
             if not _build_codes(counts, symbols, table):
                 raise ImageRefused("damaged JPEG: an impossible Huffman table")
             self.codes[slot] = table
@@ -222,6 +231,7 @@ class _Parser:
     def _application(self, marker: int, body: bytes) -> None:
         if marker == 0xE0 and body[:5] == b"JFIF\0" and len(body) >= 14:
             self.jfif = True
+            self.clean &= body[5] == 1  # decoders warn of another major version
         elif marker == 0xEE and body[:5] == b"Adobe" and len(body) >= 12:
             self.adobe_transform = body[11]
         elif marker == 0xE1 and body[:6] == b"Exif\0\0" and not self.orientation:
@@ -329,7 +339,8 @@ class _Parser:
                 raise ImageRefused("truncated JPEG: its last passes are missing")
 
     def _color(self) -> str:
-        """The colour space as libjpeg concludes it (`default_decompress_parms`)."""
+        """The colour space as libjpeg concludes it (`default_decompress_parms`); `clean` is false where it warns."""
+        self.clean &= self.adobe_transform in (-1, 0, 1, 2)
         if len(self.components) == 1:
             return "gray"
         if len(self.components) == 4:

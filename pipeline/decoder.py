@@ -15,12 +15,11 @@ from PIL import Image
 
 from .epoch import SUBSTITUTE_ATTEMPTS, substitute
 from .geometry import draw_crops
+from .images import MAX_PIXELS, ImageRefused, decode_rgb
 from .interface import ViewSpec
-from .jpeg import ImageRefused
 from .native_build import load, try_load
 from .stores import Store
 
-MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs
 VIEW = np.dtype(
     [
         ("size", "<i4"),
@@ -91,15 +90,8 @@ def view_array(views: Sequence[ViewSpec]) -> np.ndarray:
     return rows
 
 
-def native_library(instead: str | None = INSTEAD) -> ctypes.CDLL | None:
-    """The native decoder with its signatures declared; None (said once) where it cannot be built.
-
-    Raises:
-        NativeUnavailable: it cannot be built and `instead` is None.
-    """
-    library = load("views") if instead is None else try_load("views", instead)
-    if library is None:
-        return None
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the signatures of its functions declared."""
     pointer, u64, u32, i32, i64 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32, ctypes.c_int64
     library.rg_pool_open.argtypes, library.rg_pool_open.restype = [i32], pointer
     library.rg_pool_close.argtypes, library.rg_pool_close.restype = [pointer], None
@@ -114,17 +106,14 @@ def native_library(instead: str | None = INSTEAD) -> ctypes.CDLL | None:
     return library
 
 
-def decode_rgb(data: bytes) -> np.ndarray:
-    """Any image file's bytes as uint8 (height, width, 3) RGB, upright; raises `ImageRefused`."""
-    import io
+def native_library(instead: str | None = INSTEAD) -> ctypes.CDLL | None:
+    """The native decoder; None (said once) where it cannot be built.
 
-    from PIL import ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:
-        raise ImageRefused(str(error)) from error
+    Raises:
+        NativeUnavailable: it cannot be built and `instead` is None.
+    """
+    library = load("views") if instead is None else try_load("views", instead)
+    return None if library is None else declare(library)
 
 
 def pil_views(pixels: np.ndarray, views: Sequence[ViewSpec], seed: int, epoch: int, index: int) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ namespace regatta {
 enum Status : int32_t {
   kOk = 0,
   kDamaged = 1,      // not a JPEG, or its data is damaged
-  kUnsupported = 2,  // a JPEG of a kind that only the general path in Python serves (CMYK, 12 bits, rotated by EXIF)
+  kUnsupported = 2,  // a JPEG of a kind that only the general path in Python serves (CMYK, arithmetic coding, rotated)
   kChecksum = 3,     // the bytes are not those that were packed
   kUnreadable = 4,   // the file cannot be read
   kTooLarge = 5,     // more pixels than allowed
@@ -116,7 +116,7 @@ class PlaneDecoder {
     if (refuse_rotated)
       for (jpeg_saved_marker_ptr marker = info_.marker_list; marker && status == kOk; marker = marker->next)
         if (exif_orientation(marker->data, marker->data_length) != 1) status = kUnsupported;
-    if (info_.data_precision != 8)
+    if (info_.data_precision != 8 || info_.arith_code)
       status = kUnsupported;
     else if (info_.jpeg_color_space == JCS_GRAYSCALE && info_.num_components == 1)
       color = kGray;

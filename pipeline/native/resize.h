@@ -420,14 +420,36 @@ enum Color : int32_t { kGray = 1, kYcc = 3, kRgb = 4 };
 struct ResizeScratch {
   Filter x[2], y[2];  // for the first plane, and for the other two, which share their geometry
   std::vector<int16_t> row;
+  std::vector<float> float_row;
   std::vector<int16_t> out[3];
 };
+
+// Reductions so strong that a weight would be left with a few bits: floating point, and no hurry.
+constexpr int kMostFixedTaps = 64;
+
+inline void resample_row_float(const Plane& plane, const Filter& across, const Filter& down, int y, int size, int bits,
+                               std::vector<float>& row, int16_t* out) {
+  const int width = across.last - across.first;
+  const int taps = std::min(down.taps, down.last - down.start[y]);
+  row.assign(width, 0.0f);
+  for (int k = 0; k < taps; ++k) {
+    const uint8_t* source = plane.data + (down.start[y] + k) * plane.pitch + across.first;
+    const float weight = down.raw[static_cast<size_t>(k) * down.stride + y] / down.sum[y];
+    for (int x = 0; x < width; ++x) row[x] += weight * source[x];
+  }
+  for (int x = 0; x < size; ++x) {
+    double sum = 0.0;
+    for (int k = 0; k < across.taps && across.start[x] + k < width; ++k)
+      sum += across.raw[static_cast<size_t>(k) * across.stride + x] * row[across.start[x] + k];
+    const double value = sum / across.sum[x] * (1 << bits);
+    out[x] = static_cast<int16_t>(std::lrint(std::clamp(value, -32768.0, 32767.0)));
+  }
+}
 
 // Cut `box` out of the planes and resize it to an interleaved RGB square.
 inline void resize_view(ResizeScratch& scratch, const Plane* planes, int32_t color, const Box& box, int size,
                         int interpolation, int32_t level, uint8_t* rgb) {
   const int kinds = color == kGray ? 1 : 2;
-  if (box.width > 30000) level = kScalar;  // beyond what the 16-bit positions of the vector kernels can hold
   for (int kind = 0; kind < kinds; ++kind) {
     const Plane& plane = planes[kind];
     build_filter(scratch.x[kind], box.left * plane.x_ratio, box.width * plane.x_ratio, plane.width, size,
@@ -461,6 +483,10 @@ inline void resize_view(ResizeScratch& scratch, const Plane* planes, int32_t col
       const int16_t* weight = down.weight.data() + y;
       int16_t* row = scratch.row.data();
       int16_t* out = scratch.out[channel].data();
+      if (across.taps > kMostFixedTaps || down.taps > kMostFixedTaps) {
+        resample_row_float(plane, across, down, y, size, bits, scratch.float_row, out);
+        continue;
+      }
 #if REGATTA_X86
       if (level == kAvx512) {
         vertical_avx512(source, plane.pitch, weight, down.stride, taps, width, row);

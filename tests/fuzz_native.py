@@ -1,0 +1,76 @@
+"""Feeds damaged JPEGs to the native decoder; run by test_native.py inside a process with the sanitizers loaded.
+
+Usage: fuzz_native.py LIBRARY SECONDS SEED FILE [FILE ...]; prints how many images it tried and how many decoded. The
+sanitizers abort the process where the decoder does what it must not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.decoder import JOB, WHOLE_IMAGE, declare, view_array
+from pipeline.interface import ViewSpec
+
+
+def mutate(data: bytes, random: np.random.Generator) -> bytes:
+    """One of the ways in which files go bad, or headers are made to lie."""
+    bytes_ = bytearray(data)
+    kind = random.integers(6)
+    if kind == 0:
+        return bytes(bytes_[: random.integers(1, len(bytes_))])
+    for _ in range(random.integers(1, 12)):
+        at = int(random.integers(len(bytes_) if kind < 3 else min(len(bytes_), 700)))
+        if kind == 4:
+            bytes_[at : at + 1] = random.bytes(int(random.integers(0, 4)))
+        elif kind == 5:  # sizes and sampling factors in the frame header
+            frame = max(bytes_.find(b"\xff\xc0"), bytes_.find(b"\xff\xc2"))
+            bytes_[frame + int(random.integers(2, 18))] = int(random.integers(256))
+        else:
+            bytes_[at] = int(random.integers(256))
+    return bytes(bytes_)
+
+
+def main() -> None:
+    library, seconds, seed, *paths = sys.argv[1:]
+    native = declare(ctypes.CDLL(library))
+    random = np.random.default_rng(int(seed))
+    corpus = [Path(path).read_bytes() for path in paths]
+    views = (
+        ViewSpec("a", 37),
+        ViewSpec("b", 224, interpolation="bicubic", draw_id=1),
+        ViewSpec("c", 32, kind="whole"),
+    )
+    specs, pool = view_array(views), native.rg_pool_open(2)
+    outs = [np.zeros((8, spec.size, spec.size, 3), dtype=np.uint8) for spec in views]
+    pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
+    tried = decoded = 0
+    end = time.monotonic() + float(seconds)
+    while time.monotonic() < end:
+        native.rg_force_level(int(random.integers(3)))
+        records = [mutate(corpus[random.integers(len(corpus))], random) for _ in range(8)]
+        # Exactly as large as the record, so that reading one byte too many is seen.
+        arrays = [np.frombuffer(record, dtype=np.uint8).copy() for record in records]
+        jobs = np.zeros(8, dtype=JOB)
+        jobs["data"], jobs["size"] = [a.ctypes.data for a in arrays], [len(a) for a in arrays]
+        jobs["slot"], jobs["index"] = np.arange(8), random.integers(1 << 31, size=8)
+        jobs["flags"] = random.choice([0, WHOLE_IMAGE, 4, 4 | WHOLE_IMAGE], size=8)
+        native.rg_decode(
+            pool, jobs.ctypes.data, 8, specs.ctypes.data, len(views), pointers.ctypes.data, tried, 0, 4_000_000
+        )
+        assert ((jobs["status"] >= 0) & (jobs["status"] <= 5)).all()
+        tried += 8
+        decoded += int((jobs["status"] == 0).sum())
+    native.rg_pool_close(pool)
+    print(tried, decoded)
+
+
+if __name__ == "__main__":
+    main()

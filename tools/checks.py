@@ -1,0 +1,247 @@
+"""What can be wrong with a machine or a packed file, each with its remedy."""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.beton import BetonReader
+from pipeline.images import decode_rgb
+from pipeline.manifest import manifest_of, manifest_path
+from tools.diagnosis import Finding
+
+ROOT = Path(__file__).resolve().parents[1]
+_SETUP = "run 'bash tools/setup.sh --retry'"
+_LISTED = 5
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def check_environment() -> Iterator[Finding]:
+    """Python, torch, GPU, optional packages, compiler, native library and cores, one finding or more for each."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python,
+        _torch,
+        _gpu,
+        _optional,
+        _compiler,
+        _native,
+        _cores,
+        _set_up,
+    )
+    for check in checks:
+        yield from check()
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("ok", f"Python {platform.python_version()} at {sys.executable}")
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+        import torchvision.ops
+
+        torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
+    except (ImportError, RuntimeError, OSError) as reason:
+        line = str(reason).strip().splitlines()[0]
+        yield Finding(
+            "fault", f"torch or torchvision does not work: {line}", "remove .venv and run 'bash tools/setup.sh'"
+        )
+        return
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    text = f"torch {torch.__version__} with torchvision {torchvision.__version__}"
+    if version < (2, 10):
+        yield Finding("fault", text, f"torch 2.10 or newer is needed; {_SETUP}")
+    else:
+        yield Finding("ok", text)
+
+
+def _gpu() -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError:
+        return
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            half = "bf16" if properties.major >= 8 else "fp16"
+            memory_gib = properties.total_memory / 2**30
+            yield Finding("ok", f"GPU {number}: {properties.name}, {memory_gib:.0f} GiB; --precision auto is {half}")
+    elif shutil.which("nvidia-smi") and _succeeds(["nvidia-smi", "-L"]):
+        built = torch.version.cuda
+        cause = f"torch is built for CUDA {built}, newer than the driver" if built else "torch is built without CUDA"
+        yield Finding("fault", f"there is a GPU that torch cannot use: {cause}", "install a matching torch or driver")
+    else:
+        yield Finding("ok", "no GPU: everything runs on the CPU, at a small part of a GPU's speed")
+
+
+def _succeeds(command: list[str], text: str | None = None) -> bool:
+    try:
+        return subprocess.run(command, input=text, capture_output=True, text=True, timeout=30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+_OPTIONAL = (
+    ("ffcv", "ffcv.loader", "--loader ffcv"),
+    ("nvidia-dali-cuda130", "nvidia.dali", "--loader dali"),
+    ("webdataset", "webdataset", "comparison with stock webdataset"),
+    ("scikit-learn", "sklearn", "evaluation against a reference"),
+    ("timm", "timm", "--format timm"),
+    ("onnx", "onnx", "--format onnx"),
+)
+
+
+def _optional() -> Iterator[Finding]:
+    for name, module, purpose in _OPTIONAL:
+        try:
+            importlib.import_module(module)
+            yield Finding("ok", f"{name} {importlib.metadata.version(name)}")
+        except (ImportError, OSError, importlib.metadata.PackageNotFoundError) as reason:
+            line = str(reason).strip().splitlines()[0]
+            yield Finding("note", f"{name} is missing, which {purpose} needs ({line})", _SETUP)
+
+
+def _compiler() -> Iterator[Finding]:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        yield Finding("note", "no g++: FFCV and our decoder cannot be compiled", f"apt-get install g++, then {_SETUP}")
+        return
+    includes = "#include <cstdio>\n#include <jpeglib.h>\n"
+    if _succeeds([compiler, "-x", "c++", "-fsyntax-only", "-"], includes):
+        yield Finding("ok", f"{compiler} with libjpeg's headers")
+    else:
+        remedy = f"apt-get install libjpeg-dev, then {_SETUP}"
+        yield Finding("note", "libjpeg's headers are missing: our decoder cannot be compiled", remedy)
+
+
+def _native() -> Iterator[Finding]:
+    from pipeline import native_build
+
+    for source in sorted(native_build.SOURCES.glob("*.cpp")):
+        try:
+            native_build.load(source.stem)
+        except native_build.NativeUnavailable as reason:
+            yield Finding("note", f"native {source.stem} does not work: {reason}", _SETUP)
+        else:
+            yield Finding("ok", f"native {source.stem} loads")
+
+
+def _cores() -> Iterator[Finding]:
+    usable, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    flags = _cpu_flags()
+    lanes = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "neither AVX2 nor AVX-512"
+    limit = f" of {present}" if usable < present else ""
+    yield Finding("ok", f"{usable} cores{limit} may be used, {lanes}")
+    free_gib = shutil.disk_usage(ROOT).free / 2**30
+    if free_gib < 2:
+        yield Finding("note", f"{free_gib:.1f} GiB are free on the disk", "make room before packing or training")
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
+
+
+def _set_up() -> Iterator[Finding]:
+    stamp = ROOT / ".venv" / "regatta-setup"
+    if stamp.is_file():
+        for line in stamp.read_text(encoding="utf-8").splitlines()[1:]:
+            yield Finding("note", f"set-up left out {line}")
+
+
+# --- a packed file ---------------------------------------------------------------------------------------------------
+
+
+def check_packed(path: Path, decode: int) -> Iterator[Finding]:
+    """A packed file: its table, the checksum of every record, and a decode of `decode` records spread over it.
+
+    Args:
+        path: the `.beton` file.
+        decode: how many records to decode to their last pixel; all of them when larger than the file.
+
+    Raises:
+        ValueError: the file cannot be opened as a packed file, or its manifest belongs to another.
+        FileNotFoundError: there is no such file.
+    """
+    reader = BetonReader(path)
+    yield Finding("ok", _describe(reader))
+    manifest = manifest_of(reader)
+    sources: list[str] = []
+    if manifest is None:
+        yield Finding(
+            "note",
+            f"{manifest_path(path).name} is missing: damage that still decodes cannot be noticed",
+            "copy it from where the file was packed, or pack again with tools/make_ffcv_dataset.py",
+        )
+    else:
+        sources = manifest.sources
+        changed = [
+            index for index, same in enumerate(_parallel(_matches(reader, manifest.checksums), len(reader))) if not same
+        ]
+        yield _records("fit their checksums", "have other bytes than were packed", changed, len(reader), sources)
+    chosen = np.unique(np.linspace(0, len(reader) - 1, min(decode, len(reader))).astype(np.int64))
+    failed = [
+        int(i) for i, good in zip(chosen, _parallel(_decodes(reader, chosen), len(chosen)), strict=True) if not good
+    ]
+    yield _records("decode to their last pixel", "do not decode", failed, len(chosen), sources)
+
+
+def _describe(reader: BetonReader) -> str:
+    labels = collections.Counter(reader.labels[reader.labels >= 0].tolist())
+    classes = f"{len(labels)} classes" if labels else "no labels"
+    sides = f"{int(reader.widths.max())} x {int(reader.heights.max())} px at most"
+    mean_kib = float(reader.sizes.mean()) / 1024
+    return f"{reader.path.name}: {len(reader):,} images, {classes}, {sides}, {mean_kib:.1f} KiB each"
+
+
+def _parallel(check: Callable[[int], bool], count: int) -> list[bool]:
+    # CRC-32 and decoding both leave Python's lock.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(check, range(count), chunksize=64))
+
+
+def _matches(reader: BetonReader, checksums: np.ndarray) -> Callable[[int], bool]:
+    return lambda index: zlib.crc32(memoryview(reader.record(index))) == int(checksums[index])
+
+
+def _decodes(reader: BetonReader, chosen: np.ndarray) -> Callable[[int], bool]:
+    def decodes(position: int) -> bool:
+        index = int(chosen[position])
+        try:
+            pixels: Any = decode_rgb(reader.record(index).tobytes())
+        except ValueError:
+            return False
+        return pixels.shape[:2] == (int(reader.heights[index]), int(reader.widths[index]))
+
+    return decodes
+
+
+def _records(good: str, bad: str, failed: list[int], count: int, sources: list[str]) -> Finding:
+    if not failed:
+        return Finding("ok", f"{count:,} records {good}")
+    named = ", ".join(
+        f"{index} ({sources[index]})" if index < len(sources) else str(index) for index in failed[:_LISTED]
+    )
+    more = f" and {len(failed) - _LISTED} more" if len(failed) > _LISTED else ""
+    return Finding(
+        "fault", f"{len(failed):,} of {count:,} records {bad}: {named}{more}", "copy the file again, or pack again"
+    )

@@ -1,0 +1,79 @@
+"""Say what is wrong, and what to do: with this machine, a packed file or a run.
+
+`python tools/doctor.py`, `python tools/doctor.py photos.beton`, `python tools/doctor.py runs/regioncl-m`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from collections.abc import Iterable, Sequence
+
+from tools.checks import check_environment, check_packed
+from tools.cli import TOO_MANY_BAD, USER_MISTAKE, call, make_parser, parse, run_main
+from tools.diagnosis import Finding, diagnose
+from tools.report import read_run
+from train.errors import UserMistake, run_to_exit_code
+
+_MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
+
+
+def examine(target: str, decode: int) -> Iterable[Finding]:
+    """The findings about one target: a run's folder or a packed file.
+
+    Raises:
+        UserMistake: it is neither.
+    """
+    path = Path(target)
+    if (path / "config.json").is_file():
+        return diagnose(read_run(path))
+    if path.is_file():
+        return check_packed(path, decode)
+    if path.is_dir():
+        raise UserMistake(f"{path} has no config.json; give a run's folder or a packed file")
+    raise UserMistake(f"{path} does not exist; give a run's folder or a packed file")
+
+
+def show(findings: Iterable[Finding]) -> int:
+    """Print each finding as it comes, with its remedy below it; the number of faults."""
+    faults = 0
+    for finding in findings:
+        faults += finding.level == "fault"
+        print(f"{_MARKS[finding.level]}  {finding.text}")
+        if finding.remedy:
+            print(f"{'':7}-> {finding.remedy}", flush=True)
+    return faults
+
+
+def run(argv: Sequence[str]) -> int:
+    """Examine what the command line names; 0 without a fault, 2 with one, 3 for damaged records."""
+    parser = make_parser("Say what is wrong with this machine, a packed file or a run, and what to do about it.")
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help="packed files or run folders; this machine when none"
+    )
+    parser.add_argument("--decode", type=int, default=256, help="records of a packed file to decode; 0 for all of them")
+    arguments = parse(parser, argv)
+    if arguments.decode < 0:
+        raise UserMistake(f"--decode {arguments.decode}: must not be negative")
+    if not arguments.targets:
+        return USER_MISTAKE if show(check_environment()) else 0
+    code = 0
+    for target in arguments.targets:
+        print(target)
+        if show(examine(target, arguments.decode or sys.maxsize)):
+            code = max(code, USER_MISTAKE if Path(target).is_dir() else TOO_MANY_BAD)
+    return code
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code; mistakes become one line on standard error."""
+    return call(lambda arguments: run_to_exit_code(lambda: run(arguments)), argv)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,112 @@
+"""Which files of a folder or a list are images, in which order, and of which class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# What people call image files. Those of a format that we cannot read are listed too, so that they are refused by name
+# instead of missing in silence.
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif "
+    ".heic .heif .qoi".split()
+)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Image files in storage order.
+
+    Attributes:
+        files: their paths.
+        names: what to call them: the path relative to the source.
+        labels: (N,) int64, -1 where there are no classes.
+        classes: class names by label, empty where there are none.
+    """
+
+    files: list[Path]
+    names: list[str]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+def list_images(source: Path) -> Listing:
+    """The image files of a folder or of a list file.
+
+    A folder is searched with its subfolders, in the order of the relative paths as bytes. Files and folders whose name
+    begins with a dot are skipped, links are followed, a link back to a folder on its own path is not. A list has one
+    path a line, relative to the list's own folder or absolute, and keeps its order and its repetitions. Where every
+    image lies in a subfolder of the source (for a list: of the deepest folder that holds them all), the first folder
+    on its way is its class.
+
+    Raises:
+        ValueError: there are no images, or a folder cannot be read.
+    """
+    if source.is_dir():
+        names = sorted(_walk(source), key=os.fsencode)
+        files = [source / name for name in names]
+        labels, classes = label_by_folder(names)
+    else:
+        text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        names = [line for line in text.split("\n") if line.strip()]
+        names = [name.removesuffix("\r") for name in names]
+        if any("\0" in name for name in names):
+            raise ValueError(f"{source} is not a list of paths (it holds zero bytes); give a folder or a text file")
+        files = [source.parent / name for name in names]
+        labels, classes = label_by_folder(_relative([os.path.abspath(file) for file in files]))
+    if not files:
+        raise ValueError(f"{source} holds no image files; give a folder of photos or a list with one path a line")
+    return Listing(files, names, labels, classes)
+
+
+def label_by_folder(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels (N,) int64 and class names from relative paths: classes are numbered in the order of their names.
+
+    Where a path has no folder there are no classes, and every label is -1.
+    """
+    tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
+    if not names or None in tops:
+        return np.full(len(names), -1, dtype=np.int64), ()
+    classes = sorted({top for top in tops if top is not None}, key=os.fsencode)
+    number = {name: label for label, name in enumerate(classes)}
+    return np.array([number[top] for top in tops if top is not None], dtype=np.int64), tuple(classes)
+
+
+def common_folder_removed(names: Sequence[str]) -> list[str]:
+    """Paths relative to the deepest folder that holds them all."""
+    return _relative([os.path.join("/", name) for name in names])
+
+
+def _relative(paths: Sequence[str]) -> list[str]:
+    if not paths:
+        return []
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [os.path.relpath(path, folder) for path in paths]
+
+
+def _walk(source: Path) -> Iterator[str]:
+    """Relative paths of the image files below a folder, in no order."""
+    start = os.stat(source)
+    folders = [("", frozenset([(start.st_dev, start.st_ino)]))]
+    while folders:
+        prefix, above = folders.pop()
+        try:
+            entries = list(os.scandir(source / prefix))
+        except OSError as error:
+            raise ValueError(f"the folder {source / prefix} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = prefix + entry.name
+            if entry.is_dir():
+                status = entry.stat()
+                identity = (status.st_dev, status.st_ino)
+                if identity not in above:
+                    folders.append((name + "/", above | {identity}))
+            # A link that leads nowhere is listed, so that it is refused by name.
+            elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                yield name

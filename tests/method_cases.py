@@ -17,7 +17,10 @@ from models.resnet import BACKBONES, ResNetTrunk, initialise_convolutions
 from models.swin import SwinTrunk
 
 SIZE, BATCH, GROUP = 64, 8, 4  # pixels; images of a global batch; images of a batch-norm group
-SMALL = {"queue_size": 40, "hidden_dim": 24, "dim": 16, "predictor_hidden_dim": 12, "n_blocks": 2, "t_bn_group_size": 4}
+SMALL = {
+    "queue_size": 40, "hidden_dim": 24, "dim": 16, "c": 16, "predictor_hidden_dim": 12, "n_blocks": 2,
+    "t_bn_group_size": GROUP,
+}  # fmt: skip
 SWIN_METHODS = ("moby", "regioncl-moby")
 
 
@@ -64,7 +67,7 @@ def small_config(name: str, **changes: Any) -> Any:
     region = {key.removeprefix("region_"): changes.pop(key) for key in list(changes) if key.startswith("region_")}
     if region:
         changes["region"] = dataclasses.replace(config.region, **region)
-    return dataclasses.replace(config, **{key: SMALL[key] for key in fields & set(SMALL)}, **changes)
+    return dataclasses.replace(config, **{key: SMALL[key] for key in fields & set(SMALL)} | changes)
 
 
 def build(name: str, config: Any = None, seed: int = 0, arch: str = "", **options: Any) -> Method:
@@ -113,7 +116,13 @@ def partners(scope: str, count: int = BATCH, group: int = GROUP) -> Tensor:
 
 
 def make_inputs(
-    method: Method, step: int, rank: int = 0, world_size: int = 1, seed: int = 0, batch: int = BATCH
+    method: Method,
+    step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    batch: int = BATCH,
+    group: int = GROUP,
 ) -> StepInputs:
     """One rank's inputs of a step, the same global batch for any number of ranks."""
     views = dict(zip(("view1", "view2"), _views(seed, step, batch, SIZE), strict=True))
@@ -127,7 +136,7 @@ def make_inputs(
     for direction, name in enumerate(("view1", "view2")):
         if name in method.mixed_views:
             scope = method.config.region.pairing_scope  # type: ignore[union-attr]
-            partner = partners(scope, batch)
+            partner = partners(scope, batch, group)
             box = ((step + direction) % 2, step // 2 % 2, 1, 1)
             inputs.mixed[name] = composite(views[name], partner, box)[mine]
             inputs.box_cells[name] = torch.tensor([box] * local)

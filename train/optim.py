@@ -212,7 +212,7 @@ class Lars(torch.optim.Optimizer):
         gradients = [w.grad for w in weights if w.grad is not None]
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
-            torch._foreach_div_(gradients, scale)
+            torch._foreach_div_(gradients, scale.reshape(()))
         updates = _adapted(weights, gradients, group) if group["adapt"] else [g.clone() for g in gradients]
         if group["lr_in_buffer"]:
             torch._foreach_mul_(updates, group["lr"])

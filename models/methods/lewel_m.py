@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,13 @@ from ..alignment import AlignmentHead, Grouping, HeadOutput
 from ..collectives import all_gather_rows, shuffle_rows
 from ..key_queue import KeyQueue
 from ..losses import info_nce, unit
-from ..momentum import copy_and_freeze, ema_update
+from ..momentum import copy_and_freeze
 from ..norm import convert_batch_norm
 from ..options import option
 from ..resnet import ConvInit, build_backbone
-from .base import Method, StepInputs, StepOutput
+from .base import StepInputs, StepOutput
 from .lewel_b import draw_random, loss_weights
+from .queue_method import QueueMethod
 
 Negatives = Literal["all_maps", "same_map"]
 
@@ -106,7 +107,7 @@ def _block_contrast(query: Tensor, key: Tensor, own: Tensor, temperature: float,
     return F.cross_entropy(logits.flatten(0, 1).flatten(1), target.flatten(), reduction="none")
 
 
-class LewelM(Method):
+class LewelM(QueueMethod):
     """Momentum contrast of global embeddings with a queue and of aligned embeddings within the batch.
 
     L = (1 - beta) CE([z_g.k_g, z_g.Q] / tau, 0) + beta mean_k CE over the batch's aligned keys; view1 gives queries,
@@ -166,7 +167,7 @@ class LewelM(Method):
             loss = info_nce(unit(query.embedding), local, self.queue.rows, self.config.temperature).mean()
             terms.append(self.global_weight * loss)
             metrics["global"] = loss.detach()
-            new_keys["queue"] = local
+            new_keys["queue/view2"] = local
         if query.aligned is not None and keys.aligned is not None:
             loss = self._aligned_loss(query.aligned, keys.aligned, own)
             terms.append(self.aligned_weight * loss)
@@ -201,21 +202,9 @@ class LewelM(Method):
         aligned = None if found.aligned is None else _in_global_order(unit(found.aligned, dim=2), back)
         return HeadOutput(embedding, aligned), own
 
-    @torch.no_grad()
-    def after_step(self, output: StepOutput, ema_momentum: float) -> None:
-        """Enqueue the global keys of all ranks in the order of the global batch, then update the momentum network."""
-        if self.config.global_loss:
-            self.queue.enqueue(all_gather_rows(output.keys["queue"]))
-        ema_update(self.momentum_pairs(), ema_momentum)
-
-    def host_state(self) -> dict[str, Any]:
-        """Write position of the queue."""
-        return {"queue": self.queue.pointer} if self.config.global_loss else {}
-
-    def load_host_state(self, state: dict[str, Any]) -> None:
-        """Restore the write position."""
-        if self.config.global_loss:
-            self.queue.pointer = state["queue"]
+    def queues(self) -> dict[str, KeyQueue]:
+        """The memory of global keys, where there is a global loss."""
+        return {"queue": self.queue} if self.config.global_loss else {}
 
 
 def _in_global_order(rows: Tensor, back: Tensor | None) -> Tensor:

@@ -5,6 +5,8 @@ import csv
 import pytest
 import torch
 
+from tools import bench_ops, bench_step, reference_port
+from tools.augment_contenders import CONTENDERS, installed
 from tools.benchmarking import (
     COLUMNS,
     Report,
@@ -70,3 +72,55 @@ def test_missing_gpu_is_the_users_mistake():
     else:
         with pytest.raises(ValueError, match="--device cpu"):
             choose_device("cuda")
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_bench_ops_at_a_tiny_size(tmp_path, capsys):
+    path = tmp_path / "ops.csv"
+    flags = "--device cpu --batch 2 --channels 16 --queue 300 --size 32 --rounds 1 --masks 3 --groups 2 --output"
+    assert bench_ops.main([*flags.split(), str(path), "--ops", "box_pool", "masked_pool", "queue_contrast"]) == 0
+    contenders = {row["contender"] for row in rows_of(path)}
+    assert {"box_pool: definition", "box_pool: mask multiply (official)", "masked_pool: eager"} <= contenders
+    memory = {row["contender"]: float(row["median"]) for row in rows_of(path) if row["unit"] == "MiB"}
+    assert memory["queue_contrast: by blocks"] < memory["queue_contrast: materialised"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("bottleneck: box_pool (definition) ")
+
+
+def test_bench_ops_refuses_a_wrong_operator(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_ops, "box_pool", lambda *inputs: bench_ops.box_pool_definition(*inputs) * 1.01)
+    with pytest.raises(RuntimeError, match="box_pool, definition"):
+        bench_ops.main("--device cpu --ops box_pool --batch 2 --channels 8 --rounds 1 --no-csv".split())
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_augment_contenders_do_the_work(name):
+    module, build = CONTENDERS[name]
+    if not installed(module):
+        pytest.skip(f"{module} is not installed")
+    images = torch.full((2, 3, 32, 32), 200, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    result = build(images)()
+    assert result.shape == (2, 3, 32, 32) and result.isfinite().all() and float(result.abs().max()) < 3
+
+
+STEP = "--device cpu --arch resnet18 --image-size 64 --batch 4 --queue 16 --rounds 1".split()
+
+
+def test_bench_step_at_a_tiny_size(tmp_path, capsys):
+    path = tmp_path / "step.csv"
+    assert bench_step.main([*STEP, "--profile", "--output", str(path)]) == 0
+    rows = rows_of(path)
+    rates = {row["contender"]: float(row["median"]) for row in rows if row["metric"] == "throughput"}
+    assert {"official port", "strong eager", "ours, not compiled", "ours with augmentation"} <= set(rates)
+    assert min(rates.values()) > 0
+    assert {"part: backward", "part: momentum trunk, forward"} <= {row["contender"] for row in rows}
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("bottleneck: ours") and "x official port" in last and "longest part" in last
+
+
+def test_bench_step_refuses_a_port_that_computes_something_else(monkeypatch):
+    monkeypatch.setattr(reference_port, "TEMPERATURE", 0.19)
+    with pytest.raises(RuntimeError, match="ours, fp32: loss"):
+        bench_step.main([*STEP, "--no-csv"])

@@ -67,7 +67,7 @@ def dali_pipeline(images: Tensor) -> Contender:
     where: dict[str, Any] = {"device_id": 0 if images.is_cuda else None, "num_threads": 4}
 
     @pipeline_def(batch_size=len(images), prefetch_queue_depth=1, **where)
-    def build() -> object:
+    def build() -> Any:
         x = fn.external_source(source=lambda: given, device=device, layout="HWC", batch=True)
         on = fn.cast(fn.random.coin_flip(probability=0.8), dtype=DALIDataType.FLOAT)
         gray = fn.cast(fn.random.coin_flip(probability=0.2), dtype=DALIDataType.FLOAT)

@@ -1,0 +1,414 @@
+"""Measure one training step on inputs that are already on the device: the model alone.
+
+`python tools/bench_step.py [--method regioncl-m] [--arch resnet50] [--profile]`
+
+Contenders for RegionCL-M and MoCo v2: our port of the released step, "strong eager" (that step with AMP, channels-last
+and a fused optimizer), strong eager with one more optimisation each, and ours. For other methods: ours in steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.methods import METHODS
+from models.methods.base import Method, StepInputs
+from models.methods.moco_v2 import MoCoV2
+from pipeline.interface import PipelineConfig
+from pipeline.synthetic import SyntheticPipeline
+from tools import cli
+from tools.benchmarking import Report, add_common_flags, choose_device, peak_mib, time_interleaved
+from tools.reference_port import PortedStep, PortOptions
+from train.checkpoint import TrainState
+from train.config import Config, resolve
+from train.errors import RunEnd
+from train.inputs import InputBuilder, train_views
+from train.loop import Job, take_step
+from train.main import build_method, feature_grid
+from train.metrics import Metrics
+from train.optim import build_optimizer
+from train.runtime import Runtime, start
+
+PORTED = ("regioncl-m", "moco-v2")
+TOTAL_STEPS = 100_000
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
+"""Dense half-precision FLOP/s by data sheet."""
+LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+class OurStep:
+    """The step of `train/main.py` on prepared inputs.
+
+    Args:
+        config: resolved run configuration.
+        runtime: device and precision.
+        compile_parts: "" for none, "heads" as `--compile` does, "trunk" for heads and trunks.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, compile_parts: str = "") -> None:
+        self.config, self.runtime = config, runtime
+        self.method: Method = build_method(config, runtime)
+        self.builder = InputBuilder(config, self.method, runtime, feature_grid(self.method, config.recipe.image_size))
+        if compile_parts:
+            for module in self.method.compile_targets():
+                module.compile()
+        if compile_parts == "trunk":
+            for online, momentum in self.method.momentum_pairs() or [(self.method.encoder, self.method.encoder)]:
+                for module in {online, momentum}:
+                    if hasattr(module, "forward_stages"):
+                        module.compile()
+        self.state = TrainState(
+            method=self.method,
+            optimizer=build_optimizer(self.method, config.recipe.optim, config.recipe.global_batch),
+            scaler=torch.amp.GradScaler("cuda") if runtime.dtype is torch.float16 else None,
+            step=0,
+            sums={},
+            sum_steps=0,
+            non_finite=torch.zeros(1, dtype=torch.int64, device=runtime.device),
+        )
+        self.job = Job(
+            config=config, runtime=runtime, wrapped=self.method, stream=None, metrics=Metrics(None, TOTAL_STEPS),  # type: ignore[arg-type]
+            run_dir=None, total_steps=TOTAL_STEPS, last_step=TOTAL_STEPS, steps_per_epoch=1000,
+            evaluate=lambda step, epoch: None, config_json={},
+        )  # fmt: skip
+        self.method.train()
+        self.inputs: list[StepInputs] = []
+
+    def prepare(self, batches: int = 2) -> None:
+        """Make inputs to use in turn."""
+        for step, batch in enumerate(synthetic_batches(self.config, self.runtime, batches)):
+            self.inputs += self.builder.build(batch, 0, step)
+
+    def __call__(self) -> None:
+        """Take the next step."""
+        step = self.state.step
+        take_step(self.job, self.state, step, [self.inputs[step % len(self.inputs)]])
+        self.state.step += 1
+        if step % 100 == 99:
+            self.state.sums, self.state.sum_steps = {}, 0
+
+    def loss_of_last_step(self) -> float:
+        """The last step's loss, when sums were cleared before it."""
+        return float(self.state.sums["loss"])
+
+
+def synthetic_batches(config: Config, runtime: Runtime, count: int) -> Iterator:
+    """`count` batches of synthetic views on the device."""
+    size = config.recipe.global_batch
+    pipeline = SyntheticPipeline(
+        PipelineConfig(str(count * size), train_views(config), size, seed=config.run.seed, device=runtime.device)
+    )
+    return iter(pipeline)
+
+
+class PortStep:
+    """The ported step on the inputs of ours."""
+
+    def __init__(self, ours: OurStep, options: PortOptions) -> None:
+        config = ours.config
+        assert isinstance(ours.method, MoCoV2)
+        self.port = PortedStep(
+            ours.method, config.recipe.arch, config.run.method == "regioncl-m",
+            ours.state.optimizer.param_groups[0]["lr"], options,
+        )  # fmt: skip
+        self.views = [(inputs.view1.float(), inputs.view2.float()) for inputs in ours.inputs]
+        self.step = 0
+
+    def __call__(self) -> None:
+        """Take the next step."""
+        view1, view2 = self.views[self.step % len(self.views)]
+        self.step += 1
+        self.port(view1, view2)
+
+
+def port_options(dtype: torch.dtype, compiled: bool) -> dict[str, PortOptions]:
+    """The port's contenders by name."""
+    strong = PortOptions(None if dtype is torch.float32 else dtype, channels_last=True, fused_sgd=True)
+    single = {
+        "AMP alone": PortOptions(amp=strong.amp),
+        "channels-last alone": PortOptions(channels_last=True),
+        "fused SGD alone": PortOptions(fused_sgd=True),
+    }
+    added = {"box pooling": "box_pool", "blockwise queue loss": "queue_contrast", "fused EMA": "fused_ema",
+             "no host waits": "no_waits"}  # fmt: skip
+    if compiled:
+        added["compiled head"] = "compile_head"
+    contenders = {"official port": PortOptions(), **{f"port + {name}": value for name, value in single.items()}}
+    contenders["strong eager"] = strong
+    for name, field in added.items():
+        contenders[f"strong eager + {name}"] = replace(strong, **{field: True})  # type: ignore[arg-type]
+    if strong.amp is None:
+        del contenders["port + AMP alone"]  # fp32 was asked for: it would be the port itself
+    return contenders
+
+
+def configure(options: argparse.Namespace, batch: int, group_size: int | None, precision: str) -> Config:
+    """The run configuration of the benchmark.
+
+    Args:
+        options: parsed flags.
+        batch: images a step.
+        group_size: BN group; None keeps the recipe's where it divides the batch, else the whole batch.
+        precision: as `--precision`.
+
+    Raises:
+        ValueError: flags that the trainer refuses.
+    """
+    flags = ["--method", options.method, "--loader", "synthetic", "--device", choose_device(options.device).type,
+             "--global-batch", str(batch), "--precision", precision, "--holdout", "0"]  # fmt: skip
+    for name, value in (("--arch", options.arch), ("--image-size", options.image_size)):
+        flags += [name, str(value)] if value else []
+    if options.queue and hasattr(METHODS[options.method].Config(), "queue_size"):
+        flags += ["--queue-size", str(options.queue)]
+    try:
+        config = resolve(flags)
+        size = config.recipe.bn.group_size if group_size is None else group_size
+        return resolve([*flags, "--bn.group-size", str(size if size and batch % size == 0 else 0)])
+    except RunEnd as reason:
+        raise ValueError(str(reason)) from None
+
+
+def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
+    """Two steps of every contender from equal weights on equal inputs must give the losses of the fp32 port.
+
+    Raises:
+        RuntimeError: one does not.
+    """
+    config = configure(options, min(options.batch, 32), 0, "fp32")
+    fp32 = replace(runtime, dtype=torch.float32)
+    source = OurStep(config, fp32)
+    source.prepare()
+    boxes = [inputs.box_cells.get("view1") for inputs in source.inputs]
+    regions = [None if box is None else tuple(box[0].tolist()) for box in boxes]
+    expected: list[float] = []
+    for name, port in port_options(runtime.dtype, False).items():
+        contender = PortStep(source, port).port
+        views = [(inputs.view1.float(), inputs.view2.float()) for inputs in source.inputs]
+        losses = [float(contender(*pair, region)) for pair, region in zip(views, regions, strict=True)]  # type: ignore[arg-type]
+        expected = expected or losses
+        _compare_losses(name, losses, expected, port.amp or torch.float32)
+    for name, ours_runtime in (("ours, fp32", fp32), ("ours", runtime)):
+        ours = OurStep(config, ours_runtime)
+        ours.inputs = source.inputs
+        losses = []
+        for _ in ours.inputs:
+            ours.state.sums = {}
+            ours()
+            losses.append(ours.loss_of_last_step())
+        _compare_losses(name, losses, expected, ours_runtime.dtype)
+
+
+def _compare_losses(name: str, losses: Sequence[float], expected: Sequence[float], dtype: torch.dtype) -> None:
+    tolerance = LOSS_TOLERANCE[dtype]
+    for step, (loss, wanted) in enumerate(zip(losses, expected, strict=True)):
+        if not abs(loss - wanted) <= tolerance * abs(wanted):
+            raise RuntimeError(f"{name}: loss {loss:.6g} at step {step}, the fp32 port has {wanted:.6g}")
+
+
+def build_contenders(options: argparse.Namespace, runtime: Runtime) -> dict[str, Callable[[], None]]:
+    """Everything that is timed, ready to be called."""
+    config = configure(options, options.batch, None, options.precision)
+    ours = {"ours, not compiled": OurStep(config, runtime)}
+    if options.compile:
+        ours["ours"] = OurStep(config, runtime, "heads")
+    if options.compile_trunk:
+        ours["ours, trunk compiled"] = OurStep(config, runtime, "trunk")
+    contenders: dict[str, Callable[[], None]] = {}
+    first = ours["ours, not compiled"]
+    first.prepare()
+    if options.method in PORTED and not options.ours_only:
+        for name, port in port_options(runtime.dtype, options.compile).items():
+            contenders[name] = PortStep(first, port)
+    for name, step in ours.items():
+        step.inputs = first.inputs
+        contenders[name] = step
+    contenders["ours with augmentation"] = _WithAugmentation(first)
+    return contenders
+
+
+class _WithAugmentation:
+    """Augmentation and region swapping of a resident uint8 batch, then the step, on one stream."""
+
+    def __init__(self, ours: OurStep) -> None:
+        self.ours = ours
+        self.batch = next(iter(synthetic_batches(ours.config, ours.runtime, 1)))
+
+    def __call__(self) -> None:
+        kept = self.ours.inputs
+        self.ours.inputs = self.ours.builder.build(self.batch, 0, self.ours.state.step)
+        self.ours()
+        self.ours.inputs = kept
+
+
+def flops_per_image(ours: OurStep) -> float:
+    """Floating-point operations of forward and backward for one source image, multiply and add counted apart."""
+    counter = FlopCounterMode(display=False)
+    with counter, ours.runtime.autocast():
+        ours.method(ours.inputs[0]).loss.backward()
+    ours.state.optimizer.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / ours.config.recipe.global_batch
+
+
+class PartTimer:
+    """Seconds by part of a step, with the device waited for at every border; parts nest, inner ones are subtracted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time the block as `name`."""
+        started = self._now()
+        self._inner.append(0.0)
+        yield
+        spent = self._now() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
+        self._inner[-1] += spent
+
+    def wrap(self, module: nn.Module, name: str) -> Callable[[], None]:
+        """Time every forward of `module` as `name`; returns what undoes it."""
+        original = module.forward
+
+        def timed(*args: Tensor, **keywords: Tensor) -> Tensor:
+            with self.part(name):
+                return original(*args, **keywords)
+
+        module.forward = timed  # type: ignore[method-assign]
+        return lambda: module.__dict__.pop("forward", None)  # type: ignore[return-value]
+
+
+def profile_parts(ours: OurStep, steps: int) -> dict[str, list[float]]:
+    """Seconds of each part in each of `steps` steps."""
+    batch = next(iter(synthetic_batches(ours.config, ours.runtime, 1)))
+    parts: dict[str, list[float]] = {}
+    method, optimizer = ours.method, ours.state.optimizer
+    for step in range(steps + 2):
+        timer = PartTimer(ours.runtime.device)
+        undo = [timer.wrap(method.encoder, "online trunk, forward")]
+        undo += [timer.wrap(m, "momentum trunk, forward") for o, m in method.momentum_pairs() if o is method.encoder]
+        with timer.part("augmentation and regions"):
+            inputs = ours.builder.build(batch, 0, step)[0]
+        with timer.part("heads and losses, forward"), ours.runtime.autocast():
+            output = method(inputs)
+        with timer.part("backward"):
+            output.loss.backward()
+        with timer.part("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with timer.part("EMA and queue"):
+            method.after_step(output, 0.999)
+        for restore in undo:
+            restore()
+        if step >= 2:
+            for name, seconds in timer.seconds.items():
+                parts.setdefault(name, []).append(seconds)
+    return parts
+
+
+def conclusion(report: Report, parts: dict[str, list[float]]) -> str:
+    """One line: the rate, the ratios to the other contenders, and what takes longest."""
+    rates = {row.contender: row.value.median for row in report.rows if row.metric == "throughput"}
+    own = "ours" if "ours" in rates else "ours, not compiled"
+    line = f"bottleneck: {own} {rates[own]:.4g} images/s"
+    for other in ("strong eager", "official port"):
+        if other in rates:
+            line += f", {rates[own] / rates[other]:.2f} x {other}"
+    if parts:
+        medians = {name: float(np.median(values)) for name, values in parts.items()}
+        slowest = max(medians, key=medians.__getitem__)
+        return f"{line}; longest part: {slowest}, {medians[slowest] / sum(medians.values()):.0%} of a step"
+    return f"{line}; --profile shows the parts of a step"
+
+
+def measure(options: argparse.Namespace, runtime: Runtime) -> None:
+    """Check, time, and print."""
+    if options.method in PORTED and not options.ours_only:
+        check_losses(options, runtime)
+    report = Report("bench_step", runtime.device)
+    contenders = build_contenders(options, runtime)
+    ours = next(step for step in contenders.values() if isinstance(step, OurStep))
+    recipe = ours.config.recipe
+    setting = (f"{options.method}, {recipe.arch}, {recipe.image_size} px, batch {options.batch}, "
+               f"bn {recipe.bn.mode} {recipe.bn.group_size}, {str(runtime.dtype)[6:]}")  # fmt: skip
+    warmup = 3 if runtime.device.type == "cuda" else 1  # on CUDA the first steps choose convolutions and compile
+    seconds = time_interleaved(
+        contenders, device=runtime.device, rounds=options.rounds, warmup=warmup, max_seconds=options.max_seconds
+    )
+    flops = flops_per_image(ours)
+    for name, values in seconds.items():
+        report.add(name, "step", "ms", [1000 * value for value in values], setting)
+        rate = report.add(name, "throughput", "images/s", [options.batch / value for value in values], setting)
+        report.add(name, "compute", "TFLOP/s", [flops * rate.median / 1e12], setting)
+    for name, call in contenders.items():
+        report.add(name, "peak memory", "MiB", [peak_mib(call, runtime.device)], setting)
+    _add_roofline(report, flops, setting)
+    parts = profile_parts(ours, options.rounds) if options.profile else {}
+    for name, values in parts.items():
+        report.add(f"part: {name}", "time", "ms", [1000 * value for value in values], setting)
+    report.finish(conclusion(report, parts), options.output, write=not options.no_csv)
+
+
+def _add_roofline(report: Report, flops: float, setting: str) -> None:
+    """The rate at which a step would run if it did nothing but its multiplications at the data sheet's peak."""
+    if report.device.type != "cuda":
+        return
+    name = torch.cuda.get_device_name(report.device)
+    peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
+    if peak is not None:
+        report.add("bound: dense half precision", "throughput bound", "images/s", [peak / flops], setting)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark that the flags ask for."""
+    parser = cli.make_parser("Measure one training step on synthetic inputs, beside what it replaces.")
+    parser.add_argument("--method", default="regioncl-m", choices=tuple(METHODS), help="method to train")
+    parser.add_argument("--arch", default="", help="backbone; the recipe's when empty")
+    parser.add_argument("--image-size", type=int, default=0, help="side of a view; 0 is the recipe's")
+    parser.add_argument("--batch", type=int, default=256, help="images a step on this device")
+    parser.add_argument("--queue", type=int, default=0, help="keys in the queue; 0 is the method's own")
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="as in training")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                        help="contenders with compiled heads; none: on CUDA only")  # fmt: skip
+    parser.add_argument("--compile-trunk", action="store_true", help="a contender with the whole trunk compiled")
+    parser.add_argument("--ours-only", action="store_true", help="leave the ported step out")
+    parser.add_argument("--profile", action="store_true", help="time the parts of a step")
+    add_common_flags(parser)
+    options = cli.parse(parser, argv)
+    options.compile = choose_device(options.device).type == "cuda" if options.compile is None else options.compile
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with start(configure(options, options.batch, None, options.precision)) as runtime:
+            if runtime.device.type == "cuda":
+                torch.set_float32_matmul_precision("high")  # TF32 for the fp32 contenders, as in the released run
+            measure(options, runtime)
+    except RunEnd as reason:
+        raise ValueError(str(reason)) from None
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_main(main)

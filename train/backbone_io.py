@@ -118,7 +118,12 @@ def save_backbone(
     """
     path = Path(path)
     metadata = {
-        "format": "pt", "writer": FORMAT, "arch": arch, "method": method, "regatta_version": version(), **(extra or {})
+        "format": "pt",
+        "writer": FORMAT,
+        "arch": arch,
+        "method": method,
+        "regatta_version": version(),
+        **(extra or {}),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -214,9 +219,7 @@ def _unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _source(
-    state: dict[str, Any], origin: str, metadata: dict[str, str], folder: Path | None
-) -> BackboneSource:
+def _source(state: dict[str, Any], origin: str, metadata: dict[str, str], folder: Path | None) -> BackboneSource:
     tensors = _unwrap(state)
     if not tensors:
         raise UserMistake(f"checkpoint {origin} holds no tensors; give a backbone's state dict")
@@ -249,9 +252,7 @@ def swin_to_torchvision(name: str, downsample_offset: int = 0) -> str:
     """
     name = re.sub(r"^patch_embed\.proj\.", "features.0.0.", name)
     name = re.sub(r"^patch_embed\.norm\.", "features.0.2.", name)
-    name = re.sub(
-        r"^layers\.(\d+)\.downsample\.", lambda m: f"features.{2 * int(m[1]) + downsample_offset}.", name
-    )
+    name = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"features.{2 * int(m[1]) + downsample_offset}.", name)
     name = re.sub(r"^layers\.(\d+)\.blocks\.", lambda m: f"features.{2 * int(m[1]) + 1}.", name)
     for inner, ours in _SWIN_INNER.items():
         name = name.replace(f".{inner}.", f".{ours}.")
@@ -319,7 +320,9 @@ def match_backbone(
     problems = [
         f"{len(names)} {what}: {_listed(names)}"
         for names, what in (
-            (missing, "missing"), (wrong, "of another shape"), (unmatched, "in the file but not in the backbone")
+            (missing, "missing"),
+            (wrong, "of another shape"),
+            (unmatched, "in the file but not in the backbone"),
         )
         if names
     ]
@@ -374,11 +377,11 @@ def build_encoder(arch: str) -> nn.Module:
     Raises:
         UserMistake: for a name that is not in `BACKBONES`.
     """
-    from models.resnet import BACKBONES
+    from models.resnet import BACKBONES, build_backbone
 
     if arch not in BACKBONES:
         raise UserMistake(f"--arch {arch}: choose from {', '.join(BACKBONES)}")
-    return BACKBONES[arch]()
+    return build_backbone(arch, "torch" if arch.startswith("swin") else "fan_out")
 
 
 def infer_arch(source: BackboneSource) -> str:

@@ -1,0 +1,180 @@
+"""Exports give the same features in other libraries, in a process where this project cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.export_reader import ArraysOnly, load_detectron2
+from tools.export_backbone import TARGETS, main
+from train.backbone_io import build_encoder, save_backbone
+
+GOLDEN = Path(__file__).parent / "golden" / "detectron2_shapes.json"
+TOLERANCE = {"torchvision": 1e-5, "timm": 1e-5, "hf": 1e-5, "detectron2": 1e-5, "onnx": 1e-3}
+
+
+def random_backbone(arch: str, path: Path) -> torch.nn.Module:
+    """An encoder whose every tensor, running statistics included, differs from its start and from its neighbours."""
+    torch.manual_seed(0)
+    encoder = build_encoder(arch)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.8, 1.2)
+            torch.nn.init.uniform_(module.weight, 0.5, 0.9)
+            torch.nn.init.normal_(module.bias, std=0.1)
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.uniform_(module.weight, 0.8, 1.2)
+            torch.nn.init.normal_(module.bias, std=0.1)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_backbone(encoder, path, arch=arch, method="regioncl-m")
+    return encoder.eval()
+
+
+def exported_features(tmp_path: Path, cases: list[tuple[str, str]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`arch/format` -> (our features, the other library's), all read in one foreign process."""
+    ours, requests = {}, []
+    for arch in dict.fromkeys(arch for arch, _ in cases):
+        encoder = random_backbone(arch, tmp_path / f"{arch}.safetensors")
+        # Swin's window logic only agrees between libraries at the size it was made for.
+        size = 224 if arch == "swin-t" else 96
+        generator = torch.Generator().manual_seed(1)
+        # Images of different colours, so that pooled features differ between them.
+        images = torch.randn(3, 3, size, size, generator=generator) + 2 * torch.randn(3, 3, 1, 1, generator=generator)
+        np.save(tmp_path / f"{arch}.npy", images.numpy())
+        with torch.no_grad():
+            ours[arch] = encoder(images).mean(dim=(2, 3)).numpy()
+        for target in (t for a, t in cases if a == arch):
+            out = tmp_path / f"{arch}-{target}{TARGETS[target].ending}"
+            arguments = [str(tmp_path / f"{arch}.safetensors"), str(out), "--format", target]
+            if target == "onnx":
+                arguments += ["--image-size", str(size)]
+            assert main(arguments) == 0
+            requests.append({"name": f"{arch}/{target}", "format": target, "arch": arch, "path": str(out),
+                             "images": str(tmp_path / f"{arch}.npy")})
+    (tmp_path / "request.json").write_text(json.dumps(requests))
+    reader = Path(__file__).with_name("export_reader.py").read_text()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "reader.py").write_text(reader)
+    command = [sys.executable, "-I", "reader.py", str(tmp_path / "request.json"), str(tmp_path / "result.npz")]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True,
+                          env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = np.load(tmp_path / "result.npz")
+    return {request["name"]: (ours[request["arch"]], theirs[request["name"]]) for request in requests}
+
+
+def check(tmp_path: Path, cases: list[tuple[str, str]]) -> None:
+    for name, (ours, theirs) in exported_features(tmp_path, cases).items():
+        assert ours.std(axis=0).mean() > 0.003, f"{name}: features that do not depend on the image prove nothing"
+        error = np.abs(ours - theirs).max()
+        assert error <= TOLERANCE[name.split("/")[1]], f"{name}: features differ by {error}"
+
+
+def test_exports_agree_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    check(tmp_path, [
+        ("resnet18", "torchvision"), ("resnet18", "timm"), ("resnet18", "hf"), ("resnet18", "onnx"),
+        ("resnet18", "detectron2"), ("swin-t", "timm"), ("swin-t", "hf"),
+    ])  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["resnet34", "resnet50", "resnet101", "resnet152", "resnet50-2x", "swin-t"])
+def test_every_export_agrees_elsewhere(tmp_path: Path, arch: str) -> None:
+    for module in ("timm", "transformers", "onnxruntime"):
+        pytest.importorskip(module)
+    targets = [target for target in TARGETS if (arch, target) != ("swin-t", "detectron2")]
+    check(tmp_path, [(arch, target) for target in targets])
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "resnet50", pytest.param("resnet50-2x", marks=pytest.mark.slow), "swin-t"]
+)
+def test_detectron2_keys_and_shapes(tmp_path: Path, arch: str) -> None:
+    encoder = random_backbone(arch, tmp_path / "backbone.safetensors")
+    assert main([str(tmp_path / "backbone.safetensors"), str(tmp_path / "out.pkl"), "--format", "detectron2"]) == 0
+    arrays = load_detectron2(tmp_path / "out.pkl")
+    expected = json.loads(GOLDEN.read_text())[arch]
+    assert {name: list(value.shape) for name, value in arrays.items()} == expected
+    if arch == "swin-t":
+        assert torch.equal(arrays["norm3.weight"], encoder.state_dict()["norm.weight"])
+        assert torch.equal(arrays["layers.1.downsample.reduction.weight"],
+                           encoder.state_dict()["features.4.reduction.weight"])
+
+
+def test_detectron2_reads_it(tmp_path: Path) -> None:
+    detection = pytest.importorskip("detectron2.modeling", reason="detectron2 is not on the package index")
+    checkpoint = pytest.importorskip("detectron2.checkpoint")
+    from detectron2.config import get_cfg
+
+    encoder = random_backbone("resnet50", tmp_path / "backbone.safetensors")
+    main([str(tmp_path / "backbone.safetensors"), str(tmp_path / "out.pkl"), "--format", "detectron2"])
+    config = get_cfg()
+    config.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    config.MODEL.RESNETS.NORM = "BN"
+    config.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    backbone = detection.build_backbone(config).eval()
+    checkpoint.DetectionCheckpointer(backbone).load(str(tmp_path / "out.pkl"))
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images)["res5"], encoder(images), atol=1e-5, rtol=0)
+
+
+def test_the_reader_refuses_code(tmp_path: Path) -> None:
+    import pickle
+
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"model": print}))
+    with pytest.raises(pickle.UnpicklingError), (tmp_path / "bad.pkl").open("rb") as stream:
+        ArraysOnly(stream).load()
+
+
+def test_model_card_tells_what_the_run_was(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    random_backbone("resnet18", run / "backbone.safetensors")
+    (run / "config.json").write_text(json.dumps({
+        "run": {"method": "regioncl-m", "recipe": "regioncl-m-200"}, "recipe": {"image_size": 96, "optim": {"lr": 0.5}},
+        "model": {"temperature": 0.2}, "data_hash": "abc123", "data_images": 77, "versions": {"commit": "f00d"},
+    }))
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"kind": "knn", "step": 5, "k": 20, "top1": 0.4321, "val_images": 50}) + "\n" + '{"kind": "tr'
+    )
+    (run / "eval-linear.json").write_text(json.dumps(
+        {"protocol": "linear", "recipe": "moco-v2", "top1": 0.1234, "val_images": 9, "val_data_hash": "beef"}
+    ))
+    assert main([str(run), str(tmp_path / "out.safetensors"), "--format", "timm"]) == 0
+    card = (tmp_path / "out.safetensors.md").read_text()
+    for fact in ("regioncl-m-200", "abc123", "77", "f00d", "12.34%", "43.21%", "optim.lr: 0.5", "temperature: 0.2",
+                 "timm.create_model", "torch.zeros(1, 3, 96, 96)"):
+        assert fact in card, fact
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{file}", "{tmp}/out.bin", "--format", "onnx"], "ends in .onnx"),
+        (["{file}", "{file}", "--format", "torchvision"], "exists"),
+        (["{tmp}/none", "{tmp}/out.pkl", "--format", "detectron2"], "does not exist"),
+        (["{file}", "{tmp}/out.pkl", "--format", "caffe"], "invalid choice"),
+        (["{file}", "{tmp}/out.pkl", "--format", "detectron2", "--image-sise", "3"], "--image-size"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(tmp_path: Path, capfd, arguments: list[str], message: str) -> None:
+    file = tmp_path / "backbone.safetensors"
+    random_backbone("resnet18", file)
+    assert main([a.format(file=file, tmp=tmp_path) for a in arguments]) == 2
+    error = capfd.readouterr().err.strip()
+    assert "\n" not in error and message in error, error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["backbone.safetensors"], "something half-written was left"

@@ -1,0 +1,129 @@
+"""The model card beside an exported backbone: what it is, how it was trained, what it scored, how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from train.backbone_io import LoadedBackbone, version
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def evaluations(loaded: LoadedBackbone) -> list[dict[str, Any]]:
+    """The result files of `train/evaluate.py` beside a checkpoint, by name."""
+    if loaded.source.folder is not None:
+        paths = sorted(loaded.source.folder.glob("eval-*.json"))
+    else:
+        origin = Path(loaded.source.origin)
+        paths = sorted(origin.parent.glob(f"{origin.stem}.eval-*.json"))
+    return [found for found in map(_json, paths) if found.get("protocol")]
+
+
+def last_rows(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """The last row of each kind in a run's `metrics.jsonl`."""
+    rows: dict[str, dict[str, Any]] = {}
+    if folder is None or not (folder / "metrics.jsonl").is_file():
+        return rows
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a run that was killed while writing it
+            continue
+        rows[row.get("kind", "")] = row
+    return rows
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, value))
+    return found
+
+
+def _score_lines(loaded: LoadedBackbone) -> list[str]:
+    lines = []
+    for result in evaluations(loaded):
+        name = result["protocol"] + (" (untrained baseline)" if result.get("untrained") else "")
+        if "top1" in result:
+            more = "".join(f", {detail} {result[detail]}" for detail in ("recipe", "k") if detail in result)
+            lines.append(
+                f"| {name}{more} | top-1 {100 * result['top1']:.2f}% | {result.get('val_images', '?')} images, data "
+                f"{str(result.get('val_data_hash', '?'))[:12]} |"
+            )
+        else:
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in result.get("metrics", {}).items())
+            lines.append(f"| {name} | {figures or 'see its result file'} | |")
+    rows = last_rows(loaded.source.folder)
+    if "knn" in rows:
+        row = rows["knn"]
+        lines.append(f"| {row['k']}-NN during training | top-1 {100 * row['top1']:.2f}% | {row['val_images']} images |")
+    if "health" in rows:
+        row = rows["health"]
+        figures = ", ".join(f"{name} {row[name]:.3f}" for name in ("feature_std", "effective_rank", "view_retrieval"))
+        lines.append(f"| label-free health at step {row['step']} | {figures} | |")
+    return lines
+
+
+def model_card(loaded: LoadedBackbone, target: str, usage: str, parameters: int) -> str:
+    """Markdown text of the card.
+
+    Args:
+        loaded: the backbone that was exported.
+        target: export format.
+        usage: code that loads the exported file.
+        parameters: trainable parameters of the backbone.
+    """
+    run = _json(loaded.source.folder / "config.json") if loaded.source.folder is not None else {}
+    method = run.get("run", {}).get("method") or loaded.source.metadata.get("method") or "not known"
+    facts = [
+        ("method", method),
+        ("architecture", f"{loaded.arch}, {parameters:,} parameters, no classifier"),
+        ("recipe", run.get("run", {}).get("recipe", "not known")),
+        ("data hash", run.get("data_hash", "not known")),
+        ("images", run.get("data_images", "not known")),
+        ("commit", run.get("versions", {}).get("commit") or "not known"),
+        ("exported with", f"regatta {version()}"),
+    ]
+    step = last_rows(loaded.source.folder).get("checkpoint", {}).get("step")
+    if step is not None:
+        facts.append(("optimizer steps taken", step))
+    scores = _score_lines(loaded)
+    settings = _flat(run.get("recipe", {})) + _flat(run.get("model", {}))
+    parts = [
+        f"# {loaded.arch} backbone, {method}",
+        "",
+        "Trained without labels; the output is a feature map or its global average, not class scores.",
+        "",
+        *[f"- {name}: {value}" for name, value in facts],
+        "",
+        f"## Use ({target})",
+        "",
+        "```python",
+        usage.strip(),
+        "```",
+        "",
+        f"Input: RGB in 0..1, minus mean {_IMAGENET_MEAN}, divided by std {_IMAGENET_STD}, channels first.",
+        "",
+        "## Scores",
+        "",
+        *(["| what | figure | on |", "|---|---|---|", *scores] if scores else ["None were measured."]),
+        "",
+        "## Recipe",
+        "",
+        *([f"- {name}: {value}" for name, value in settings] or ["Not recorded in the checkpoint."]),
+        "",
+    ]
+    return "\n".join(parts)

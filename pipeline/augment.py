@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -29,9 +30,11 @@ from .color import (
     to_gray,
 )
 from .interface import ViewSpec
+from .kernels import fused_augment
+from .regions import Region
 from .rng import SLOT_APPLY, SLOT_JITTER, SLOT_ORDER, uniform
 
-IMPLEMENTATIONS = ("auto", "reference", "native")
+IMPLEMENTATIONS = ("auto", "reference", "native", "kernel")
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -331,9 +334,11 @@ def choose_implementation(device: torch.device, dtype: torch.dtype, implementati
             return "reference", "float64 is for checking"
         return "reference", "the fused GPU kernel has not been run on a GPU yet; ask for it with 'kernel'"
     if implementation == "native" and (not on_cpu or dtype == torch.float64):
-        raise ValueError(
-            f"implementation 'native' is for the CPU and not for float64, got {device} and {dtype}; use 'auto'"
-        )
+        raise ValueError(f"'native' is for the CPU and not for float64, but asked for {device} and {dtype}; use 'auto'")
+    if implementation == "kernel":
+        if device.type != "cuda":
+            raise ValueError(f"'kernel' is for a CUDA device, but the views are on {device}; use 'auto'")
+        return "kernel", "asked for; it has not been run on a GPU yet"
     return implementation, "asked for"
 
 
@@ -346,9 +351,9 @@ def apply(
         images: (B, 3, S, S) uint8, any memory layout.
         params: of the same batch, on the device of `images`.
         dtype: of the result. The work is done in float32, or in float64 where that is asked for.
-        implementation: one of `IMPLEMENTATIONS`: "reference" is the PyTorch definition below, "native" the C++ pass
-            on the CPU, "auto" as `choose_implementation` says. All agree within a tenth of a grey level (without
-            counting the rounding of `dtype`).
+        implementation: one of `IMPLEMENTATIONS`: "reference" is the PyTorch definition, "native" the C++ pass on the
+            CPU, "kernel" the fused GPU kernel, "auto" as `choose_implementation` says. All agree to a few thousandths
+            of a grey level before they round to `dtype`.
 
     Returns:
         (B, 3, S, S) `dtype`, channels-last, normalised with `MEAN` and `STD`; `images` is not changed.
@@ -358,10 +363,66 @@ def apply(
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"views must be uint8, not {images.dtype}: augmentation normalises them itself")
-    chosen, _ = choose_implementation(images.device, dtype, implementation)
+    chosen, reason = choose_implementation(images.device, dtype, implementation)
     if chosen == "native":
         radius = params.blur_radius(images)
         return augment_native.augment(images, params.table, params.profile.gray_first, radius, dtype)
+    if chosen == "kernel":
+        return _apply_kernel(images, params, dtype, reason, None)[0]
+    return _apply_reference(images, params, dtype)
+
+
+def apply_mixed(
+    images: Tensor,
+    params: AugmentParams,
+    region: Region,
+    inverse: Tensor,
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Augment one view of a batch and make its mixed view, for pairs within this rank's batch.
+
+    Args:
+        images: (B, 3, S, S) uint8, any memory layout.
+        params: of the same batch, on the device of `images`.
+        region: the box, in pixels of the augmented view.
+        inverse: (B,) int64 on the device: image j's region lies in composite inverse[j].
+        dtype: of the results.
+        implementation: as for `apply`; "kernel" writes both in one pass.
+
+    Returns:
+        The view as `apply` gives it, and `regions.make_mixed` of it; both (B, 3, S, S) `dtype`, channels-last.
+    """
+    chosen, reason = choose_implementation(images.device, dtype, implementation)
+    if chosen == "kernel":
+        box = (region.top_px, region.left_px, region.height_px, region.width_px)
+        view, mixed = _apply_kernel(images, params, dtype, reason, fused_augment.Mixing(box, inverse))
+        assert mixed is not None
+        return view, mixed
+    view = apply(images, params, dtype, implementation)
+    rows = slice(region.top_px, region.top_px + region.height_px)
+    columns = slice(region.left_px, region.left_px + region.width_px)
+    mixed = view.clone(memory_format=torch.channels_last)
+    mixed[:, :, rows, columns].index_copy_(0, inverse, view[:, :, rows, columns])
+    return view, mixed
+
+
+@cache
+def _say_once(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _apply_kernel(
+    images: Tensor, params: AugmentParams, dtype: torch.dtype, reason: str, mixing: fused_augment.Mixing | None
+) -> tuple[Tensor, Tensor | None]:
+    if images.dtype != torch.uint8:
+        raise ValueError(f"views must be uint8, not {images.dtype}: augmentation normalises them itself")
+    _say_once(f"augmentation on {images.device.type}: kernel ({reason})")
+    radius = params.blur_radius(images)
+    return fused_augment.augment(images, params.table, params.profile.gray_first, radius, dtype, mixing)
+
+
+def _apply_reference(images: Tensor, params: AugmentParams, dtype: torch.dtype) -> Tensor:
     work = torch.float64 if dtype == torch.float64 else torch.float32
     levels = images.to(work, memory_format=torch.contiguous_format)
     for operation in params.profile.operations:

@@ -1,17 +1,21 @@
-"""The C++ pass against the PyTorch definition on the same parameters."""
+"""The C++ pass and the GPU kernels against the PyTorch definition on the same parameters."""
 
 from __future__ import annotations
 
+import ctypes
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import augment, augment_native
+from pipeline import augment, augment_native, native_build
 from pipeline.augment import COLUMN, COLUMNS, JITTER_ORDERS, PROFILES, AugmentParams, apply, draw, params_from_table
+from pipeline.kernels import fused_augment
+from pipeline.kernels.fused_augment import Mixing
+from pipeline.regions import Region, draw_pairing, make_mixed
 
 from .test_augment import SSL_PROFILES, levels_of, sample_images
 
@@ -127,35 +131,203 @@ def test_choice_of_implementation_and_its_reasons():
     assert augment.choose_implementation(cpu, torch.float32)[0] == fastest
     assert augment.choose_implementation(cpu, torch.float64)[0] == "reference"
     assert augment.choose_implementation(torch.device("cuda"), torch.float16)[0] == "reference"
-    with pytest.raises(ValueError, match="choose one of auto, reference, native"):
+    with pytest.raises(ValueError, match="choose one of auto, reference, native, kernel"):
         augment.choose_implementation(cpu, torch.float32, "fast")
     with pytest.raises(ValueError, match="use 'auto'"):
         augment.choose_implementation(torch.device("cuda"), torch.float32, "native")
+    assert augment.choose_implementation(torch.device("cuda"), torch.float16, "kernel")[0] == "kernel"
+    with pytest.raises(ValueError, match="is for a CUDA device"):
+        augment.choose_implementation(cpu, torch.float16, "kernel")
     images, params = sample_images(3, 24), draw("byol", 0, 0, np.arange(3), 0)
     definition = apply(images, params, implementation="reference")
     assert torch.equal(apply(images, params), definition) == (fastest == "reference")
     assert (levels_of(apply(images, params)) - levels_of(definition)).abs().max() < TOLERANCE
 
 
-def test_without_a_compiler_the_definition_takes_over_and_says_so_once(tmp_path):
-    program = (
-        "import numpy as np, torch\n"
-        "from pipeline.augment import apply, draw\n"
-        "images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)\n"
-        "for _ in range(3):\n"
-        "    params = draw('byol', 0, 0, np.arange(2), 0)\n"
-        "    assert torch.equal(apply(images, params), apply(images, params, implementation='reference'))\n"
-    )
-    preamble = (
-        "import pipeline.native_build as build\n"
-        "def refuse(*arguments): raise build.NativeUnavailable('no C++ compiler was found')\n"
-        "build.build = refuse\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", preamble + program],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stderr.count("many times slower") == 1
+def test_without_a_compiler_the_definition_takes_over_and_says_so_once(monkeypatch, capsys):
+    def refuse(*arguments: object) -> None:
+        raise native_build.NativeUnavailable("no C++ compiler was found")
+
+    monkeypatch.setattr(native_build, "build", refuse)
+    monkeypatch.setattr(native_build, "_told", set())
+    native_build._load.cache_clear()
+    augment_native.library.cache_clear()
+    try:
+        images, params = sample_images(2, 16), draw("byol", 0, 0, np.arange(2), 0)
+        for _ in range(3):
+            assert torch.equal(apply(images, params), apply(images, params, implementation="reference"))
+        assert capsys.readouterr().err.count("many times slower") == 1
+        with pytest.raises(RuntimeError, match="could not be built"):
+            apply(images, params, implementation="native")
+    finally:
+        native_build._load.cache_clear()
+        augment_native.library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def host_kernels(tmp_path_factory) -> fused_augment.Launch:
+    """The kernels' own source, compiled for the host: each phase of a block is a loop over its threads."""
+    compiler = native_build.compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    target = tmp_path_factory.mktemp("kernels") / "augment.so"
+    command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    subprocess.run([*command, "-x", "c++", str(fused_augment.SOURCE), "-o", str(target)], check=True)
+    library = ctypes.CDLL(str(target))
+
+    def launch(name: str, grid: tuple[int, int], threads: int, arguments: ctypes.Structure) -> None:
+        assert threads == fused_augment.THREADS
+        getattr(library, f"host_{name}")(ctypes.byref(arguments), *grid)
+
+    return launch
+
+
+def kernel(
+    launch: fused_augment.Launch, images: torch.Tensor, params: AugmentParams, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    radius = params.blur_radius(images)
+    return fused_augment.augment(images, params.table, params.profile.gray_first, radius, dtype, launch=launch)[0]
+
+
+@pytest.mark.parametrize("name", [*SSL_PROFILES, "linear", "none"])
+def test_kernel_agrees_with_the_definition(name, host_kernels):
+    images = sample_images(15, 72)  # more than one tile in both directions, the last ones cut off
+    for view in range(PROFILES[name].num_views):
+        params = draw(name, 5, 0, np.arange(15), view)
+        difference = levels_of(kernel(host_kernels, images, params)) - reference(images, params)
+        assert difference.abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mocov2", "mocov1", "byol-care", "byol"])
+def test_kernel_keeps_every_order_of_jitter_with_every_other_operation(name, host_kernels):
+    images = sample_images(24, 40)
+    params = params_from_table(name, all_orders_table(name))
+    assert (levels_of(kernel(host_kernels, images, params)) - reference(images, params)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (5, 5), (31, 33), (64, 64), (65, 66), (40, 130), (224, 224)])
+def test_kernel_agrees_on_odd_shapes(shape, host_kernels):
+    images = sample_images(4, max(shape))[:, :, : shape[0], : shape[1]]
+    params = draw("byol", 1, 0, np.arange(4), 0)
+    result = kernel(host_kernels, images, params)
+    assert result.shape == images.shape and result.is_contiguous(memory_format=torch.channels_last)
+    assert (levels_of(result) - reference(images, params)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["kernel", "native"])
+def test_error_is_at_most_twice_that_of_the_definition_in_the_same_dtype(dtype, implementation, host_kernels):
+    if implementation == "native" and augment_native.library() is None:
+        pytest.skip("no C++ compiler")
+    images = sample_images(40, 56)
+    for name in SSL_PROFILES:
+        params = draw(name, 7, 0, np.arange(40), 1)
+        exact = apply(images, params, torch.float64)
+        fused = (
+            kernel(host_kernels, images, params, dtype) if implementation == "kernel" else native(images, params, dtype)
+        )
+        eager = apply(images, params, dtype, implementation="reference")
+        assert fused.dtype == dtype
+        assert (fused.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("side", [64, 70])  # rows that take vectors of four values, and rows that do not
+@pytest.mark.parametrize("box", [(0, 0, 32, 32), (32, 0, 32, 64), (31, 17, 20, 33), (5, 2, 1, 1), (0, 0, 0, 0)])
+def test_kernel_writes_the_mixed_view_in_the_same_pass(side, box, host_kernels):
+    images = sample_images(9, side)
+    params = draw("byol-care", 2, 0, np.arange(9), 1)
+    partner, inverse = draw_pairing("randperm", "global", 0, 1, 0, 9, 9)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        mixing = Mixing(box, torch.from_numpy(inverse))
+        radius = params.blur_radius(images)
+        view, mixed = fused_augment.augment(images, params.table, False, radius, dtype, mixing, launch=host_kernels)
+        assert mixed is not None and mixed.is_contiguous(memory_format=torch.channels_last)
+        expected = make_mixed(view, torch.from_numpy(partner), Region(*box, (0, 0, 0, 0)))
+        assert torch.equal(mixed, expected)
+        assert torch.equal(view, kernel(host_kernels, images, params, dtype))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_view_and_mixed_view_together_are_those_made_one_after_the_other(implementation):
+    images = sample_images(9, 64)
+    params = draw("mocov2", 2, 0, np.arange(9), 1)
+    partner, inverse = draw_pairing("randperm", "global", 0, 1, 0, 9, 9)
+    region = Region(32, 0, 32, 32, (1, 0, 1, 1))
+    for dtype in (torch.float32, torch.bfloat16):
+        view, mixed = augment.apply_mixed(images, params, region, torch.from_numpy(inverse), dtype, implementation)
+        assert torch.equal(view, apply(images, params, dtype, implementation))
+        assert torch.equal(mixed, make_mixed(view, torch.from_numpy(partner), region))
+        assert mixed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_kernel_refuses_what_it_cannot_do(host_kernels):
+    images, params = sample_images(2, 24), draw("mocov2", 0, 0, np.arange(2), 0)
+    with pytest.raises(ValueError, match="at most 8 taps to each side on 24 x 24 px, not 9"):
+        fused_augment.augment(images, params.table, False, 9, launch=host_kernels)
+    with pytest.raises(ValueError, match="not torch.float64"):
+        fused_augment.augment(images, params.table, False, 1, torch.float64, launch=host_kernels)
+    assert kernel(host_kernels, images[:0], draw("mocov2", 0, 0, np.arange(0), 0)).shape == (0, 3, 24, 24)
+    for profile in PROFILES.values():
+        assert 4 * profile.sigma_range[1] <= fused_augment.REACH
+
+
+def test_launch_parameters_are_those_of_the_source():
+    source = fused_augment.SOURCE.read_text()
+    constants = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)[,;]", source)}
+    assert fused_augment.THREADS == constants["THREADS"]
+    assert fused_augment.PARTS == constants["PARTS"]
+    assert fused_augment.REACH == constants["REACH"]
+    assert fused_augment.TILE == (constants["TILE_H"], constants["TILE_W"])
+    halo_rows, halo_columns = (side + 2 * constants["REACH"] for side in fused_augment.TILE)
+    planes = 3 * halo_rows * (halo_columns + 1) + halo_rows * (constants["TILE_W"] + 1)
+    assert planes + 2 * constants["REACH"] + 1 + 2 * constants["RUN"] == fused_augment.SHARED_FLOATS
+    assert fused_augment.SHARED_BYTES["augment"] <= 64 * 1024  # what a block may have on sm_75
+    declared = re.search(r"struct Arguments \{(.*?)\n\};", source, re.S)
+    assert declared is not None
+    members = re.sub(r"//.*", "", declared.group(1))
+    names = [name for line in members.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line)]
+    assert names == [field[0] for field in fused_augment.Arguments._fields_]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_kernels_compile_for_the_gpu(capability):
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+    from pipeline.kernels.launcher import compile_cubin
+
+    try:
+        cubin = compile_cubin(fused_augment.SOURCE, capability)
+    except RuntimeError as error:
+        if "NVRTC" in str(error) and "sm_" not in str(error):
+            pytest.skip(str(error))
+        raise
+    assert cubin[:4] == b"\x7fELF"
+    assert b"mean_luma" in cubin and b"augment" in cubin
+
+
+def test_launcher_shows_the_compilers_complaint(tmp_path):
+    pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed")
+    from pipeline.kernels.launcher import compile_cubin
+
+    broken = tmp_path / "broken.cu"
+    broken.write_text('extern "C" __global__ void f() { undeclared(); }')
+    with pytest.raises(RuntimeError, match="undeclared"):
+        compile_cubin(broken, (8, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_kernels_on_a_gpu_agree_with_the_definition():
+    images = sample_images(20, 224)
+    partner, inverse = draw_pairing("flip", "global", 0, 1, 0, 20, 20)
+    for name in SSL_PROFILES:
+        params = draw(name, 5, 0, np.arange(20), 1)
+        moved = params.to("cuda", non_blocking=True)
+        mixing = Mixing((32, 64, 96, 128), torch.from_numpy(inverse).cuda())
+        radius = params.blur_radius(images)
+        view, mixed = fused_augment.augment(
+            images.cuda(), moved.table, params.profile.gray_first, radius, torch.float32, mixing
+        )
+        assert (levels_of(view.cpu()) - reference(images, params)).abs().max() < TOLERANCE
+        assert (levels_of(apply(images.cuda(), moved).cpu()) - reference(images, params)).abs().max() < TOLERANCE
+        expected = make_mixed(view, torch.from_numpy(partner).cuda(), Region(32, 64, 96, 128, (1, 2, 3, 4)))
+        assert torch.equal(mixed, expected)

@@ -1,0 +1,1 @@
+"""CUDA C++ of the pipeline: sources, their launcher, and the functions that call them."""

@@ -83,9 +83,10 @@ def golden_run(name: str) -> Run:
 def machine() -> dict[str, str]:
     """What decides the last bits of a CPU run."""
     table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
-    return {"cpu": model, "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+    lines = table.read_text().partition("\n\n")[0].splitlines() if table.exists() else []
+    facts = dict(tuple(part.strip() for part in line.partition(":")[::2]) for line in lines)
+    named = [facts[key] for key in ("model name", "cpu family", "model", "stepping") if key in facts]
+    return {"cpu": ", ".join(named) or platform.processor(), "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 @pytest.mark.smoke
@@ -254,7 +255,7 @@ RANK_CASES = {
 
 
 def train_case(case: Case, rank: int, world: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of two steps averaged over ranks, and all state after them; groups of 2 images, float64."""
+    """Loss of a step and of the next forward pass, averaged over ranks, and all state; groups of 2 images, float64."""
     config = small_config(case.name, **case.changes)
     if hasattr(config, "t_bn_group_size"):
         config = dataclasses.replace(config, t_bn_group_size=2)
@@ -264,7 +265,11 @@ def train_case(case: Case, rank: int, world: int) -> tuple[list[float], dict[str
     losses = []
     for step in range(2):
         inputs = to_double(make_inputs(method, step, rank, world, group=2))
-        loss = take_step(method, module, optimizer, inputs)
+        if step == 0:
+            loss = take_step(method, module, optimizer, inputs)
+        else:
+            with torch.no_grad():
+                loss = module(inputs).loss
         average_buffers([loss, *running_buffers(method)])
         losses.append(loss.item())
     return losses, method.state_dict()

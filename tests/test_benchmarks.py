@@ -2,20 +2,24 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tools import bench_ops, bench_step, reference_port
+from tools import bench_ops, bench_step, bench_train, cli, reference_port
 from tools.augment_contenders import CONTENDERS, installed
 from tools.benchmarking import (
     COLUMNS,
     Report,
+    Row,
     Summary,
     check_twice_eager,
     choose_device,
     peak_mib,
     time_interleaved,
 )
+from tools.projection import project, read_measured
 
 
 def test_summary_is_median_and_percentiles():
@@ -124,3 +128,85 @@ def test_bench_step_refuses_a_port_that_computes_something_else(monkeypatch):
     monkeypatch.setattr(reference_port, "TEMPERATURE", 0.19)
     with pytest.raises(RuntimeError, match="ours, fp32: loss"):
         bench_step.main([*STEP, "--no-csv"])
+
+
+@pytest.fixture
+def small_folder(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((64, 48), Image.Resampling.BILINEAR).save(folder / f"{number}.jpg")
+    return folder
+
+
+def test_bench_train_at_a_tiny_size(tmp_path, small_folder, capsys):
+    path = tmp_path / "train.csv"
+    flags = "--device cpu --method moco-v2 --arch resnet18 --image-size 32 --batch 4 --queue 16 --rounds 1".split()
+    flags += ["--steps", "1", "--settle", "0", "--data", str(small_folder), "--output", str(path)]
+    assert bench_train.main(flags) == 0
+    rows = {(row["contender"], row["metric"]): float(row["median"]) for row in rows_of(path)}
+    for contender in ("loader alone (folder)", "model alone", "end to end (synthetic)", "end to end (folder)"):
+        assert rows[contender, "throughput"] > 0
+    share = rows["end to end (folder)", "share of synthetic rate"]
+    expected = rows["end to end (folder)", "throughput"] / rows["end to end (synthetic)", "throughput"]
+    assert share == pytest.approx(100 * expected, rel=1e-2)
+    assert 0 <= rows["end to end (folder)", "data wait"] <= 100
+    assert capsys.readouterr().out.splitlines()[-1].startswith("bottleneck: ")
+
+
+def test_bench_train_names_what_limits():
+    def rows(*rates):
+        names = ("loader", "model", "synthetic", "real")
+        return [Row(name, "throughput", "images/s", Summary.of([r])) for name, r in zip(names, rates, strict=True)]
+
+    assert "the loader, 50" in bench_train.conclusion(rows(50, 100, 95, 48))
+    assert "the model, 100" in bench_train.conclusion(rows(500, 100, 95, 94))
+    assert "beside each other" in bench_train.conclusion(rows(500, 100, 95, 60))
+
+
+def measured_csv(path, device="NVIDIA H200"):
+    report = Report("bench_step")
+    setting = "regioncl-m, resnet50, 224 px, batch 256, bn group 128, bfloat16"
+    for contender, metric, value in (
+        ("ours", "throughput", 3000.0),
+        ("ours with augmentation", "throughput", 3100.0),
+        ("step", "flops an image", 57e9),
+        ("step", "parameters", 28e6),
+    ):
+        report.add(contender, metric, "any", [value], setting)
+    report.append_csv(path)
+    path.write_text(path.read_text().replace(",cpu,", f",{device},"))
+    return path
+
+
+def test_projection_follows_its_model(tmp_path, capsys):
+    path = measured_csv(tmp_path / "bench_step.csv")
+    measured = read_measured(path, "regioncl-m", "resnet50")
+    assert (measured.gpu, measured.batch, measured.images_per_s) == ("H200", 256, 3000.0)
+    assert project(measured, "1xH200") == pytest.approx(3000)
+    # By hand: 57e9 / (0.7 * 989e12) s of products an image, the rest of 1 / 3000 s by bandwidth.
+    products = 57e9 / (0.7 * 989e12)
+    a100 = 1 / (products * 989 / 312 + (1 / 3000 - products) * 4.8 / 1.555)
+    assert project(measured, "1xA100") == pytest.approx(a100)
+    assert project(measured, "8xA100") == pytest.approx(8 * a100), "gradients travel behind the backward pass"
+    assert project(measured, "8xV100") < project(measured, "8xA100")
+    assert bench_train.main(["--project", "8xA100", "--rows", str(path)]) == 0
+    assert capsys.readouterr().out.startswith("projection, not measured: 8xA100 ")
+
+
+def test_projection_needs_rows_of_a_gpu(tmp_path):
+    with pytest.raises(ValueError, match="has none; run tools/bench_step.py"):
+        read_measured(measured_csv(tmp_path / "cpu.csv", device="cpu"), "regioncl-m", "resnet50")
+    path = measured_csv(tmp_path / "gpu.csv")
+    with pytest.raises(ValueError, match="measured on a GPU"):
+        read_measured(path, "moco-v2", "resnet50")
+    with pytest.raises(ValueError, match="8xA100"):
+        project(read_measured(path, "regioncl-m", "resnet50"), "8xB42")
+
+
+@pytest.mark.parametrize("tool", [bench_ops, bench_step, bench_train])
+def test_a_mistake_is_one_line_and_code_2(tool, capsys):
+    assert cli.call(tool.main, ["--round", "3"]) == 2
+    message = capsys.readouterr().err
+    assert "--rounds" in message and message.count("\n") == 1

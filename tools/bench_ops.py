@@ -36,11 +36,10 @@ from tools.benchmarking import (
     peak_mib,
     time_interleaved,
 )
+from tools.projection import GPUS
 
 OPS = ("box_pool", "masked_pool", "queue_contrast", "augment")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 1.555e12, "V100": 0.9e12}
-"""Bytes per second of device memory by data sheet, for the share that an operator reaches."""
 
 
 # Ways to pool that one would write without this project's operators.
@@ -300,7 +299,7 @@ def _bandwidth_share(report: Report) -> str:
     if report.device.type != "cuda":
         return "; on a CPU memory and cores limit alike (--device cuda measures the GPU's own limit)"
     name = torch.cuda.get_device_name(report.device)
-    peak = next((value for key, value in PEAK_BANDWIDTH.items() if key in name), None)
+    peak = next((gpu.bandwidth for key, gpu in GPUS.items() if key in name), None)
     wanted = [row for row in report.rows if row.metric == "forward bandwidth" and "kernel" in row.contender]
     if peak is None or not wanted:
         return ""

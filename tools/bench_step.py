@@ -33,6 +33,7 @@ from pipeline.interface import PipelineConfig
 from pipeline.synthetic import SyntheticPipeline
 from tools import cli
 from tools.benchmarking import Report, add_common_flags, choose_device, peak_mib, time_interleaved
+from tools.projection import GPUS
 from tools.reference_port import PortedStep, PortOptions
 from train.checkpoint import TrainState
 from train.config import Config, resolve
@@ -46,8 +47,6 @@ from train.runtime import Runtime, start
 
 PORTED = ("regioncl-m", "moco-v2")
 TOTAL_STEPS = 100_000
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "V100": 125e12}
-"""Dense half-precision FLOP/s by data sheet."""
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -110,10 +109,11 @@ class OurStep:
 def synthetic_batches(config: Config, runtime: Runtime, count: int) -> Iterator:
     """`count` batches of synthetic views on the device."""
     size = config.recipe.global_batch
-    pipeline = SyntheticPipeline(
-        PipelineConfig(str(count * size), train_views(config), size, seed=config.run.seed, device=runtime.device)
-    )
-    return iter(pipeline)
+    settings = PipelineConfig(
+        str(count * size), train_views(config), size, seed=config.run.seed, rank=runtime.rank,
+        world_size=runtime.world_size, device=runtime.device,
+    )  # fmt: skip
+    return iter(SyntheticPipeline(settings))
 
 
 class PortStep:
@@ -363,6 +363,9 @@ def measure(options: argparse.Namespace, runtime: Runtime) -> None:
         report.add(name, "compute", "TFLOP/s", [flops * rate.median / 1e12], setting)
     for name, call in contenders.items():
         report.add(name, "peak memory", "MiB", [peak_mib(call, runtime.device)], setting)
+    report.add("step", "flops an image", "FLOP", [flops], setting)
+    trained = sum(parameter.numel() for parameter in ours.method.parameters() if parameter.requires_grad)
+    report.add("step", "parameters", "count", [trained], setting)
     _add_roofline(report, flops, setting)
     parts = profile_parts(ours, options.rounds) if options.profile else {}
     for name, values in parts.items():
@@ -375,7 +378,7 @@ def _add_roofline(report: Report, flops: float, setting: str) -> None:
     if report.device.type != "cuda":
         return
     name = torch.cuda.get_device_name(report.device)
-    peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
+    peak = next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
     if peak is not None:
         report.add("bound: dense half precision", "throughput bound", "images/s", [peak / flops], setting)
 

@@ -86,7 +86,8 @@ def machine() -> dict[str, str]:
     lines = table.read_text().partition("\n\n")[0].splitlines() if table.exists() else []
     facts = dict(tuple(part.strip() for part in line.partition(":")[::2]) for line in lines)
     named = [facts[key] for key in ("model name", "cpu family", "model", "stepping") if key in facts]
-    return {"cpu": ", ".join(named) or platform.processor(), "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+    cpu = ", ".join(named) or platform.processor()
+    return {"cpu": cpu, "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 @pytest.mark.smoke

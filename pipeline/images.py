@@ -109,7 +109,9 @@ def _open_jpeg(data: bytes, info: JpegInfo, at_least_px: int | None) -> Image.Im
             if at_least_px and longest >= 2 * at_least_px:
                 width, height = (-(-side * at_least_px // longest) for side in image.size)
                 image.draft(None, (width, height))
-            return _upright(image.convert("RGB"), info.orientation)
+            image.load()
+            # Converting would copy even what is RGB already: 4 bytes a pixel.
+            return _upright(image if image.mode == "RGB" else image.convert("RGB"), info.orientation)
     except Exception as error:  # PIL's readers raise many types on hostile input
         raise ImageRefused(f"JPEG cannot be decoded: {_message(error)}") from error
 
@@ -160,7 +162,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
         raise ImageRefused(f"pixels of kind {image.mode} have no agreed meaning as colours; convert it to 8-bit RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_16_bits(pixels: np.ndarray, transparent: object) -> Image.Image:

@@ -35,11 +35,15 @@ _MOST_IMAGES = 20_000
 """Of a larger folder a sample is packed, so that packing leaves time to train."""
 _MOST_SEEN = 500_000
 _PUBLISHED_SEEN = 200 * 1_281_167
-_TIMING_STEPS = 20
+_TIMING_STEPS, _TIMING_ROW = 12, 4
 _LOG_EVERY = 10
 _LAST_STEPS = 50
 _REPORT_S = 15.0
 _MARGIN = 0.9
+_INFERENCE_SHARE = 0.2
+"""Cost of an image's features relative to its part of a training step: three views forward, two of them back."""
+_FIGURES_SHARE = 0.08
+"""More than this share of the time is not spent on figures in the middle of the run."""
 _MARKER = ".quickstart"
 
 
@@ -56,11 +60,13 @@ class Packed:
         train: packed images to train on.
         validation: packed labelled images that are not trained on, None without labels.
         images: number of images in `train`.
+        labelled: images that k-NN looks at, in both files; 0 without labels.
     """
 
     train: Path
     validation: Path | None
     images: int
+    labelled: int
 
 
 def _call(command: Sequence[str | Path]) -> None:
@@ -158,13 +164,13 @@ def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack_both(run_dir: Path, train: Path, validation: Path | None) -> Packed:
-    images = _pack(train, run_dir / "train.beton")
+    images, labelled = _pack(train, run_dir / "train.beton"), 0
     packed = None
     if validation is not None:
         packed = run_dir / "val.beton"
-        _pack(validation, packed)
+        labelled = images + _pack(validation, packed)
     shutil.rmtree(run_dir / "images", ignore_errors=True)
-    return Packed(run_dir / "train.beton", packed, images)
+    return Packed(run_dir / "train.beton", packed, images, labelled)
 
 
 # --- how long ---------------------------------------------------------------------------------------------------------
@@ -200,15 +206,23 @@ class Plan:
     figures_every: int
 
 
-def read_timing(run: Run, wall_s: float) -> Timing:
-    """The timing of a short run that took `wall_s` seconds in all."""
+def read_timing(run: Run, wall_s: float, labelled: int) -> Timing:
+    """The timing of a short run without k-NN that took `wall_s` seconds in all.
+
+    Args:
+        run: the short run.
+        wall_s: seconds from starting its process to its end.
+        labelled: images that k-NN will look at.
+    """
     batch = run.config["recipe"]["global_batch"]
-    # The first row carries compilation and first touches of memory.
-    step_s = batch / run.of_kind("train")[-1]["images_per_s"]
+    last = run.of_kind("train")[-1]
+    # The rows before the last carry compilation and first touches of memory.
+    step_s = batch / last["images_per_s"]
+    knn_s = labelled * step_s / batch * _INFERENCE_SHARE
     start = run.of_kind("start")[0]["time_s"]
-    first = [row["time_s"] for row in run.rows if row["kind"] in ("health", "knn") and row["step"] == 0]
-    steps = run.of_kind("train")[-1]["step"]
-    return Timing(step_s, max(wall_s - steps * step_s, 0.0), max(first, default=start) - start)
+    health_s = max((row["time_s"] for row in run.of_kind("health") if row["step"] == 0), default=start) - start
+    fixed_s = max(wall_s - last["step"] * step_s, 0.0) + 2 * knn_s
+    return Timing(step_s, fixed_s, health_s + knn_s)
 
 
 def make_plan(timing: Timing, left_s: float, images: int, global_batch: int) -> Plan:
@@ -221,13 +235,13 @@ def make_plan(timing: Timing, left_s: float, images: int, global_batch: int) -> 
         global_batch: images of a step.
     """
     steps_per_epoch = max(images // global_batch, 1)
-    # Figures at two places inside the run cost as much as they did in the timing.
-    available = max(left_s - timing.fixed_s - 2 * timing.figures_s, 0.0) * _MARGIN
+    figures = 2 if 2 * timing.figures_s < _FIGURES_SHARE * left_s else 0
+    available = max(left_s - timing.fixed_s - figures * timing.figures_s, 0.0) * _MARGIN
     steps = min(int(available / timing.step_s), _MOST_SEEN // global_batch)
     steps = max(steps, _TIMING_STEPS)
     epochs = max(steps // steps_per_epoch, 1)
     steps = min(steps, epochs * steps_per_epoch)
-    return Plan(epochs, steps, epochs // 3)
+    return Plan(epochs, steps, -(-epochs // 3) if figures else 0)
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------
@@ -286,7 +300,7 @@ def _tell(run: Run, packed: Packed, report: Path) -> None:
         print(f"{name:<14} {place}")
 
 
-def _train(packed: Packed, run_dir: Path, seed: int, more: Sequence[str]) -> None:
+def _train(packed: Packed, run_dir: Path, seed: int, more: Sequence[str | Path]) -> None:
     command: list[str | Path] = [
         ROOT / "train" / "main.py",
         "--method",
@@ -299,14 +313,10 @@ def _train(packed: Packed, run_dir: Path, seed: int, more: Sequence[str]) -> Non
         run_dir,
         "--seed",
         str(seed),
-        "--log-every",
-        str(_LOG_EVERY),
         "--resume",
         "never",
         *more,
     ]
-    if packed.validation is not None:
-        command += ["--val-data", packed.validation]
     _call(command)
 
 
@@ -323,9 +333,10 @@ def quickstart(folder: Path | None, run_dir: Path, minutes: float, seed: int) ->
     say("timing a few steps to see how many there is time for")
     timing_dir = run_dir / "timing"
     began = time.monotonic()
-    _train(packed, timing_dir, seed, ["--max-steps", str(_TIMING_STEPS), "--knn-every", "0"])
+    short_flags = ["--max-steps", str(_TIMING_STEPS), "--log-every", str(_TIMING_ROW), "--knn-every", "0"]
+    _train(packed, timing_dir, seed, short_flags)
     short = read_run(timing_dir)
-    timing = read_timing(short, time.monotonic() - began)
+    timing = read_timing(short, time.monotonic() - began, packed.labelled)
     shutil.rmtree(timing_dir)
     batch = short.config["recipe"]["global_batch"]
     plan = make_plan(timing, ends - time.monotonic() - _REPORT_S, packed.images, batch)
@@ -334,12 +345,11 @@ def quickstart(folder: Path | None, run_dir: Path, minutes: float, seed: int) ->
         f"{batch / timing.step_s:,.0f} images/s: training RegionCL-M for {plan.steps} steps of {batch} images "
         f"({plan.steps * batch / packed.images:.1f} epochs), about {plan.steps * timing.step_s + timing.fixed_s:.0f} s"
     )
-    _train(
-        packed,
-        run_dir,
-        seed,
-        ["--epochs", str(plan.epochs), "--max-steps", str(plan.steps), "--knn-every", str(plan.figures_every)],
-    )
+    flags: list[str | Path] = ["--epochs", str(plan.epochs), "--max-steps", str(plan.steps)]
+    flags += ["--knn-every", str(plan.figures_every), "--log-every", str(_LOG_EVERY)]
+    if packed.validation is not None:
+        flags += ["--val-data", packed.validation]
+    _train(packed, run_dir, seed, flags)
     report = run_dir / "report.html"
     build_report([run_dir], report)
     _tell(read_run(run_dir), packed, report)

@@ -33,7 +33,7 @@ def labelled_subset(
     """Sorted indices of the labelled images, and what the result file says of them; a drawn list is saved beside it."""
     pipeline = session.open(config.data, (center_view(session.image_size),))
     try:
-        names = source_names(config.data, pipeline)
+        names = source_names(config.data)
         if list_file:
             chosen = read_list(list_file, names, pipeline.num_samples)
             return chosen, {"list": list_file, "subset_images": len(chosen)}

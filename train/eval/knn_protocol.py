@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from ..errors import UserMistake
 from .accuracy import read_real_labels, real_accuracy
-from .features import center_view
 from .knn import DEFAULT_KS, DEFAULT_TEMPERATURE, knn_predict
-from .session import EvalConfig, Session, class_count, flag, open_session, parse_config, percent, table
+from .session import EvalConfig, class_count, flag, open_session, parse_config, percent, table
 from .splits import source_names
 
 
@@ -30,16 +29,6 @@ def _check(config: KnnConfig) -> None:
         raise UserMistake(f"--temperature {config.temperature} must be above 0 and --block {config.block} at least 1")
 
 
-def _real(session: Session, config: KnnConfig, samples: int, classes: int) -> list[list[int]] | None:
-    if not config.real_labels:
-        return None
-    pipeline = session.open(config.val_data, (center_view(session.image_size),))
-    try:
-        return read_real_labels(config.real_labels, source_names(config.val_data, pipeline), samples, classes)
-    finally:
-        pipeline.close()
-
-
 def run(argv: Sequence[str]) -> int:
     """The `knn` command."""
     config = parse_config("knn", "k-nearest neighbours on frozen features.", KnnConfig(), argv)
@@ -48,7 +37,10 @@ def run(argv: Sequence[str]) -> int:
         bank, data_hash = session.features_of(config.data)
         queries, val_hash = session.features_of(config.val_data)
         classes = class_count(bank.labels.numpy(), queries.labels.numpy())
-        real = _real(session, config, len(queries.labels), classes)
+        real = None
+        if config.real_labels:
+            names = source_names(config.val_data)
+            real = read_real_labels(config.real_labels, names, len(queries.labels), classes)
         predictions = knn_predict(
             bank.features, bank.labels, queries.features, config.k, config.temperature, classes, config.block
         )

@@ -309,34 +309,25 @@ def probe(
     """
     name, recipe = choose_recipe(config, session.method)
     val, val_hash = session.features_of(config.val_data)
-    real = _real_labels(session, config, val)
     facts = {"recipe": name, "recipe_source": recipe.source, "val_data_hash": val_hash,
              "val_images": len(val.labels)}  # fmt: skip
     solve = _solve_exactly if recipe.optimizer == "lbfgs" else _train_by_steps
-    records, more = solve(session, config, recipe, population, val, real)
+    records, more = solve(session, config, recipe, population, val)
     return records, {**facts, **more}
 
 
-def _real_labels(session: Session, config: LinearConfig, val: Features) -> list[list[int]] | None:
+def _real_labels(config: LinearConfig, val: Features, classes: int) -> list[list[int]] | None:
     if not config.real_labels:
         return None
-    from .features import center_view
-
-    pipeline = session.open(config.val_data, (center_view(session.image_size),))
-    try:
-        names = source_names(config.val_data, pipeline)
-        classes = int(pipeline.labels.max()) + 1
-        return read_real_labels(config.real_labels, names, len(val.labels), classes)
-    finally:
-        pipeline.close()
+    return read_real_labels(config.real_labels, source_names(config.val_data), len(val.labels), classes)
 
 
 def _solve_exactly(
-    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features,
-    real: list[list[int]] | None,
+    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features
 ) -> tuple[list[HeadRecord], dict[str, Any]]:  # fmt: skip
     train, train_hash = session.features_of(config.data, population)
     classes = class_count(train.labels.numpy(), val.labels.numpy())
+    real = _real_labels(config, val, classes)
     # One scale for all strengths: without it the L2 term would weigh a feature by its unit.
     mean, std = train.features.mean(dim=0), train.features.std(dim=0).clamp_min(1e-6)
     records = []
@@ -348,8 +339,7 @@ def _solve_exactly(
 
 
 def _train_by_steps(
-    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features,
-    real: list[list[int]] | None,
+    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features
 ) -> tuple[list[HeadRecord], dict[str, Any]]:  # fmt: skip
     runtime, views = session.runtime, linear_views(session.image_size)
     if population is None:
@@ -360,6 +350,7 @@ def _train_by_steps(
     pipeline = session.open(config.data, views, batch, order="global", drop_last=True, population=population)
     try:
         classes = class_count(pipeline.labels[population], val.labels.numpy())
+        real = _real_labels(config, val, classes)
         epochs = config.epochs or recipe.epochs
         scale = batch / recipe.global_batch
         lrs = [lr * (scale if not config.lrs else 1.0) for lr in config.lrs or (recipe.lr,)]

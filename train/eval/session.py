@@ -26,7 +26,8 @@ from ..errors import UserMistake
 from ..flags import OneLineParser, add_leaf, leaves, parse_flags, replace_leaves
 from ..runtime import Runtime, start
 from ..versions import versions
-from .features import Features, center_view, extract_features, normalise
+from .features import Features, center_view, extract_features
+from .splits import check_classes
 
 FEATURE_BATCH = 256
 DEFAULT_IMAGE_SIZE = 224
@@ -225,6 +226,11 @@ def _run_config(folder: Path | None) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
+def _check_exists(name: str, data: str) -> None:
+    if not ("://" in data or "{" in data or Path(data).exists()):
+        raise UserMistake(f"--{name.replace('_', '-')} {data} does not exist; give a packed file, folder or shards")
+
+
 @contextmanager
 def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
     """Set the process up, load the backbone and prove that it is whole.
@@ -232,6 +238,10 @@ def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
     Raises:
         UserMistake: as `load`; nothing was computed then.
     """
+    if config.loader != "synthetic":
+        for name in ("data", "val_data"):
+            _check_exists(name, getattr(config, name))
+        check_classes(config.data, config.val_data)
     process = RunConfig(device=config.device, precision=config.precision, seed=config.seed, compile=False)
     with start(Config(process, Recipe(), None)) as runtime:
         loaded = load(config.checkpoint, config.arch, print if runtime.is_main else lambda _: None)
@@ -286,6 +296,6 @@ def percent(share: float | None) -> str:
 
 
 __all__ = [
-    "EvalConfig", "Session", "class_count", "flag", "linear_images", "linear_views", "normalise", "open_session",
+    "EvalConfig", "Session", "class_count", "flag", "linear_images", "linear_views", "open_session",
     "parse_config", "percent", "result_path", "table", "warn_of_bad",
 ]

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.beton import BetonReader
-from pipeline.interface import Pipeline
 from pipeline.manifest import manifest_of
 from pipeline.rng import permutation
+from pipeline.stores import list_images
 
 from ..errors import UserMistake
 
@@ -38,15 +38,40 @@ def balanced_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
-def source_names(data: str, pipeline: Pipeline) -> list[str] | None:
-    """The source file of every sample of a store in storage order, None where the store does not keep them."""
-    names = getattr(pipeline, "sources", None)
-    if names is None and data.endswith(".beton"):
-        manifest = manifest_of(BetonReader(data))
-        names = manifest.sources if manifest is not None else None
-    if callable(names):
-        names = names()
-    return None if names is None else [str(name) for name in names]
+def source_names(data: str) -> list[str] | None:
+    """The source file of every sample in storage order, relative to the source; None where the store keeps none."""
+    path = Path(data)
+    if path.suffix == ".beton":
+        manifest = manifest_of(BetonReader(path))
+        return None if manifest is None else manifest.sources
+    if path.is_dir() and not any(path.glob("*.tar")):
+        return [file.relative_to(path).as_posix() for file in list_images(path)[0]]
+    return None
+
+
+def class_names(data: str) -> list[str] | None:
+    """The names of the classes in label order, None where the store keeps none."""
+    path = Path(data)
+    if path.suffix == ".beton":
+        manifest = manifest_of(BetonReader(path))
+        return list(manifest.classes) or None if manifest is not None else None
+    names = source_names(data)
+    return None if names is None else sorted({Path(name).parts[0] for name in names})
+
+
+def check_classes(data: str, val_data: str) -> None:
+    """Labels are numbers in order of class name: refuse data whose names do not give equal numbers.
+
+    Raises:
+        UserMistake: both stores know their classes, and they differ.
+    """
+    train, val = class_names(data), class_names(val_data)
+    if train is not None and val is not None and train != val:
+        odd = sorted(set(train) ^ set(val)) or [train[0]]
+        raise UserMistake(
+            f"--data has {len(train)} classes and --val-data {len(val)}, which differ, for example in {odd[0]}; label "
+            "numbers would not mean the same; give both with the same class folders"
+        )
 
 
 def read_list(path: str, names: Sequence[str] | None, total: int) -> np.ndarray:

@@ -220,7 +220,7 @@ def _parallel(check: Callable[[int], bool], count: int) -> list[bool]:
 
 
 def _matches(reader: BetonReader, checksums: np.ndarray) -> Callable[[int], bool]:
-    return lambda index: zlib.crc32(memoryview(reader.record(index))) == int(checksums[index])
+    return lambda index: zlib.crc32(reader.record(index).tobytes()) == int(checksums[index])
 
 
 def _decodes(reader: BetonReader, chosen: np.ndarray) -> Callable[[int], bool]:

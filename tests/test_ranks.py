@@ -9,11 +9,14 @@ import pytest
 from tests.runs import TINY, rows, run
 
 METHODS = ["moco-v2", "regioncl-m"]
+# Groups of four and small steps: with BN over two images a difference in the last bit grows tenfold in a few steps.
+CALM = ("--global-batch", "16", "--bn.group-size", "4", "--optim.lr", "0.002")
 
 
 def losses(method: str, world_size: int, run_dir: Path, *more: str) -> list[float]:
-    argv = ["--method", method, "--run-dir", str(run_dir), "--max-steps", "10", *TINY, "--log-every", "1", *more]
-    assert set(run(argv, world_size)) == {0}
+    argv = ["--method", method, "--run-dir", str(run_dir), "--max-steps", "10", *TINY, *CALM, "--log-every", "1", *more]
+    log = run_dir.with_suffix(".log")
+    assert set(run(argv, world_size, log)) == {0}, log.read_text()[-2000:]
     return [row["loss"] for row in rows(run_dir, "train")]
 
 
@@ -25,14 +28,13 @@ def test_ranks_give_the_losses_of_one_process(tmp_path: Path, method: str) -> No
     for world_size in (2, 4):
         together = losses(method, world_size, tmp_path / str(world_size))
         # Sums in another order differ in the last bits, which ten steps of training amplify.
-        assert together == pytest.approx(alone, rel=2e-3), world_size
-        assert together[:3] == pytest.approx(alone[:3], rel=2e-5), world_size
+        assert together == pytest.approx(alone, rel=1e-4), world_size
 
 
 def test_pairs_over_the_global_batch_agree_too(tmp_path: Path) -> None:
     flags = ("--region.pairing-scope", "global", "--region.pairing", "randperm")
     alone = losses("regioncl-m", 1, tmp_path / "1", *flags)
-    assert losses("regioncl-m", 2, tmp_path / "2", *flags) == pytest.approx(alone, rel=2e-3)
+    assert losses("regioncl-m", 2, tmp_path / "2", *flags) == pytest.approx(alone, rel=1e-4)
 
 
 def test_group_size_decides_and_not_the_machine(tmp_path: Path) -> None:
@@ -42,9 +44,9 @@ def test_group_size_decides_and_not_the_machine(tmp_path: Path) -> None:
     assert small[:3] != pytest.approx(large[:3], rel=1e-3)
 
 
-def test_symmetric_and_micro_batches(tmp_path: Path) -> None:
-    """Two micro-batches on one process equal themselves on two ranks."""
-    flags = ("--symmetric.enabled", "--micro-batch", "2", "--global-batch", "8")
-    alone = losses("regioncl-m", 1, tmp_path / "1", "--symmetric.enabled", "--micro-batch", "4")
-    assert len(alone) == 10
-    assert losses("regioncl-m", 2, tmp_path / "2", *flags) != []
+def test_micro_batches_change_nothing_but_the_shuffle(tmp_path: Path) -> None:
+    """Without key shuffling, groups, pairs and queue are the same for any micro-batch, on any number of ranks."""
+    flags = ("--symmetric.enabled", "--no-shuffle-bn")
+    alone = losses("regioncl-m", 1, tmp_path / "whole", *flags)
+    assert losses("regioncl-m", 1, tmp_path / "parts", *flags, "--micro-batch", "4") == pytest.approx(alone, rel=1e-4)
+    assert losses("regioncl-m", 2, tmp_path / "ranks", *flags, "--micro-batch", "4") == pytest.approx(alone, rel=1e-4)

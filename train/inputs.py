@@ -39,7 +39,7 @@ def batch_per_device(config: Config, world_size: int) -> int:
     Raises:
         UserMistake: when batch, ranks, micro-batches and BN groups do not fit together.
     """
-    total, group = config.recipe.global_batch, bn_group_size(config)
+    total = config.recipe.global_batch
     if total % world_size:
         raise UserMistake(
             f"--global-batch {total} does not divide over {world_size} ranks; choose a multiple of {world_size}"
@@ -48,11 +48,14 @@ def batch_per_device(config: Config, world_size: int) -> int:
     micro = config.run.micro_batch or local
     if local % micro:
         raise UserMistake(f"--micro-batch {micro} does not divide the {local} images of a device; choose a divisor")
-    if group and micro % group:
-        raise UserMistake(
-            f"--bn.group-size {group} does not divide the {micro} images of one forward pass; choose a divisor "
-            f"of {micro}, or another --global-batch"
-        )
+    # CARE's attention stream has groups of its own.
+    stream_group = getattr(config.model, "t_bn_group_size", 0)
+    for flag, group in (("--bn.group-size", bn_group_size(config)), ("--t-bn-group-size", stream_group)):
+        if group and micro % group:
+            raise UserMistake(
+                f"{flag} {group} does not divide the {micro} images of one forward pass; choose a divisor of {micro}, "
+                "or another --global-batch"
+            )
     return local
 
 

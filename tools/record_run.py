@@ -1,0 +1,68 @@
+"""Append what runs learned to `tools/results/learning.csv`: k-NN and view retrieval by epoch, images per second.
+
+`python tools/record_run.py runs/regioncl-m runs/moco-v2`
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import json
+from collections.abc import Sequence
+
+from tools.benchmarking import Report, Summary
+from tools.cli import make_parser, parse, run_main
+
+
+def _single(value: float) -> Summary:
+    """A figure that was measured once."""
+    return Summary(value, value, value, 1)
+
+
+def record(report: Report, run_dir: Path) -> None:
+    """Add the rows of one run.
+
+    Raises:
+        ValueError: when the folder holds no run.
+    """
+    try:
+        config = json.loads((run_dir / "config.json").read_text())
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as reason:
+        raise ValueError(f"{run_dir} is no run: {reason}; give a folder that train/main.py wrote") from None
+    recipe, run = config["recipe"], config["run"]
+    setting = (
+        f"{run['recipe']}, {recipe['arch']}, {recipe['image_size']} px, batch {recipe['global_batch']}, "
+        f"{recipe['epochs']} epochs, {config['data_images']} images, {run['precision']}, seed {run['seed']}"
+    )
+    for row in rows:
+        if row["kind"] == "knn":
+            report.add(run["method"], f"20-NN top-1, epoch {row['epoch']}", "share", _single(row["top1"]), setting)
+        elif row["kind"] == "health":
+            report.add(
+                run["method"], f"view retrieval, epoch {row['epoch']}", "share", _single(row["view_retrieval"]), setting
+            )
+    speeds = [row["images_per_s"] for row in rows if row["kind"] == "train"]
+    if speeds:
+        report.add(run["method"], "training rate", "images/s", speeds, setting)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Record the runs that the command line names; returns the exit code."""
+    parser = make_parser("Append what runs learned to tools/results/learning.csv.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    arguments = parse(parser, argv)
+    report = Report("learning")
+    for run_dir in arguments.runs:
+        record(report, run_dir)
+    report.finish(f"{len(arguments.runs)} runs recorded")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -149,14 +149,17 @@ def test_entry_files_put_the_checkout_first() -> None:
         assert f"parents[{depth}]" in ast.unparse(body[guard]), f"{relative(path)}: another folder is put on the path"
         for node in body[:guard]:
             for name, _ in imports(ast.Module([node], [])):
-                assert name.partition(".")[0] in ("__future__", "sys", "pathlib"), (
-                    f"{relative(path)} imports {name} first"
-                )
+                assert name.partition(".")[0] in sys.stdlib_module_names, f"{relative(path)} imports {name} first"
+
+
+def test_no_entry_file_s_neighbour_hides_a_standard_module() -> None:
+    hidden = [relative(path) for path in sources(*APPLICATIONS) if path.stem in sys.stdlib_module_names]
+    assert not hidden, f"imported in place of the standard library's before the guard has run: {hidden}"
 
 
 HELP_DRIVER = """
 import contextlib, os, runpy, sys, traceback
-import torch, torchvision  # once, for all of them
+import numba, torch, torchvision  # once, for all of them
 
 for path in sys.argv[1:]:
     child = os.fork()

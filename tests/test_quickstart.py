@@ -90,6 +90,9 @@ def test_what_is_said_of_a_run(tmp_path: Path) -> None:
     assert rows["20-NN top-1"] == ("35.0%", "41.0%") and rows["view retrieval"] == ("10.0%", "30.0%")
     expected = np.mean([row["loss/ins"] for row in run.of_kind("train")[-5:]])
     assert quickstart.instance_loss(run) == pytest.approx(expected)
+    # 250 steps of 64 images came before the last 50, and the queue has 4096 keys.
+    assert quickstart.queue_filled_twice(run)
+    assert not quickstart.queue_filled_twice(read_run(write_run(tmp_path / "short", steps=170)))
 
 
 def test_only_its_own_run_folder_is_replaced(tmp_path: Path) -> None:

@@ -255,6 +255,13 @@ def instance_loss(run: Run) -> float | None:
     return sum(tail) / len(tail) if tail else None
 
 
+def queue_filled_twice(run: Run) -> bool:
+    """Whether the queue had been filled twice before the last 50 steps began."""
+    steps, _ = run.values("train", "loss")
+    keys = (steps[-1] - _LAST_STEPS) * run.config["recipe"]["global_batch"] if steps else 0
+    return keys >= 2 * run.config["model"]["queue_size"]
+
+
 def comparison(run: Run) -> list[tuple[str, str, str]]:
     """(figure, untrained, trained) for each figure of the backbone that the run measured at its first and last step."""
     named = [
@@ -282,6 +289,8 @@ def _tell(run: Run, packed: Packed, report: Path) -> None:
             f"\ninstance loss over the last {_LAST_STEPS} steps: {loss:.2f}, {chance - loss:.2f} nats under chance, "
             f"ln(K+1) = {chance:.2f}"
         )
+        if not queue_filled_twice(run):
+            print("(the queue still held random keys in these steps, which makes the loss low: it says nothing yet)")
     steps, _ = run.values("train", "loss")
     seen = int(steps[-1]) * run.config["recipe"]["global_batch"]
     print(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .collectives import all_gather_rows
-from .losses import batch_contrast, info_nce, row_dots
+from .losses import batch_contrast, info_nce, row_dots, unit
 from .norm import GroupBatchNorm
 from .ops.box_pool import box_pool
 from .options import option
@@ -245,6 +245,52 @@ def queue_terms(
     losses = info_nce(torch.cat(rows), torch.cat(keys), queue, temperature, torch.cat(extra))
     means = losses.view(len(rows), -1).mean(dim=1)
     return means[0], _named_terms(means[1:], config) if regions is not None else None
+
+
+class RegionHeads(nn.Module):
+    """All that follows the trunks of a step against a queue: pooling, projection, normalisation, logits and losses.
+
+    It holds no parameters; being a module, it can be compiled in place. Then it is one graph for all branches, with the
+    box pooling and one blockwise product of all rows with the queue as opaque operators inside.
+    """
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile in place as one whole graph for the shapes of the run; a break in the graph is an error."""
+        super().compile(*args, **{"fullgraph": True, "dynamic": False, **options})
+
+    def forward(
+        self,
+        projector: nn.Module,
+        pooled: Tensor,
+        mixed_map: Tensor | None,
+        box_cells: Tensor | None,
+        key: Tensor,
+        partner_key: Tensor | None,
+        queue: Tensor,
+        temperature: float,
+        config: RegionConfig,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Mean instance, canvas and paste losses; None for what is switched off.
+
+        Args:
+            projector: pooled features -> embeddings.
+            pooled: (B, C) pooled features of the view itself.
+            mixed_map: (B, C, H, W) feature map of its composites, or None for the instance loss alone.
+            box_cells: (B, 4) int64 regions of the composites.
+            key: (B, D) unit keys of the same images.
+            partner_key: (B, D) unit keys of the images that the pastes are from.
+            queue: (K, D) unit rows.
+            temperature: positive.
+            config: region options.
+        """
+        regions = None
+        if mixed_map is not None:
+            assert box_cells is not None
+            regions = pool_regions(mixed_map, box_cells, config)
+        query, regions = embed_with_regions(projector, pooled, regions, config.head_batching)
+        regions = None if regions is None else regions.map(unit)
+        instance, terms = queue_terms(unit(query), key, regions, partner_key, queue, temperature, config)
+        return instance, None if terms is None else terms.canvas, None if terms is None else terms.paste
 
 
 def batch_terms(

@@ -109,25 +109,41 @@ def test_augment_contenders_do_the_work(name):
     assert result.shape == (2, 3, 32, 32) and result.isfinite().all() and float(result.abs().max()) < 3
 
 
-STEP = "--device cpu --arch resnet18 --image-size 64 --batch 4 --queue 16 --rounds 1".split()
+STEP = "--device cpu --arch resnet18 --image-size 64 --batch 2 --queue 16 --rounds 1".split()
+FEW = ["official port", "strong eager", "strong eager + box pooling", "strong eager + blockwise queue loss"]
+
+
+def run_bench_step(path, *more):
+    assert bench_step.main([*STEP, "--profile", "--output", str(path), *more]) == 0
+    rows = rows_of(path)
+    rates = {row["contender"]: float(row["median"]) for row in rows if row["metric"] == "throughput"}
+    assert {*FEW, "ours, not compiled", "ours with augmentation"} <= set(rates) and min(rates.values()) > 0
+    assert {"part: backward", "part: momentum trunk, forward"} <= {row["contender"] for row in rows}
 
 
 def test_bench_step_at_a_tiny_size(tmp_path, capsys):
-    path = tmp_path / "step.csv"
-    assert bench_step.main([*STEP, "--profile", "--output", str(path)]) == 0
-    rows = rows_of(path)
-    rates = {row["contender"]: float(row["median"]) for row in rows if row["metric"] == "throughput"}
-    assert {"official port", "strong eager", "ours, not compiled", "ours with augmentation"} <= set(rates)
-    assert min(rates.values()) > 0
-    assert {"part: backward", "part: momentum trunk, forward"} <= {row["contender"] for row in rows}
+    run_bench_step(tmp_path / "step.csv", "--contenders", *FEW)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("bottleneck: ours") and "x official port" in last and "longest part" in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bench_step_with_every_contender(tmp_path, precision):
+    run_bench_step(tmp_path / "step.csv", "--precision", precision)
 
 
 def test_bench_step_refuses_a_port_that_computes_something_else(monkeypatch):
     monkeypatch.setattr(reference_port, "TEMPERATURE", 0.19)
     with pytest.raises(RuntimeError, match="ours, fp32: loss"):
         bench_step.main([*STEP, "--no-csv"])
+
+
+def test_bench_step_of_a_method_without_a_port(tmp_path):
+    path = tmp_path / "step.csv"
+    flags = "--device cpu --method simsiam --arch resnet18 --image-size 32 --batch 2 --rounds 1 --output".split()
+    assert bench_step.main([*flags, str(path)]) == 0
+    assert {row["contender"] for row in rows_of(path)} == {"ours, not compiled", "ours with augmentation", "step"}
 
 
 @pytest.fixture

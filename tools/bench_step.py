@@ -195,22 +195,35 @@ def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
     source.prepare()
     boxes = [inputs.box_cells.get("view1") for inputs in source.inputs]
     regions = [None if box is None else tuple(box[0].tolist()) for box in boxes]
-    expected: list[float] = []
-    for name, port in port_options(runtime.dtype, False).items():
+    views = [(inputs.view1.float(), inputs.view2.float()) for inputs in source.inputs]
+
+    def port_losses(port: PortOptions) -> list[float]:
         contender = PortStep(source, port).port
-        views = [(inputs.view1.float(), inputs.view2.float()) for inputs in source.inputs]
-        losses = [float(contender(*pair, region)) for pair, region in zip(views, regions, strict=True)]  # type: ignore[arg-type]
-        expected = expected or losses
-        _compare_losses(name, losses, expected, port.amp or torch.float32)
-    for name, ours_runtime in (("ours, fp32", fp32), ("ours", runtime)):
-        ours = OurStep(config, ours_runtime)
-        ours.inputs = source.inputs
-        losses = []
-        for _ in ours.inputs:
-            ours.state.sums = {}
-            ours()
-            losses.append(ours.loss_of_last_step())
-        _compare_losses(name, losses, expected, ours_runtime.dtype)
+        return [float(contender(*pair, region)) for pair, region in zip(views, regions, strict=True)]  # type: ignore[arg-type]
+
+    expected = port_losses(PortOptions())
+    for name, ours_runtime in {"ours, fp32": fp32, f"ours, {str(runtime.dtype)[6:]}": runtime}.items():
+        if name == "ours, fp32" or ours_runtime.dtype is not torch.float32:
+            _compare_losses(name, _our_losses(config, ours_runtime, source.inputs), expected, ours_runtime.dtype)
+    for name, port in port_options(runtime.dtype, False).items():
+        if name != "official port" and _wanted(options, name):
+            _compare_losses(name, port_losses(port), expected, port.amp or torch.float32)
+
+
+def _our_losses(config: Config, runtime: Runtime, inputs: list[StepInputs]) -> list[float]:
+    """Losses of our step on each of the inputs in turn, from fresh weights."""
+    ours = OurStep(config, runtime)
+    ours.inputs = inputs
+    losses = []
+    for _ in inputs:
+        ours.state.sums = {}
+        ours()
+        losses.append(ours.loss_of_last_step())
+    return losses
+
+
+def _wanted(options: argparse.Namespace, name: str) -> bool:
+    return not options.contenders or name in options.contenders
 
 
 def _compare_losses(name: str, losses: Sequence[float], expected: Sequence[float], dtype: torch.dtype) -> None:
@@ -233,7 +246,8 @@ def build_contenders(options: argparse.Namespace, runtime: Runtime) -> dict[str,
     first.prepare()
     if options.method in PORTED and not options.ours_only:
         for name, port in port_options(runtime.dtype, options.compile).items():
-            contenders[name] = PortStep(first, port)
+            if _wanted(options, name):
+                contenders[name] = PortStep(first, port)
     for name, step in ours.items():
         step.inputs = first.inputs
         contenders[name] = step
@@ -304,7 +318,8 @@ def profile_parts(ours: OurStep, steps: int) -> dict[str, list[float]]:
     batch = next(iter(synthetic_batches(ours.config, ours.runtime, 1)))
     parts: dict[str, list[float]] = {}
     method, optimizer = ours.method, ours.state.optimizer
-    for step in range(steps + 2):
+    settle = 2 if ours.runtime.device.type == "cuda" else 0
+    for step in range(steps + settle):
         timer = PartTimer(ours.runtime.device)
         undo = [timer.wrap(method.encoder, "online trunk, forward")]
         undo += [timer.wrap(m, "momentum trunk, forward") for o, m in method.momentum_pairs() if o is method.encoder]
@@ -321,7 +336,7 @@ def profile_parts(ours: OurStep, steps: int) -> dict[str, list[float]]:
             method.after_step(output, 0.999)
         for restore in undo:
             restore()
-        if step >= 2:
+        if step >= settle:
             for name, seconds in timer.seconds.items():
                 parts.setdefault(name, []).append(seconds)
     return parts
@@ -344,6 +359,10 @@ def conclusion(report: Report, parts: dict[str, list[float]]) -> str:
 
 def measure(options: argparse.Namespace, runtime: Runtime) -> None:
     """Check, time, and print."""
+    unknown = set(options.contenders) - set(port_options(runtime.dtype, options.compile))
+    if unknown:
+        known = ", ".join(port_options(runtime.dtype, options.compile))
+        raise ValueError(f"--contenders {min(unknown)!r} is unknown; choose from {known}")
     if options.method in PORTED and not options.ours_only:
         check_losses(options, runtime)
     report = Report("bench_step", runtime.device)
@@ -361,7 +380,7 @@ def measure(options: argparse.Namespace, runtime: Runtime) -> None:
         report.add(name, "step", "ms", [1000 * value for value in values], setting)
         rate = report.add(name, "throughput", "images/s", [options.batch / value for value in values], setting)
         report.add(name, "compute", "TFLOP/s", [flops * rate.median / 1e12], setting)
-    for name, call in contenders.items():
+    for name, call in contenders.items() if runtime.device.type == "cuda" else ():
         report.add(name, "peak memory", "MiB", [peak_mib(call, runtime.device)], setting)
     report.add("step", "flops an image", "FLOP", [flops], setting)
     trained = sum(parameter.numel() for parameter in ours.method.parameters() if parameter.requires_grad)
@@ -395,6 +414,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="contenders with compiled heads; none: on CUDA only")  # fmt: skip
     parser.add_argument("--compile-trunk", action="store_true", help="a contender with the whole trunk compiled")
+    parser.add_argument("--contenders", nargs="*", default=[], help="which variants of the port to run; all when empty")
     parser.add_argument("--ours-only", action="store_true", help="leave the ported step out")
     parser.add_argument("--profile", action="store_true", help="time the parts of a step")
     add_common_flags(parser)

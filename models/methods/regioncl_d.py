@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..region_branch import RegionConfig
+from ..region_branch import RegionConfig, RegionHeads
 from .base import StepInputs
 from .densecl import DenseCL, DenseCLConfig
 from .moco_v2 import Keys, global_pool
@@ -36,11 +37,20 @@ class RegionCLD(DenseCL):
         """Query views, where the region loss is on."""
         return self.config.region.mixed_views(tuple(query for query, _ in self.directions))
 
+    @cached_property
+    def heads(self) -> RegionHeads:
+        """What follows the trunks on the global branch; it has no weights of its own."""
+        return RegionHeads()
+
+    def compile_targets(self) -> list[nn.Module]:
+        """One graph for the global branch in place of its projector, and the heads that remain."""
+        return [self.heads, *(target for target in super().compile_targets() if target is not self.projector)]
+
     def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         """Global, dense and region loss of one direction."""
         feature_map = self.encoder(getattr(inputs, query_view))
         instance, terms = region_contrast(
-            self, inputs, query_view, global_pool(feature_map), keys.key, self.config.region
+            self, self.heads, inputs, query_view, global_pool(feature_map), keys.key, self.config.region
         )
         dense = self.dense_loss(feature_map, keys)
         loss = self.weigh(instance, dense, inputs.step)

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..heads import HeadInit
-from ..losses import unit
 from ..options import option
-from ..region_branch import (
-    RegionConfig,
-    RegionTerms,
-    embed_with_regions,
-    paste_sources,
-    pool_regions,
-    queue_terms,
-)
+from ..region_branch import RegionConfig, RegionHeads, RegionTerms, paste_sources
 from ..resnet import ConvInit
 from .base import StepInputs
 from .moco_v2 import Keys, MoCoV2, MoCoV2Config, global_pool
@@ -50,10 +43,21 @@ class RegionCLM(MoCoV2):
         """Query views, where the region loss is on."""
         return self.config.region.mixed_views(tuple(query for query, _ in self.directions))
 
+    @cached_property
+    def heads(self) -> RegionHeads:
+        """What follows the trunks; without weights of its own, so it adds no key to the state."""
+        return RegionHeads()
+
+    def compile_targets(self) -> list[nn.Module]:
+        """One graph from feature maps to losses, and the projector of the keys."""
+        return [self.heads, self.momentum_projector]
+
     def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         """Instance and region loss of one direction."""
         pooled = global_pool(self.encoder(getattr(inputs, query_view)))
-        instance, terms = region_contrast(self, inputs, query_view, pooled, keys.key, self.config.region)
+        instance, terms = region_contrast(
+            self, self.heads, inputs, query_view, pooled, keys.key, self.config.region
+        )
         if terms is None:
             return instance, {"ins": instance.detach()}
         loss = instance + self.config.region.weight * terms.total()
@@ -61,23 +65,33 @@ class RegionCLM(MoCoV2):
 
 
 def region_contrast(
-    method: MoCoV2, inputs: StepInputs, query_view: str, pooled: Tensor, key: Tensor, region: RegionConfig
+    method: MoCoV2,
+    heads: RegionHeads,
+    inputs: StepInputs,
+    query_view: str,
+    pooled: Tensor,
+    key: Tensor,
+    region: RegionConfig,
 ) -> tuple[Tensor, RegionTerms | None]:
     """Instance loss, and region terms where this view is swapped, of a method with a global head and queue.
 
     Args:
         method: its encoder, projector and queue are used.
+        heads: what follows the trunks, compiled or not.
         inputs: the step's inputs; the composites of `query_view` where it is swapped.
         query_view: the view in the role of the query.
         pooled: (B, C) pooled features of that view.
         key: (B, D) unit keys of the same images.
         region: region options.
     """
-    regions, partner_key = None, None
+    mixed_map, box_cells, partner_key = None, None, None
     if query_view in method.mixed_views:
         # A forward of its own: composites have batch statistics of their own.
-        regions = pool_regions(method.encoder(inputs.mixed[query_view]), inputs.box_cells[query_view], region)
+        mixed_map = method.encoder(inputs.mixed[query_view])
+        box_cells = inputs.box_cells[query_view]
         partner_key = paste_sources(key, inputs.partner[query_view], region)
-    query, regions = embed_with_regions(method.projector, pooled, regions, region.head_batching)
-    regions = None if regions is None else regions.map(unit)
-    return queue_terms(unit(query), key, regions, partner_key, method.queue.rows, method.config.temperature, region)
+    instance, canvas, paste = heads(
+        method.projector, pooled, mixed_map, box_cells, key, partner_key,
+        method.queue.rows, method.config.temperature, region,
+    )  # fmt: skip
+    return instance, None if mixed_map is None else RegionTerms(canvas, paste)

@@ -112,8 +112,17 @@ def read_manifest(path: str | Path) -> Manifest:
         ValueError: the file is not a manifest or is damaged.
         FileNotFoundError: there is no such file.
     """
+    return parse_manifest(Path(path).read_text(encoding="utf-8", errors="replace"), str(path))
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """The manifest in a JSON text.
+
+    Raises:
+        ValueError: it is not a manifest or is damaged; `where` is named.
+    """
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = json.loads(text)
         if fields.pop("format") != _FORMAT or fields.pop("version") != _VERSION:
             raise KeyError("format")
         checksums = np.frombuffer(base64.b64decode(fields.pop("crc32")), dtype="<u4")
@@ -128,7 +137,7 @@ def read_manifest(path: str | Path) -> Manifest:
             details=fields,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is not a manifest of this packer or is damaged; pack the images again") from error
+        raise ValueError(f"{where} is not a manifest of this packer or is damaged; pack the images again") from error
 
 
 def manifest_of(reader: BetonReader) -> Manifest | None:

@@ -20,6 +20,7 @@ from pipeline.beton import BetonReader, BetonWriter, page_size_for
 from pipeline.manifest import manifest_path, rejected_path
 from tools.cli import TOO_MANY_BAD, make_parser, parse, run_main
 from tools.packing import (
+    SHUFFLE_SEED,
     Source,
     Tally,
     add_packing_flags,
@@ -28,9 +29,8 @@ from tools.packing import (
     open_source,
     sync_folder,
     with_progress,
+    write_text,
 )
-
-_SHUFFLE_SEED = 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     finals = _final_paths(dest, options.overwrite)
     source = open_source(options.source)
     if options.shuffle:
-        source = source.shuffled(_SHUFFLE_SEED)
+        source = source.shuffled(SHUFFLE_SEED)
     dest.parent.mkdir(parents=True, exist_ok=True)
     partial = [path.with_name(f".{path.name}.partial-{os.getpid()}") for path in finals]
     try:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         problem = tally.too_many(len(source), options.max_bad)
         if problem is None and not tally.sources:
             raise ValueError(f"not one image of {options.source} can be used; the first: {tally.rejected[0]}")
-        _write_text(partial[2], tally.rejected_lines())
+        write_text(partial[2], tally.rejected_lines())
         if problem is not None:
             # The list of bad files is whole and is what the user needs now; of the packed file nothing stays.
             os.replace(partial[2], finals[2])
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             "shuffle": options.shuffle,
         }
         manifest = tally.manifest(BetonReader(partial[0]).fingerprint(), source.classes, settings)
-        _write_text(partial[1], manifest.to_json())
+        write_text(partial[1], manifest.to_json())
         # The packed file comes last: where it is, the other two are.
         for temporary, final in reversed(list(zip(partial, finals, strict=True))):
             os.replace(temporary, final)
@@ -110,13 +110,6 @@ def _write(source: Source, path: Path, max_side_px: int, quality: int, workers: 
         file.flush()
         os.fsync(file.fileno())
     return tally
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _report(tally: Tally, source: Source, dest: Path, data_hash: str, seconds: float) -> None:

@@ -22,8 +22,10 @@ from pipeline.jpeg import ImageRefused
 from pipeline.listing import IMAGE_SUFFIXES, common_folder_removed, label_by_folder, list_images
 from pipeline.manifest import Manifest, data_hash, pack_sources
 from pipeline.records import Record, make_record
+from pipeline.shards import expand_braces
 
 MAX_FILE_BYTES = 1 << 29
+SHUFFLE_SEED = 0
 _CHUNK = 16
 
 
@@ -85,21 +87,6 @@ def open_source(text: str) -> Source:
         raise ValueError(f"{text} does not exist; give a folder of images, a list of paths or a shard pattern")
     listing = list_images(path)
     return Source(listing.names, listing.labels, listing.classes, [(str(file), -1, -1) for file in listing.files])
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`a-{00..02}.tar` to its names; numbers keep the width of the first. Several ranges multiply."""
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
-    choices = []
-    for first, last in zip(parts[1::3], parts[2::3], strict=True):
-        if int(last) < int(first):
-            raise ValueError(f"the range {{{first}..{last}}} in {pattern} is empty; write the smaller number first")
-        choices.append([f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)])
-    literal = parts[0::3]
-    return [
-        literal[0] + "".join(text + after for text, after in zip(chosen, literal[1:], strict=True))
-        for chosen in itertools.product(*choices)
-    ]
 
 
 def _open_shards(shards: list[Path]) -> Source:
@@ -290,6 +277,14 @@ def check_packing_flags(options: argparse.Namespace) -> None:
     if not 0 <= options.max_bad <= 1:
         raise ValueError(f"--max-bad {options.max_bad} is out of range; it is a share, choose 0 to 1")
     options.workers = options.workers or len(os.sched_getaffinity(0))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a new text file and make it last."""
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,0 +1,139 @@
+"""Pack images into tar shards that webdataset and our own loader stream, with an index of the samples of each shard.
+
+Writes DEST_DIR with shard-000000.tar, ... and index.json, and DEST_DIR.rejected.jsonl (bad files and why). Images are
+treated exactly as by make_ffcv_dataset.py. Nothing appears under the final name before it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.beton import page_size_for
+from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
+from tools.cli import TOO_MANY_BAD, make_parser, parse, run_main
+from tools.packing import (
+    SHUFFLE_SEED,
+    Source,
+    Tally,
+    add_packing_flags,
+    check_packing_flags,
+    make_records,
+    open_source,
+    sync_folder,
+    with_progress,
+    write_text,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Pack SOURCE into shards; returns the exit code.
+
+    Raises:
+        ValueError: the user's mistake, in one line.
+    """
+    started = time.perf_counter()
+    parser = make_parser("Pack images into tar shards with an index, for streaming.")
+    add_packing_flags(parser)
+    parser.add_argument("dest", metavar="DEST_DIR", help="folder to make")
+    parser.add_argument("--shard-size-mib", type=float, default=256, metavar="MIB", help="largest size of a shard")
+    options = parse(parser, argv)
+    check_packing_flags(options)
+    if not 0 < options.shard_size_mib <= 1 << 20:
+        raise ValueError(f"--shard-size-mib {options.shard_size_mib} is out of range; choose a number above 0")
+    dest = Path(os.path.abspath(options.dest))
+    rejected = dest.with_name(f"{dest.name}.rejected.jsonl")
+    _check_dest(dest, rejected, options.overwrite)
+    source = open_source(options.source)
+    if options.shuffle:
+        source = source.shuffled(SHUFFLE_SEED)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    partial = dest.with_name(f".{dest.name}.partial-{os.getpid()}")
+    partial_list = dest.with_name(f".{rejected.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        tally, shards = _write(source, partial, options)
+        problem = tally.too_many(len(source), options.max_bad)
+        if problem is None and not tally.sources:
+            raise ValueError(f"not one image of {options.source} can be used; the first: {tally.rejected[0]}")
+        write_text(partial_list, tally.rejected_lines())
+        if problem is not None:
+            os.replace(partial_list, rejected)
+            print(f"{problem}; all are listed in {rejected}", file=sys.stderr)
+            return TOO_MANY_BAD
+        settings = {
+            "max_resolution": options.max_resolution,
+            "jpeg_quality": options.jpeg_quality,
+            "shuffle": options.shuffle,
+            "shard_size_mib": options.shard_size_mib,
+        }
+        manifest = tally.manifest(fingerprint(shards), source.classes, settings)
+        write_index(partial, manifest, shards)
+        sync_folder(partial)
+        _put_in_place(partial, dest)
+        os.replace(partial_list, rejected)
+        sync_folder(dest.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial_list.unlink(missing_ok=True)
+    seconds = time.perf_counter() - started
+    print(
+        f"{dest}: {len(tally.sources)} images in {len(shards['shards'])} shards, {tally.kept} stored as they were, "
+        f"{len(tally.rejected)} refused; data hash {manifest.data_hash[:12]}; {seconds:.1f} s"
+    )
+    if len(source.classes) > 1 and not options.shuffle:
+        print("the shards hold class after class; for training from streams pack with --shuffle, which mixes them")
+    return 0
+
+
+def _check_dest(dest: Path, rejected: Path, overwrite: bool) -> None:
+    if dest.exists() and not dest.is_dir():
+        raise ValueError(f"{dest} is a file; choose another DEST_DIR")
+    if dest.is_dir() and any(dest.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{dest} is not empty; add --overwrite to replace it or choose another DEST_DIR")
+        if not (dest / INDEX_NAME).exists():
+            raise ValueError(f"{dest} holds other things than shards and is not overwritten; choose another DEST_DIR")
+    if rejected.exists() and not overwrite:
+        raise ValueError(f"{rejected} is there already; add --overwrite to replace it or choose another DEST_DIR")
+
+
+def _write(source: Source, folder: Path, options) -> tuple[Tally, dict]:  # type: ignore[no-untyped-def, type-arg]
+    tally = Tally()
+    writer = ShardWriter(folder, int(options.shard_size_mib * 2**20))
+    # The same limit on a record as in a packed file, so that both hold the same records.
+    limit = page_size_for(options.max_resolution)
+    records = make_records(source, options.max_resolution, options.jpeg_quality, limit, options.workers)
+    try:
+        for index, made in with_progress(records, len(source)):
+            name, label = source.names[index], int(source.labels[index])
+            if isinstance(made, str):
+                tally.rejected.append((name, made))
+            else:
+                writer.append(made.data, label)
+                tally.add(name, label, made)
+        return tally, writer.finish()
+    finally:
+        writer.abandon()
+
+
+def _put_in_place(partial: Path, dest: Path) -> None:
+    """Give the folder its final name; what was there goes away only after that."""
+    if not dest.exists():
+        os.rename(partial, dest)
+        return
+    old = dest.with_name(f".{dest.name}.old-{os.getpid()}")
+    os.rename(dest, old)
+    os.rename(partial, dest)
+    shutil.rmtree(old)
+
+
+if __name__ == "__main__":
+    run_main(main)

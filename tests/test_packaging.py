@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.test_layout import imports, relative, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = (".cpp", ".h", ".cu", ".cuh")
@@ -91,3 +94,30 @@ def test_requirements_are_exact_and_cover_the_package() -> None:
 
     lacking = {name(item) for item in project["dependencies"] + extras} - set(names)
     assert not lacking, f"named in pyproject.toml but not pinned in tools/requirements.txt: {lacking}"
+
+
+# Where the name that is imported is not the name that is installed.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "nvidia": "nvidia-dali-cuda130",
+    "faster_coco_eval": "faster-coco-eval",
+    "segmentation_models_pytorch": "segmentation-models-pytorch",
+}
+# Brought along by torch, or looked for and done without.
+UNPINNED = {"cuda", "triton", "detectron2"}
+
+
+def test_everything_that_is_imported_is_pinned() -> None:
+    ours = {"pipeline", "models", "train", "tools", "tests", "regatta"}
+    pinned = {line.partition("==")[0] for line in (ROOT / "tools" / "requirements.txt").read_text().splitlines()}
+    lacking: dict[str, str] = {}
+    for path in sources("pipeline", "models", "train", "tools", "tests"):
+        for name, _ in imports(ast.parse(path.read_text())):
+            top = name.partition(".")[0]
+            if top not in sys.stdlib_module_names and top not in ours | UNPINNED:
+                if DISTRIBUTIONS.get(top, top) not in pinned:
+                    lacking[top] = relative(path)
+    assert not lacking, f"imported but not pinned in tools/requirements.txt: {lacking}"

@@ -191,7 +191,19 @@ class ViewDecoder:
         Raises:
             RuntimeError: a bad record, and 64 others drawn for its place are bad too.
         """
-        self.repair(epoch, index, self._native_pass(epoch, index, index, np.arange(len(index)), outs), outs)
+        jobs = self._jobs(index, index, np.arange(len(index)))
+        self.repair(epoch, index, self._native_pass(epoch, jobs, index, outs), outs)
+
+    def probe(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read samples to their end, for their views' sake but not for their pixels.
+
+        Returns:
+            (n,) status, `UNSUPPORTED` throughout with PIL, and (n, 2) int32 height and width where the status is `OK`.
+        """
+        outs = [np.empty((len(index), spec.size, spec.size, 3), dtype=np.uint8) for spec in self._views]
+        jobs = self._jobs(index, index, np.arange(len(index)))
+        status = self._native_pass(0, jobs, index, outs)
+        return status, np.stack([jobs["height"], jobs["width"]], axis=1)
 
     def repair(self, epoch: int, index: np.ndarray, status: np.ndarray, outs: Sequence[np.ndarray]) -> None:
         """Finish a batch that the native decoder went through: general path, then substitutes for bad records.
@@ -216,20 +228,22 @@ class ViewDecoder:
             slots = slots[bad]
             keys = index[slots]
             sources = np.array([substitute(self._seed, epoch, key, attempt, self._population) for key in keys.tolist()])
-            status = self._native_pass(epoch, sources, keys, slots, outs)
+            status = self._native_pass(epoch, self._jobs(sources, keys, slots), sources, outs)
         raise RuntimeError(
             f"sample {index[slots[0]]} is bad, and so are {SUBSTITUTE_ATTEMPTS} others drawn for its place; "
             "pack the images again"
         )
 
-    def _native_pass(
-        self, epoch: int, sources: np.ndarray, keys: np.ndarray, slots: np.ndarray, outs: Sequence[np.ndarray]
-    ) -> np.ndarray:
-        """Decode sample sources[i] with the draws of keys[i] into row slots[i]; returns each one's status."""
-        if self._library is None:
-            return np.full(len(sources), UNSUPPORTED)
+    def _jobs(self, sources: np.ndarray, keys: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Jobs that decode sample sources[i] with the draws of keys[i] into row slots[i]."""
         jobs = np.zeros(len(sources), dtype=JOB)
         jobs["index"], jobs["slot"] = keys, slots
+        return jobs
+
+    def _native_pass(self, epoch: int, jobs: np.ndarray, sources: np.ndarray, outs: Sequence[np.ndarray]) -> np.ndarray:
+        """Run jobs whose records are `sources`; returns each one's status."""
+        if self._library is None:
+            return np.full(len(sources), UNSUPPORTED)
         keep_alive = self._store.fill(jobs, sources)
         pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
         self._library.rg_decode(

@@ -299,8 +299,10 @@ def usage_detectron2(arch: str) -> str:
         "# cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]; cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]\n"
     )
     if arch == "swin-t":
-        return common + "# backbone: detectron2.modeling.SwinTransformer(embed_dim=96, depths=(2, 2, 6, 2), ...)\n" + (
-            "# the exported final LayerNorm is norm3; norm0 to norm2 start fresh"
+        return (
+            common
+            + "# backbone: detectron2.modeling.SwinTransformer(embed_dim=96, depths=(2, 2, 6, 2), ...)\n"
+            + ("# the exported final LayerNorm is norm3; norm0 to norm2 start fresh")
         )
     depth = 50 if arch == "resnet50-2x" else int(arch.removeprefix("resnet"))
     lines = f"# cfg.MODEL.RESNETS.DEPTH = {depth}; .STRIDE_IN_1X1 = False; .NORM = 'SyncBN'\n"
@@ -379,8 +381,9 @@ def _image_size(loaded: LoadedBackbone, wanted: int) -> int:
 def run(argv: Sequence[str]) -> int:
     """The command from its arguments to its exit code."""
     parser = make_parser("Take a backbone to another library, with a model card beside it.")
-    parser.add_argument("source", metavar="RUN_OR_FILE",
-                        help="a run's folder, our backbone file, or torchvision or timm weights")
+    parser.add_argument(
+        "source", metavar="RUN_OR_FILE", help="a run's folder, our backbone file, or torchvision or timm weights"
+    )
     parser.add_argument("out", metavar="OUT", help="file to write (hf: folder)")
     parser.add_argument("--format", choices=list(TARGETS), required=True, help="library that shall read it")
     parser.add_argument("--arch", default="", help="architecture; empty finds it out")

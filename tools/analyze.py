@@ -1,0 +1,403 @@
+"""Look into backbones: `python tools/analyze.py ANALYSIS RUN_OR_FILE [RUN_OR_FILE …] --data DATA --out PICTURE.png`.
+
+gradcam     where a class's score comes from, backbones side by side on one scale (CARE, figure 4)
+boxes       gradient of the pre-training loss inside object boxes, over a run's checkpoints (RegionCL, figure 4)
+align       alignment maps of a LEWEL run
+neighbours  images and their nearest neighbours
+embedding   features in two dimensions
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.alignment import AlignmentHead
+from models.methods.base import Method, StepInputs
+from pipeline import augment
+from pipeline.interface import Pipeline, PipelineConfig
+from pipeline.loaders import build_pipeline
+from tools.cli import make_parser, parse
+from train.backbone_io import LoadedBackbone, load
+from train.checkpoint import is_good
+from train.config import Config, resolve
+from train.errors import UserMistake, run_to_exit_code
+from train.eval import analysis
+from train.eval.features import center_view, extract_features, normalise
+from train.eval.linear import fit_logistic
+from train.eval.splits import balanced_subset
+from train.inputs import InputBuilder
+from train.main import build_method, feature_grid
+from train.runtime import Runtime
+
+PROBE_L2 = 1e-3
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserMistake("pictures need matplotlib; run: pip install 'regatta[eval]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and features
+
+
+def _pipeline(arguments: argparse.Namespace, data: str, population: np.ndarray | None = None) -> Pipeline:
+    views = (center_view(arguments.image_size),)
+    settings = PipelineConfig(data, views, 128, order="sequential", drop_last=False, population=population,
+                              device=_device())  # fmt: skip
+    try:
+        return build_pipeline(arguments.loader, settings, quiet=True)
+    except (ValueError, OSError, ImportError) as reason:
+        raise UserMistake(str(reason)) from None
+
+
+def _pixels(arguments: argparse.Namespace, data: str, index: np.ndarray) -> Tensor:
+    """uint8 (n, 3, S, S) centre views of the samples `index`, in their order, on the CPU."""
+    order = np.argsort(index, kind="stable")
+    pipeline = _pipeline(arguments, data, index[order])
+    try:
+        found = torch.cat([batch.views["center"].cpu() for batch in pipeline])
+    finally:
+        pipeline.close()
+    return found[torch.from_numpy(np.argsort(order, kind="stable"))]
+
+
+def _features(arguments: argparse.Namespace, encoder: nn.Module, data: str, population: np.ndarray) -> Tensor:
+    pipeline = _pipeline(arguments, data, population)
+    try:
+        return extract_features(encoder, pipeline, _device()).features.cpu()
+    finally:
+        pipeline.close()
+
+
+def _labels(arguments: argparse.Namespace, data: str) -> np.ndarray:
+    pipeline = _pipeline(arguments, data)
+    pipeline.close()
+    return pipeline.labels
+
+
+def _spread(total: int, wanted: int) -> np.ndarray:
+    """About `wanted` indices spread evenly over range(total), none twice."""
+    return np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(np.int64))
+
+
+def _backbones(arguments: argparse.Namespace) -> list[LoadedBackbone]:
+    loaded = [load(path, arguments.arch) for path in arguments.checkpoint]
+    for each in loaded:
+        each.encoder.to(_device())
+    return loaded
+
+
+def _show(axis: Any, image: Tensor, title: str = "") -> None:
+    axis.imshow(image.permute(1, 2, 0).numpy())
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=7)
+
+
+def _grid(rows: int, columns: int) -> tuple[Any, np.ndarray]:
+    plt = _pyplot()
+    return plt.subplots(rows, columns, figsize=(1.5 * columns, 1.6 * rows), squeeze=False, layout="constrained")
+
+
+def _name(path: str) -> str:
+    return Path(path).name or str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Analyses: each draws a figure and returns the figures that go beside it
+
+
+def gradcam(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Grad-CAM of the right class's score under a linear probe, one column a backbone, one scale for all."""
+    labels = _labels(arguments, arguments.data)
+    if (labels < 0).any():
+        raise UserMistake(f"--data {arguments.data}: the probe needs a label for every image; give class folders")
+    chosen = _spread(len(labels), arguments.images)
+    fraction = min(1.0, arguments.probe_images / len(labels))
+    subset = balanced_subset(labels, fraction, arguments.seed)
+    pixels = _pixels(arguments, arguments.data, chosen)
+    classes, targets = int(labels.max()) + 1, torch.from_numpy(labels[subset])
+    maps = []
+    for each in _backbones(arguments):
+        features = _features(arguments, each.encoder, arguments.data, subset)
+        mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+        weight, bias = (part.float().to(_device()) for part in fit_logistic((features - mean) / std, targets, classes,
+                                                                             PROBE_L2))  # fmt: skip
+        mean, std = mean.to(_device()), std.to(_device())
+
+        def logits_of(
+            pooled: Tensor, weight: Tensor = weight, bias: Tensor = bias, mean: Tensor = mean, std: Tensor = std
+        ) -> Tensor:
+            return ((pooled - mean) / std) @ weight.T + bias
+
+        images = normalise(pixels.to(_device()))
+        maps.append(analysis.grad_cam(each.encoder, logits_of, images, torch.from_numpy(labels[chosen]).to(_device())))
+    scaled = analysis.common_scale([each.cpu() for each in maps])
+    figure, axes = _grid(len(chosen), 1 + len(maps))
+    for row, image in enumerate(pixels):
+        _show(axes[row][0], image, f"class {labels[chosen[row]]}")
+        for column, heats in enumerate(scaled):
+            _show(axes[row][column + 1], image, _name(arguments.checkpoint[column]) if row == 0 else "")
+            heat = analysis.upsample(heats[row : row + 1], arguments.image_size)[0].numpy()
+            axes[row][column + 1].imshow(heat, cmap="jet", alpha=0.5, vmin=0, vmax=1)
+    return figure, {"mean_activation": {p: float(s.mean()) for p, s in zip(arguments.checkpoint, scaled, strict=True)}}
+
+
+def neighbours(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Some images and the nearest others, a block of rows for each backbone."""
+    labels = _labels(arguments, arguments.data)
+    everything = np.arange(len(labels))
+    queries = _spread(len(labels), arguments.images)
+    shown = min(arguments.neighbours, len(labels) - 1)
+    if shown < 1:
+        raise UserMistake(f"--data {arguments.data}: one image has no neighbours; give more")
+    backbones = _backbones(arguments)
+    figure, axes = _grid(len(queries) * len(backbones), shown + 1)
+    shares = {}
+    for block, each in enumerate(backbones):
+        features = _features(arguments, each.encoder, arguments.data, everything)
+        index, cosine = analysis.nearest(features, features[queries], shown + 1)
+        agree = []
+        for row, query in enumerate(queries):
+            others = [(int(i), float(c)) for i, c in zip(index[row], cosine[row], strict=True) if int(i) != query][
+                :shown
+            ]
+            strip = axes[block * len(queries) + row]
+            pictures = _pixels(arguments, arguments.data, np.array([query, *(i for i, _ in others)]))
+            _show(strip[0], pictures[0], f"{_name(arguments.checkpoint[block])}: class {labels[query]}")
+            for column, (i, c) in enumerate(others):
+                _show(strip[column + 1], pictures[column + 1], f"{c:.2f}, class {labels[i]}")
+                agree.append(labels[i] == labels[query])
+        shares[arguments.checkpoint[block]] = float(np.mean(agree))
+    return figure, {"neighbours_of_the_same_class": shares}
+
+
+def embedding(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Features in the plane, coloured by class, one panel a backbone."""
+    labels = _labels(arguments, arguments.data)
+    chosen = _spread(len(labels), max(arguments.images, 3))
+    figure, axes = _grid(1, len(arguments.checkpoint))
+    figure.set_size_inches(5 * len(arguments.checkpoint), 5)
+    for axis, path, each in zip(axes[0], arguments.checkpoint, _backbones(arguments), strict=True):
+        features = _features(arguments, each.encoder, arguments.data, chosen)
+        points = _tsne(features, arguments.seed) if arguments.tsne else analysis.principal_plane(features).numpy()
+        axis.scatter(points[:, 0], points[:, 1], c=labels[chosen], cmap="tab10", s=6)
+        axis.set_title(f"{_name(path)}: {'t-SNE' if arguments.tsne else 'principal axes'}", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    return figure, {"images": len(chosen)}
+
+
+def _tsne(features: Tensor, seed: int) -> np.ndarray:
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise UserMistake("--tsne needs scikit-learn; run: pip install 'regatta[eval]'") from None
+    rows = torch.nn.functional.normalize(features).numpy()
+    points: np.ndarray = TSNE(perplexity=min(30, len(rows) / 4), init="pca", random_state=seed).fit_transform(rows)
+    return points
+
+
+# --- Analyses of a method, which need a run's checkpoint -------------------------------------------------------------
+
+
+def _run_config(folder: str) -> Config:
+    if not (Path(folder) / "config.json").is_file():
+        raise UserMistake(f"{folder} is not a run's folder; this analysis needs the method, not only its backbone")
+    config = resolve(["--config", str(Path(folder) / "config.json")])
+    # A handful of images must do: they share one set of batch-norm statistics.
+    recipe = dataclasses.replace(config.recipe, bn=dataclasses.replace(config.recipe.bn, group_size=0))
+    return dataclasses.replace(config, recipe=recipe, run=dataclasses.replace(config.run, init="", micro_batch=0))
+
+
+def _checkpoints(folder: str) -> list[Path]:
+    found = sorted(path for path in (Path(folder) / "checkpoints").glob("step_*") if is_good(path))
+    if not found:
+        raise UserMistake(f"{folder} has no whole checkpoint; train until the first one is written")
+    return found
+
+
+def _method(config: Config, checkpoint: Path) -> tuple[Method, Runtime]:
+    runtime = Runtime(0, 1, _device(), torch.float32, False)
+    method = build_method(config, runtime)
+    method.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
+    return method, runtime
+
+
+def _boxed_images(arguments: argparse.Namespace) -> tuple[list[Path], list[list[tuple[float, float, float, float]]]]:
+    """Images of a COCO file that have objects, and the boxes of these in shares of width and height; no crowds."""
+    try:
+        document = json.loads(Path(arguments.annotations).read_text())
+        images = {image["id"]: image for image in document["images"]}
+        boxes: dict[int, list[tuple[float, float, float, float]]] = {}
+        for item in document["annotations"]:
+            if not item.get("iscrowd"):
+                width, height = images[item["image_id"]]["width"], images[item["image_id"]]["height"]
+                x, y, w, h = item["bbox"]
+                boxes.setdefault(item["image_id"], []).append(
+                    (x / width, y / height, (x + w) / width, (y + h) / height)
+                )
+    except (OSError, ValueError, KeyError) as reason:
+        raise UserMistake(f"--annotations {arguments.annotations}: {reason}; give a COCO instances file") from None
+    chosen = sorted(boxes)[: arguments.images]
+    return [Path(arguments.data) / images[i]["file_name"] for i in chosen], [boxes[i] for i in chosen]
+
+
+def _whole_views(files: list[Path], size: int, seed: int) -> list[Tensor]:
+    """Two uint8 views (n, 3, S, S) of whole images squeezed to the square: no crop and no flip, so that boxes hold."""
+    try:
+        pictures = [Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BILINEAR) for file in files]
+    except OSError as reason:
+        raise UserMistake(f"--data: {reason}; give the folder that the annotations belong to") from None
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+    profile = dataclasses.replace(augment.get_profile("mocov2"), flip_probability=0.0)
+    index = np.arange(len(files))
+    return [augment.apply(pixels, augment.draw(profile, seed, 0, index, view)) for view in (0, 1)]
+
+
+def boxes(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Mean gradient magnitude inside object boxes at every checkpoint of each run, the same views for all."""
+    if not arguments.annotations:
+        raise UserMistake("--annotations is needed: a COCO instances file whose images are in --data")
+    files, members = _boxed_images(arguments)
+    figure, axes = _grid(1, 1)
+    figure.set_size_inches(6, 4)
+    curves: dict[str, list[dict[str, float]]] = {}
+    for folder in arguments.checkpoint:
+        config = _run_config(folder)
+        size = config.recipe.image_size
+        views = [view.to(_device()) for view in _whole_views(files, size, arguments.seed)]
+        mask = analysis.box_mask(members, size)
+        rows = []
+        for path in _checkpoints(folder):
+            method, runtime = _method(config, path)
+            gradient = analysis.input_gradient(method.train(), views[0], _inputs_of(config, method, runtime, views[1]))
+            inside, outside = analysis.inside_outside(gradient.cpu(), mask)
+            rows.append({"step": int(path.name.removeprefix("step_")), "inside": inside, "outside": outside})
+        curves[folder] = rows
+        axes[0][0].plot([row["step"] for row in rows], [row["inside"] for row in rows], marker="o", label=_name(folder))
+    axes[0][0].set_xlabel("optimizer step")
+    axes[0][0].set_ylabel("mean |d loss / d pixel| inside boxes")
+    axes[0][0].legend()
+    return figure, {"images": len(files), "curves": curves}
+
+
+def _inputs_of(config: Config, method: Method, runtime: Runtime, view2: Tensor) -> Callable[[Tensor], StepInputs]:
+    builder = InputBuilder(config, method, runtime, feature_grid(method, config.recipe.image_size))
+    return lambda view1: builder._inputs({"view1": view1, "view2": view2}, 0, 0, 1)
+
+
+def align(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Some images and some of their alignment maps, spread over the groups; each map on its own scale."""
+    folder = arguments.checkpoint[0]
+    config = _run_config(folder)
+    method, _ = _method(config, _checkpoints(folder)[-1])
+    head = next((module for module in method.children() if isinstance(module, AlignmentHead)), None)
+    if head is None:
+        raise UserMistake(
+            f"{folder} was trained with {config.run.method}, which has no alignment maps; give a LEWEL run"
+        )
+    total = len(_labels(arguments, arguments.data))
+    pixels = _pixels(arguments, arguments.data, _spread(total, arguments.images))
+    try:
+        maps = analysis.lewel_maps(method.encoder, head, normalise(pixels.to(_device()))).cpu()
+    except ValueError as reason:
+        raise UserMistake(str(reason)) from None
+    shown = _spread(maps.shape[1], arguments.maps)
+    figure, axes = _grid(len(pixels), 1 + len(shown))
+    for row, image in enumerate(pixels):
+        _show(axes[row][0], image)
+        for column, number in enumerate(shown):
+            _show(axes[row][column + 1], image, f"map {number}" if row == 0 else "")
+            heat = analysis.upsample(maps[row, number][None], arguments.image_size)[0].numpy()
+            axes[row][column + 1].imshow(heat, cmap="jet", alpha=0.5)
+    ratio = (maps.amax(dim=(2, 3)) / maps.amin(dim=(2, 3))).mean()
+    return figure, {"maps": int(maps.shape[1]), "mean_ratio_of_largest_to_smallest": float(ratio)}
+
+
+ANALYSES: dict[str, Callable[[argparse.Namespace], tuple[Any, dict[str, Any]]]] = {
+    "gradcam": gradcam,
+    "boxes": boxes,
+    "align": align,
+    "neighbours": neighbours,
+    "embedding": embedding,
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command from its arguments to its exit code."""
+    parser = make_parser("Look into one or several backbones; writes a PNG and a JSON of the figures beside it.")
+    parser.add_argument("analysis", choices=list(ANALYSES), help="what to look at")
+    parser.add_argument("checkpoint", nargs="+", help="runs or backbone files (boxes and align: runs)")
+    parser.add_argument("--data", required=True, help="images; boxes: the folder that --annotations belongs to")
+    parser.add_argument("--out", required=True, help="picture to write, .png")
+    parser.add_argument("--annotations", default="", help="boxes: COCO instances file")
+    parser.add_argument("--loader", default="auto", help="where images come from")
+    parser.add_argument("--arch", default="", help="architecture; empty finds it out")
+    parser.add_argument("--image-size", type=int, default=224, help="side of a view (boxes: the run's own)")
+    parser.add_argument("--images", type=int, default=8, help="images to show or to measure on")
+    parser.add_argument(
+        "--probe-images", type=int, default=2000, help="gradcam: images that the linear probe learns from"
+    )
+    parser.add_argument("--neighbours", type=int, default=6, help="neighbours of each image")
+    parser.add_argument("--maps", type=int, default=6, help="align: maps of each image")
+    parser.add_argument("--tsne", action="store_true", help="embedding: t-SNE instead of principal axes")
+    parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
+    try:
+        arguments = parse(parser, argv)
+    except ValueError as reason:
+        raise UserMistake(str(reason)) from None
+    for name in ("image_size", "images", "probe_images", "neighbours", "maps"):
+        if getattr(arguments, name) < 1:
+            raise UserMistake(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
+    out = Path(arguments.out)
+    if out.suffix != ".png":
+        raise UserMistake(f"--out {out}: the picture is a .png")
+    figure, figures = ANALYSES[arguments.analysis](arguments)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=130)
+        out.with_suffix(".json").write_text(json.dumps({"analysis": arguments.analysis, **figures}, indent=1) + "\n")
+    except OSError as reason:
+        raise UserMistake(f"--out {out}: {reason.strerror or reason}; choose a place that can be written") from None
+    finally:
+        _pyplot().close(figure)
+    print(f"{arguments.analysis}: {out}, figures in {out.with_suffix('.json')}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Analyse as the command line says; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_to_exit_code(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -45,6 +45,9 @@ class RunConfig:
         "auto", "auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
     )
     compile: bool | None = _flag(None, "compile heads and losses; none: on for CUDA, off for CPU")
+    cuda_graph: bool = _flag(
+        False, "replay forward and backward as one CUDA graph, on one GPU; not yet run on a GPU, so off by default"
+    )
     deterministic: bool = _flag(False, "deterministic kernels and a fixed order of summation, for byte-identical runs")
     device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where to train")
     workers: int = _flag(0, "decoding threads of this process; 0 follows from the cores it may use")
@@ -109,7 +112,7 @@ class Config:
 
 # May change between a run and its continuation without changing what is computed.
 FREE_ON_RESUME = frozenset(
-    "data run_dir val_data loader recipe max_steps init compile deterministic device workers knn_every "
+    "data run_dir val_data loader recipe max_steps init compile cuda_graph deterministic device workers knn_every "
     "checkpoint_every keep_checkpoints resume log_every dry_run".split()
 )
 

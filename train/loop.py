@@ -19,6 +19,7 @@ from models.norm import running_buffers
 from .backbone_io import save_backbone
 from .checkpoint import TrainState, save_checkpoint
 from .config import Config
+from .cuda_graph import GraphedForwardBackward
 from .errors import CheckpointFailed, NonFinite, Stopped
 from .inputs import InputStream
 from .metrics import Metrics
@@ -46,6 +47,7 @@ class Job:
         steps_per_epoch: optimizer steps of an epoch.
         evaluate: called as `evaluate(step, epoch)` at the start, every `knn_every` epochs and at the end.
         config_json: stored in each checkpoint, to be compared on resuming.
+        graphed: forward and backward as a CUDA graph, with `--cuda-graph`.
     """
 
     config: Config
@@ -59,6 +61,7 @@ class Job:
     steps_per_epoch: int
     evaluate: Callable[[int, int], None]
     config_json: dict[str, Any]
+    graphed: GraphedForwardBackward | None = None
 
 
 def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
@@ -145,6 +148,8 @@ def take_step(job: Job, state: TrainState, step: int, micro_batches: list[StepIn
 
 
 def _forward_backward(job: Job, state: TrainState, inputs: StepInputs, weight: float, last: bool) -> StepOutput:
+    if job.graphed is not None:
+        return job.graphed(inputs)
     # Gradients travel once a step, after the last micro-batch.
     accumulate = isinstance(job.wrapped, nn.parallel.DistributedDataParallel) and not last
     with job.wrapped.no_sync() if accumulate else contextlib.nullcontext():  # type: ignore[operator]

@@ -24,6 +24,7 @@ from pipeline.regions import region_bounds
 from train import data as run_data
 from train.checkpoint import TrainState, newest_good, read_document, restore_checkpoint, write_atomically
 from train.config import Config, changed_fields, resolve
+from train.cuda_graph import GraphedForwardBackward
 from train.errors import UserMistake, run_to_exit_code
 from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size
 from train.loop import Job, train
@@ -135,6 +136,14 @@ def _compile_heads(method: Method) -> None:
         module.compile()
 
 
+def _graphed(config: Config, runtime: Runtime, method: Method) -> GraphedForwardBackward | None:
+    if not config.run.cuda_graph:
+        return None
+    if config.run.micro_batch:
+        raise UserMistake("--cuda-graph takes each step as a whole; leave out --micro-batch or the graph")
+    return GraphedForwardBackward(method, runtime)
+
+
 def run(config: Config) -> int:
     """One run from resolved configuration to exit code."""
     if not config.run.data and config.run.loader != "synthetic":
@@ -206,6 +215,7 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
             last_step=last,
             steps_per_epoch=steps_per_epoch,
             config_json=config_json,
+            graphed=_graphed(config, runtime, method),
             evaluate=_evaluator(config, runtime, method, data, metrics),
         )
         return _run_job(job, state, watch, resumed)

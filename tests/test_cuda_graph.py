@@ -1,0 +1,139 @@
+"""The graphed step: same losses and weights as the plain one, with a capture that repeats the work on the CPU."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.methods import METHODS
+from models.methods.base import StepInputs
+from train.cuda_graph import GraphedForwardBackward
+from train.errors import UserMistake
+from train.main import main
+from train.runtime import Runtime
+
+CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
+
+
+def repeat(function):
+    """Stands in for a CUDA graph: a replay does the same work and leaves its results in the same tensors."""
+    owner = function.__self__
+    parameters = list(owner.method.parameters())
+    function()
+    output, gradients = owner._output, [p.grad for p in parameters]
+
+    def replay():
+        for parameter in parameters:
+            parameter.grad = None
+        function()
+        for parameter, first in zip(parameters, gradients, strict=True):
+            if first is not None:
+                first.copy_(parameter.grad)
+            parameter.grad = None
+        with torch.no_grad():
+            output.loss.copy_(owner._output.loss)
+            for name, tensor in output.keys.items():
+                tensor.copy_(owner._output.keys[name])
+        owner._output = output
+
+    return replay
+
+
+def capture(function):
+    # A real capture launches nothing: undo what the stand-in's first run did to running statistics.
+    method = function.__self__.method
+    before = [buffer.clone() for buffer in method.buffers()]
+    replay = repeat(function)
+    for buffer, saved in zip(method.buffers(), before, strict=True):
+        buffer.copy_(saved)
+    return replay
+
+
+def make_method(name="moco-v2"):
+    torch.manual_seed(0)
+    cls = METHODS[name]
+    return cls(cls.Config(queue_size=16), arch="resnet18", image_size=32, bn_group_size=2)
+
+
+def make_inputs(step):
+    torch.manual_seed(step)
+    views = torch.randn(2, 4, 3, 32, 32)
+    return StepInputs(views[0], views[1], step=step, key_permutation=(torch.randperm(4),))
+
+
+def train(method, forward_backward):
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    losses = []
+    for step in range(3):
+        output = forward_backward(make_inputs(step))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        method.after_step(output, 0.9)
+        losses.append(float(output.loss.detach()))
+    return losses
+
+
+def test_equals_the_plain_step():
+    method = make_method()
+    plain = copy.deepcopy(method)
+
+    def plain_step(inputs):
+        output = plain(inputs)
+        output.loss.backward()
+        return output
+
+    expected = train(plain, plain_step)
+    assert train(method, GraphedForwardBackward(method, CPU, capture)) == pytest.approx(expected, rel=1e-6)
+    for (name, ours), theirs in zip(method.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_a_method_that_reads_the_step_is_refused():
+    class Reads(torch.nn.Module):
+        def forward(self, inputs):
+            return inputs.step
+
+    with pytest.raises(UserMistake, match="computes with the step"):
+        GraphedForwardBackward(Reads(), CPU, capture)(make_inputs(0))
+
+
+def test_what_a_graph_cannot_serve_is_refused():
+    method = torch.nn.Linear(1, 1)
+    with pytest.raises(UserMistake, match="needs a CUDA device"):
+        GraphedForwardBackward(method, CPU)
+    for runtime in (replace(CPU, world_size=2), replace(CPU, dtype=torch.float16)):
+        with pytest.raises(UserMistake, match="one process"):
+            GraphedForwardBackward(method, runtime, capture)
+    graphed = GraphedForwardBackward(make_method(), CPU, capture)
+    graphed(make_inputs(0))
+    smaller = make_inputs(1)
+    smaller.view1 = smaller.view1[:2]
+    with pytest.raises(UserMistake, match="changed their shapes"):
+        graphed(smaller)
+
+
+@pytest.mark.gpu
+def test_replays_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    runtime = replace(CPU, device=torch.device("cuda"))
+    method = make_method().cuda()
+    plain = copy.deepcopy(method)
+
+    def on_gpu(step):
+        inputs = make_inputs(step)
+        return replace(inputs, view1=inputs.view1.cuda(), view2=inputs.view2.cuda())
+
+    graphed = GraphedForwardBackward(method, runtime)
+    for step in range(3):
+        output = graphed(on_gpu(step))
+        expected = plain(on_gpu(step))
+        torch.testing.assert_close(output.loss, expected.loss.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_flag_without_a_gpu_is_the_users_mistake(tmp_path, capsys):
+    flags = "--method moco-v2 --loader synthetic --data 64 --arch resnet18 --image-size 32 --global-batch 4 --queue-size 8"
+    flags += " --bn.group-size 0 --device cpu --cuda-graph --run-dir"
+    assert main([*flags.split(), str(tmp_path / "run")]) == 2
+    assert "--cuda-graph needs a CUDA device" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""Forward and backward of a step as one CUDA graph: thousands of launches become one.
+
+Learning rate, EMA coefficient and queue position change from step to step on the host, so optimizer, EMA and
+enqueueing stay outside; with fused forms they are a handful of launches. No one has run this on a GPU yet, so it is
+off by default.
+
+Source: CUDA graphs as PyTorch documents them (whole-network capture).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.methods.base import Method, StepInputs, StepOutput
+
+from .errors import UserMistake
+from .runtime import Runtime
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], None]], Replay]
+WARMUP = 3
+
+
+def capture_cuda(function: Callable[[], None]) -> Replay:
+    """Record what `function` launches; calling the result launches it again. `function` must have run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+class _FixedInputs(StepInputs):
+    """Inputs of a graph: tensors whose contents change; numbers, which a graph would keep for good, cannot be read."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name in ("step", "seed"):
+            raise UserMistake(
+                f"--cuda-graph: this method computes with the {name} on the host, which a graph would freeze; "
+                "leave the flag out"
+            )
+        return super().__getattribute__(name)
+
+
+def _tensors(inputs: StepInputs) -> list[Tensor]:
+    """Every tensor of the inputs in a fixed order."""
+    named = [inputs.mixed, inputs.box_cells, inputs.partner]
+    rest = [group[name] for group in named for name in sorted(group)]
+    return [inputs.view1, inputs.view2, *rest, *inputs.key_permutation]
+
+
+class GraphedForwardBackward:
+    """Calls like `loss = method(inputs).loss; loss.backward()`, replayed from a graph after the first call.
+
+    Args:
+        method: its parameters, buffers and queues must keep their storage, as in-place updates do.
+        runtime: device and precision.
+        capture: how to record; `capture_cuda` but in tests.
+
+    Raises:
+        UserMistake: where a graph cannot serve: no CUDA device, several processes, or fp16 with its loss scale.
+    """
+
+    def __init__(self, method: Method, runtime: Runtime, capture: Capture = capture_cuda) -> None:
+        if capture is capture_cuda and runtime.device.type != "cuda":
+            raise UserMistake("--cuda-graph needs a CUDA device; leave it out on the CPU")
+        if runtime.world_size > 1 or runtime.dtype is torch.float16:
+            raise UserMistake("--cuda-graph works with one process and without fp16's loss scale; leave it out")
+        self.method, self.runtime, self.capture = method, runtime, capture
+        self._replay: Replay | None = None
+
+    def __call__(self, inputs: StepInputs) -> StepOutput:
+        """Loss, metrics and keys of the step, detached, valid until the next call; gradients are in `.grad`."""
+        if self._replay is None:
+            self._record(inputs)
+        self._load(inputs)
+        assert self._replay is not None
+        self._replay()
+        # The optimizer's `zero_grad` drops gradients; the graph writes to these tensors, whoever points to them.
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        return self._output
+
+    def _record(self, inputs: StepInputs) -> None:
+        device = self.runtime.device
+        copied = {
+            name: {key: tensor.to(device).clone() for key, tensor in getattr(inputs, name).items()}
+            for name in ("mixed", "box_cells", "partner")
+        }
+        values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)} | copied
+        for name in ("view1", "view2"):
+            values[name] = getattr(inputs, name).clone(memory_format=torch.preserve_format)
+        values["key_permutation"] = tuple(tensor.to(device).clone() for tensor in inputs.key_permutation)
+        self._inputs = _FixedInputs(**values)
+        self._slots = _tensors(self._inputs)
+        self._warm_up()
+        self._replay = self.capture(self._forward_backward)
+        self._gradients = [(p, p.grad) for p in self.method.parameters() if p.grad is not None]
+
+    def _warm_up(self) -> None:
+        """Let libraries choose and compile, then put back the running statistics that this has moved."""
+        before = [buffer.clone() for buffer in self.method.buffers()]
+        if self.runtime.device.type == "cuda":
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._warm_up_steps()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            self._warm_up_steps()
+        for buffer, saved in zip(self.method.buffers(), before, strict=True):
+            buffer.copy_(saved)
+
+    def _warm_up_steps(self) -> None:
+        for _ in range(WARMUP):
+            self._forward_backward()
+            # The capture must allocate the gradients itself, in the memory that belongs to the graph.
+            for parameter in self.method.parameters():
+                parameter.grad = None
+
+    def _forward_backward(self) -> None:
+        with self.runtime.autocast():
+            output: StepOutput = self.method(self._inputs)
+        output.loss.backward()
+        self._output = StepOutput(output.loss.detach(), output.metrics, output.keys)
+
+    def _load(self, inputs: StepInputs) -> None:
+        given = _tensors(inputs)
+        if [tensor.shape for tensor in given] != [slot.shape for slot in self._slots]:
+            raise UserMistake("--cuda-graph: the inputs changed their shapes; every step needs a whole batch")
+        for slot, tensor in zip(self._slots, given, strict=True):
+            slot.copy_(tensor, non_blocking=True)

@@ -147,6 +147,25 @@ inline void plan_horizontal(Filter& filter, int outputs, int32_t level) {
     }
 }
 
+// First input, its distance from the output's centre, and how many inputs there are: the most over all outputs.
+REGATTA_CLONES
+inline int place_taps(double from, double scale, double support, int lowest, int highest, int outputs, int32_t* start,
+                      float* offset) {
+  int taps = 1;
+  for (int x = 0; x < outputs; ++x) {
+    const double center = from + (x + 0.5) * scale;
+    // Samples whose centre lies within the support, as far as the crop reaches; both ends are positive after the
+    // addition or clamped, so truncation is a floor.
+    int begin = static_cast<int>(center - support + 0.5), end = static_cast<int>(center + support + 0.5);
+    begin = std::min(std::max(begin, lowest), highest - 1);
+    end = std::min(std::max(end, begin + 1), highest);
+    start[x] = begin;
+    offset[x] = static_cast<float>(begin + 0.5 - center);
+    taps = std::max(taps, end - begin);
+  }
+  return taps;
+}
+
 // The filter that maps the interval [from, from + length) of a row of `limit` samples to `outputs` pixels.
 inline void build_filter(Filter& filter, double from, double length, int limit, int outputs, int interpolation) {
   const int lowest = std::clamp(static_cast<int>(std::floor(from)), 0, limit - 1);
@@ -158,17 +177,7 @@ inline void build_filter(Filter& filter, double from, double length, int limit, 
   filter.start.resize(filter.stride);
   filter.offset.resize(filter.stride);
   filter.sum.resize(filter.stride);
-  filter.taps = 1;
-  for (int x = 0; x < outputs; ++x) {
-    const double center = from + (x + 0.5) * scale;
-    // Samples whose centre lies within the support, as far as the crop reaches; both ends are positive after the
-    // addition or clamped, so truncation is a floor.
-    const int begin = std::clamp(static_cast<int>(center - support + 0.5), lowest, highest - 1);
-    const int end = std::clamp(static_cast<int>(center + support + 0.5), begin + 1, highest);
-    filter.start[x] = begin;
-    filter.offset[x] = static_cast<float>(begin + 0.5 - center);
-    filter.taps = std::max(filter.taps, end - begin);
-  }
+  filter.taps = place_taps(from, scale, support, lowest, highest, outputs, filter.start.data(), filter.offset.data());
   filter.first = lowest;
   filter.last = highest;
   const size_t total = static_cast<size_t>(filter.taps) * filter.stride;
@@ -371,6 +380,79 @@ REGATTA_AVX512 inline void vertical_avx512(const uint8_t* source, ptrdiff_t pitc
   }
 }
 
+#define REGATTA_VBMI __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512vbmi")))
+
+// Byte positions that turn packed rows of 64 reds, greens and blues into 192 interleaved bytes, by output register.
+struct InterleaveTable {
+  alignas(64) uint8_t red_green[3][64], blue[3][64];
+  uint64_t is_blue[3];
+  InterleaveTable() {
+    for (int at = 0; at < 192; ++at) {
+      const int pixel = at / 3, color = at % 3;
+      // Where packing two registers of words lane by lane leaves the pixel's byte.
+      const int packed = (pixel % 32) / 8 * 16 + pixel / 32 * 8 + pixel % 8;
+      red_green[at / 64][at % 64] = static_cast<uint8_t>(color == 1 ? 64 + packed : packed);
+      blue[at / 64][at % 64] = static_cast<uint8_t>(packed);
+    }
+    for (int part = 0; part < 3; ++part) {
+      is_blue[part] = 0;
+      for (int at = 0; at < 64; ++at)
+        if ((part * 64 + at) % 3 == 2) is_blue[part] |= UINT64_C(1) << at;
+    }
+  }
+};
+
+REGATTA_VBMI inline __m512i round_bits(__m512i value, __m512i half, __m128i bits) {
+  return _mm512_sra_epi16(_mm512_adds_epi16(value, half), bits);
+}
+
+template <bool convert>
+REGATTA_VBMI inline void color_vbmi(const int16_t* y, const int16_t* cb, const int16_t* cr, int bits, int outputs,
+                                    uint8_t* rgb) {
+  static const InterleaveTable table;
+  const __m512i middle = _mm512_set1_epi16(static_cast<int16_t>(128 << bits));
+  const __m512i half = _mm512_set1_epi16(static_cast<int16_t>(1 << (bits - 1)));
+  const __m128i shift = _mm_cvtsi32_si128(bits);
+  const __m512i red_cr = _mm512_set1_epi16(kRedCr), green_cb = _mm512_set1_epi16(kGreenCb);
+  const __m512i green_cr = _mm512_set1_epi16(kGreenCr), blue_cb = _mm512_set1_epi16(kBlueCb);
+  for (int x = 0; x < outputs; x += 64) {
+    __m512i r[2], g[2], b[2];
+    for (int part = 0; part < 2; ++part) {
+      r[part] = _mm512_loadu_si512(y + x + 32 * part);
+      g[part] = _mm512_loadu_si512(cb + x + 32 * part);
+      b[part] = _mm512_loadu_si512(cr + x + 32 * part);
+      if (convert) {
+        const __m512i luma = r[part], blue = _mm512_sub_epi16(g[part], middle), red = _mm512_sub_epi16(b[part], middle);
+        r[part] = _mm512_adds_epi16(luma, _mm512_adds_epi16(red, _mm512_mulhrs_epi16(red, red_cr)));
+        g[part] = _mm512_adds_epi16(
+            luma, _mm512_adds_epi16(_mm512_mulhrs_epi16(blue, green_cb), _mm512_mulhrs_epi16(red, green_cr)));
+        b[part] = _mm512_adds_epi16(luma, _mm512_adds_epi16(blue, _mm512_mulhrs_epi16(blue, blue_cb)));
+      }
+      r[part] = round_bits(r[part], half, shift);
+      g[part] = round_bits(g[part], half, shift);
+      b[part] = round_bits(b[part], half, shift);
+    }
+    const __m512i reds = _mm512_packus_epi16(r[0], r[1]);
+    const __m512i greens = _mm512_packus_epi16(g[0], g[1]);
+    const __m512i blues = _mm512_packus_epi16(b[0], b[1]);
+    const int bytes = (outputs - x) * 3;
+    for (int part = 0; part < 3; ++part) {
+      const int left = bytes - part * 64;
+      if (left <= 0) break;
+      const __m512i red_green = _mm512_permutex2var_epi8(reds, _mm512_load_si512(table.red_green[part]), greens);
+      const __m512i mixed = _mm512_mask_permutexvar_epi8(red_green, table.is_blue[part],
+                                                         _mm512_load_si512(table.blue[part]), blues);
+      const __mmask64 wanted = left >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << left) - 1;
+      _mm512_mask_storeu_epi8(rgb + 3 * x + 64 * part, wanted, mixed);
+    }
+  }
+}
+
+inline bool has_vbmi() {
+  static const bool found = __builtin_cpu_supports("avx512vbmi") != 0;
+  return found;
+}
+
 REGATTA_AVX512 inline void horizontal_avx512(const int16_t* row, const Filter& filter, int outputs, int16_t* out) {
   const __m512i one = _mm512_set1_epi16(1);
   for (int x = 0; x < outputs; x += kGroup) {
@@ -419,7 +501,7 @@ enum Color : int32_t { kGray = 1, kYcc = 3, kRgb = 4 };
 // Buffers of one thread, kept between images so that steady running allocates nothing.
 struct ResizeScratch {
   Filter x[2], y[2];  // for the first plane, and for the other two, which share their geometry
-  std::vector<int16_t> row;
+  std::vector<int16_t> row[3];
   std::vector<float> float_row;
   std::vector<int16_t> out[3];
 };
@@ -446,6 +528,50 @@ inline void resample_row_float(const Plane& plane, const Filter& across, const F
   }
 }
 
+inline bool too_strong(const Filter& across, const Filter& down) {
+  return across.taps > kMostFixedTaps || down.taps > kMostFixedTaps;
+}
+
+inline void vertical(int32_t level, const uint8_t* source, ptrdiff_t pitch, const int16_t* weight,
+                     ptrdiff_t weight_stride, int taps, int width, int16_t* out) {
+#if REGATTA_X86
+  if (level == kAvx512) return vertical_avx512(source, pitch, weight, weight_stride, taps, width, out);
+  if (level == kAvx2) return vertical_avx2(source, pitch, weight, weight_stride, taps, width, out);
+#else
+  (void)level;
+#endif
+  vertical_scalar(source, pitch, weight, weight_stride, taps, width, out);
+}
+
+inline void horizontal(int32_t level, const int16_t* row, const Filter& filter, int outputs, int16_t* out) {
+#if REGATTA_X86
+  if (level == kAvx512) return horizontal_avx512(row, filter, outputs, out);
+  if (level == kAvx2) return horizontal_avx2(row, filter, outputs, out);
+#else
+  (void)level;
+#endif
+  horizontal_scalar(row, filter, outputs, out);
+}
+
+// Three rows of fixed point to one of interleaved bytes; `color` says whether they are converted.
+inline void store_row(int32_t level, const int16_t* first, const int16_t* second, const int16_t* third, int32_t color,
+                      int bits, int size, uint8_t* target) {
+#if REGATTA_X86
+  if (level == kAvx512 && has_vbmi())
+    return color == kYcc ? color_vbmi<true>(first, second, third, bits, size, target)
+                         : color_vbmi<false>(first, second, third, bits, size, target);
+  if (level != kScalar)
+    return color == kYcc ? color_avx2<true>(first, second, third, bits, size, target)
+                         : color_avx2<false>(first, second, third, bits, size, target);
+#else
+  (void)level;
+#endif
+  if (color == kYcc)
+    color_scalar(first, second, third, bits, 0, size, target);
+  else
+    interleave_scalar(first, second, third, bits, size, target);
+}
+
 // Cut `box` out of the planes and resize it to an interleaved RGB square.
 inline void resize_view(ResizeScratch& scratch, const Plane* planes, int32_t color, const Box& box, int size,
                         int interpolation, int32_t level, uint8_t* rgb) {
@@ -466,59 +592,36 @@ inline void resize_view(ResizeScratch& scratch, const Plane* planes, int32_t col
     const Filter& filter = scratch.x[kind];
     row_size = std::max<size_t>(row_size, filter.last - filter.first + filter.taps + filter.windows * 8 + 2 * kPad);
   }
-  if (scratch.row.size() < row_size) scratch.row.resize(row_size);
+  for (auto& row : scratch.row)
+    if (row.size() < row_size) row.resize(row_size);
   for (auto& out : scratch.out)
-    if (out.size() < static_cast<size_t>(scratch.x[0].stride)) out.resize(scratch.x[0].stride);
+    if (out.size() < static_cast<size_t>(scratch.x[0].stride) + kGroup) out.resize(scratch.x[0].stride + kGroup);
   const int bits = interpolation == kBicubic ? kInputShift - 2 : kInputShift;
   const int count = color == kGray ? 1 : 3;
   for (int y = 0; y < size; ++y) {
+    // All vertical sums first: a row that was written just now would still be on its way to the cache.
     for (int channel = 0; channel < count; ++channel) {
-      const int kind = std::min(channel, 1);
+      const Filter& across = scratch.x[std::min(channel, 1)];
+      const Filter& down = scratch.y[std::min(channel, 1)];
       const Plane& plane = planes[channel];
-      const Filter& across = scratch.x[kind];
-      const Filter& down = scratch.y[kind];
+      if (too_strong(across, down)) {
+        resample_row_float(plane, across, down, y, size, bits, scratch.float_row, scratch.out[channel].data());
+        continue;
+      }
       const uint8_t* source = plane.data + down.start[y] * plane.pitch + across.first;
       const int taps = std::min(down.taps, down.last - down.start[y]);
-      const int width = across.last - across.first;
-      const int16_t* weight = down.weight.data() + y;
-      int16_t* row = scratch.row.data();
-      int16_t* out = scratch.out[channel].data();
-      if (across.taps > kMostFixedTaps || down.taps > kMostFixedTaps) {
-        resample_row_float(plane, across, down, y, size, bits, scratch.float_row, out);
-        continue;
-      }
-#if REGATTA_X86
-      if (level == kAvx512) {
-        vertical_avx512(source, plane.pitch, weight, down.stride, taps, width, row);
-        horizontal_avx512(row, across, size, out);
-        continue;
-      }
-      if (level == kAvx2) {
-        vertical_avx2(source, plane.pitch, weight, down.stride, taps, width, row);
-        horizontal_avx2(row, across, size, out);
-        continue;
-      }
-#endif
-      vertical_scalar(source, plane.pitch, weight, down.stride, taps, width, row);
-      horizontal_scalar(row, across, size, out);
+      vertical(level, source, plane.pitch, down.weight.data() + y, down.stride, taps, across.last - across.first,
+               scratch.row[channel].data());
     }
-    uint8_t* target = rgb + static_cast<size_t>(y) * size * 3;
+    for (int channel = 0; channel < count; ++channel) {
+      const Filter& across = scratch.x[std::min(channel, 1)];
+      if (too_strong(across, scratch.y[std::min(channel, 1)])) continue;
+      horizontal(level, scratch.row[channel].data(), across, size, scratch.out[channel].data());
+    }
     const int16_t* first = scratch.out[0].data();
     const int16_t* second = color == kGray ? first : scratch.out[1].data();
     const int16_t* third = color == kGray ? first : scratch.out[2].data();
-#if REGATTA_X86
-    if (level != kScalar) {
-      if (color == kYcc)
-        color_avx2<true>(first, second, third, bits, size, target);
-      else
-        color_avx2<false>(first, second, third, bits, size, target);
-      continue;
-    }
-#endif
-    if (color == kYcc)
-      color_scalar(first, second, third, bits, 0, size, target);
-    else
-      interleave_scalar(first, second, third, bits, size, target);
+    store_row(level, first, second, third, color, bits, size, rgb + static_cast<size_t>(y) * size * 3);
   }
 }
 

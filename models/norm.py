@@ -50,10 +50,8 @@ class _GroupedBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        grad = grads[0]
         x, weight, *saved = ctx.saved_tensors
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = _like_layout(grads[0], x)
         grad_x = torch.empty_like(x)
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
         grad_weight: Tensor | None = None
@@ -214,8 +212,8 @@ class GroupBatchNorm(_ViewsBatchNorm):
         return f"{super().extra_repr()}, group_size={self.group_size}"
 
 
-class _SyncBatchNormFunction(torch.autograd.Function):
-    """Batch norm over the rows of all ranks on kernels that also run on the CPU; ranks may hold unequal rows."""
+class _SyncBatchNormCpu(torch.autograd.Function):
+    """Batch norm over the rows of all ranks, from kernels that run anywhere; ranks may hold unequal rows."""
 
     @staticmethod
     def forward(
@@ -230,8 +228,10 @@ class _SyncBatchNormFunction(torch.autograd.Function):
             local_variance *= (rows - 1) / rows
         else:
             local_mean.copy_(x.reshape(channels))
-        count = torch.full((1,), float(rows), dtype=dtype, device=x.device)
-        mean, variance, total = _joint_statistics(local_mean, local_variance, count)
+        means, variances, counts = _gather_statistics(local_mean, local_variance, rows)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        variance = (counts * (variances + (means - mean).square())).sum(0) / total
         y = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
         ctx.save_for_backward(x, weight, mean, variance, total)
         ctx.eps, ctx.mask = eps, (weight is not None, bias is not None)
@@ -241,10 +241,8 @@ class _SyncBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        grad = grads[0]
         x, weight, mean, variance, total = ctx.saved_tensors
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            grad = grad.contiguous(memory_format=torch.channels_last)
+        grad = _like_layout(grads[0], x)
         scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         # The evaluation-mode backward gives w * dy / std and, as parameter gradients, the sums of dy * xhat and of dy.
         direct, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
@@ -263,43 +261,74 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         return grad_x, (sum_dy_xhat if ctx.mask[0] else None), (sum_dy if ctx.mask[1] else None), None
 
 
-def _joint_statistics(mean: Tensor, variance: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance (C,) and row count (1,) of all ranks' rows from each rank's own."""
-    channels = mean.shape[0]
-    local = torch.cat([mean, variance, count])
+class _SyncBatchNormCuda(torch.autograd.Function):
+    """The same on the CUDA kernels of PyTorch's `nn.SyncBatchNorm`.
+
+    PyTorch's own function looks at the counts of all ranks on the host, a wait in every layer; here a rank always holds
+    rows, so that nothing has to be looked at.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        local_mean, local_inverse_std = torch.batch_norm_stats(x, eps)
+        means, inverse_stds, counts = _gather_statistics(local_mean, local_inverse_std, x.numel() // x.shape[1])
+        # With momentum 1 the "running" statistics become those of the joint batch, the variance unbiased.
+        joint_mean = torch.zeros_like(local_mean)
+        unbiased = torch.zeros_like(local_mean)
+        mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
+            x, means, inverse_stds, joint_mean, unbiased, 1.0, eps, counts.view(-1)
+        )
+        ctx.save_for_backward(x, weight, mean, inverse_std, counts.to(torch.int32))
+        ctx.has_bias = bias is not None
+        ctx.mark_non_differentiable(joint_mean, unbiased)
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps), joint_mean, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x, weight, mean, inverse_std, counts = ctx.saved_tensors
+        grad = _like_layout(grads[0], x)
+        sum_dy, sum_dy_xmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+            grad, x, mean, inverse_std, weight, True, weight is not None, ctx.has_bias
+        )
+        sums = torch.stack([sum_dy, sum_dy_xmu])
+        dist.all_reduce(sums)
+        scale = None if weight is None else weight.to(mean.dtype)
+        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse_std, scale, sums[0], sums[1], counts)
+        return grad_x, (grad_weight if weight is not None else None), (grad_bias if ctx.has_bias else None), None
+
+
+def _like_layout(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in the memory layout of its input."""
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return grad.contiguous(memory_format=torch.channels_last) if channels_last else grad.contiguous()
+
+
+def _gather_statistics(first: Tensor, second: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two (C,) statistics and the number of rows of every rank: (ranks, C), (ranks, C) and (ranks, 1)."""
+    channels = first.shape[0]
+    local = torch.cat([first, second, torch.full((1,), float(rows), dtype=first.dtype, device=first.device)])
     gathered = torch.empty(world() * local.numel(), dtype=local.dtype, device=local.device)
     dist.all_gather_into_tensor(gathered, local)
-    means, variances, counts = gathered.view(world(), -1).split([channels, channels, 1], dim=1)
-    total = counts.sum(0)
-    share = counts / total
-    joint_mean = (share * means).sum(0)
-    joint_variance = (share * (variances + (means - joint_mean).square())).sum(0)
-    return joint_mean, joint_variance, total
+    one, two, counts = gathered.view(world(), -1).split([channels, channels, 1], dim=1)
+    return one.contiguous(), two.contiguous(), counts.contiguous()
 
 
 @torch.compiler.disable
-def _pytorch_sync_batch_norm(x: Tensor, norm: SyncBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's CUDA kernels and collectives: (y, mean, unbiased variance). Left out of compiled graphs."""
-    from torch.nn.modules._functions import SyncBatchNorm as function
-
-    dtype, group = _statistics_dtype(x), dist.group.WORLD
-    mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-    variance = torch.zeros_like(mean)
-    y = function.apply(x, norm.weight, norm.bias, mean, variance, norm.eps, 1.0, group, world())
-    return y, mean, variance
-
-
-@torch.compiler.disable
-def _own_sync_batch_norm(x: Tensor, norm: SyncBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """The same on any device. Left out of compiled graphs, which would have to trace its collectives."""
-    result: tuple[Tensor, Tensor, Tensor] = _SyncBatchNormFunction.apply(x, norm.weight, norm.bias, norm.eps)
+def _sync_batch_norm(x: Tensor, norm: SyncBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, unbiased variance). Left out of compiled graphs, which would have to trace its collectives."""
+    function = _SyncBatchNormCuda if x.is_cuda else _SyncBatchNormCpu
+    result: tuple[Tensor, Tensor, Tensor] = function.apply(x, norm.weight, norm.bias, norm.eps)
     return result
 
 
 class SyncBatchNorm(_ViewsBatchNorm):
     """Batch norm over the images of all ranks; ordinary batch norm where there is one process.
 
-    PyTorch's `nn.SyncBatchNorm` refuses CPU tensors; this one runs its kernels on CUDA and our own elsewhere.
+    PyTorch's `nn.SyncBatchNorm` refuses CPU tensors and makes the host wait in every layer; this one does neither.
     """
 
     def _normalise(self, x: Tensor) -> Tensor:
@@ -310,7 +339,7 @@ class SyncBatchNorm(_ViewsBatchNorm):
     def _normalise_one(self, x: Tensor) -> Tensor:
         if world() == 1:
             return self._normalise_whole(x)
-        y, mean, variance = (_pytorch_sync_batch_norm if x.is_cuda else _own_sync_batch_norm)(x, self)
+        y, mean, variance = _sync_batch_norm(x, self)
         self._update_running(mean, variance)
         return y
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.norm import (
     GroupBatchNorm,
     SyncBatchNorm,
+    _SyncBatchNormCuda,
     convert_batch_norm,
     grouped_batch_norm_definition,
     running_buffers,
@@ -321,9 +322,38 @@ def test_on_cuda_groups_and_sync_equal_pytorchs() -> None:
     torch.testing.assert_close(gradients(norm(x), [x])[0], gradients(expected, [x])[0], rtol=1e-4, atol=1e-4)
     dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29577", rank=0, world_size=1)
     try:
-        ours, torchs = make_norm("sync").float().cuda(), make_norm("plain").float().cuda()
-        torchs = nn.SyncBatchNorm.convert_sync_batchnorm(torchs)
-        torch.testing.assert_close(ours(x), torchs(x), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(ours.running_var, torchs.running_var)
+        plain = make_norm("plain").float().cuda()
+        torchs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+        for columns in ((3, 5), ()):
+            rows = make_input(dtype=torch.float32, columns=columns).cuda().requires_grad_()
+            leaves = [rows, plain.weight, plain.bias]
+            y, mean, variance = _SyncBatchNormCuda.apply(rows, plain.weight, plain.bias, plain.eps)
+            expected = F.batch_norm(rows, None, None, plain.weight, plain.bias, True)
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+            for a, b in zip(gradients(y, leaves), gradients(expected, leaves), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            if columns:
+                torchs.momentum = 1.0
+                torch.testing.assert_close(torchs(rows), y, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(torchs.running_mean, mean)
+                torch.testing.assert_close(torchs.running_var, variance)
     finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_on_cuda_sync_does_not_wait_for_the_device() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    import torch.distributed as dist
+
+    norm = make_norm("plain").float().cuda()
+    x = make_input(dtype=torch.float32).cuda().contiguous(memory_format=torch.channels_last).requires_grad_()
+    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29578", rank=0, world_size=1)
+    try:
+        _SyncBatchNormCuda.apply(x, norm.weight, norm.bias, norm.eps)[0].sum().backward()  # sets the communicator up
+        torch.cuda.set_sync_debug_mode("error")
+        _SyncBatchNormCuda.apply(x, norm.weight, norm.bias, norm.eps)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
         dist.destroy_process_group()

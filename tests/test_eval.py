@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from models.methods import METHODS
-from pipeline.interface import Batch, PipelineStats
-from train.backbone_io import build_encoder, save_backbone
+from pipeline.interface import Batch, PipelineConfig, PipelineStats
+from pipeline.loaders import build_pipeline
+from train.backbone_io import build_encoder, load_backbone, save_backbone
 from train.errors import UserMistake
 from train.eval import linear, semi, splits
 from train.eval.accuracy import accuracy, read_real_labels
-from train.eval.features import extract_features
+from train.eval.features import center_view, extract_features
 from train.eval.linear import LINEAR_RECIPES, RECIPE_OF_METHOD, LinearConfig, LinearHeads, LinearRecipe, train_heads
 from train.evaluate import PROTOCOLS, main, protocol
 
@@ -366,3 +367,42 @@ def test_real_photos_through_the_folder_loader(photos, checkpoint: Path, tmp_pat
     assert main(["fewshot", *flags, "--fraction", "0.5", "--epochs", "1", "--recipe", "lewel-b", *output]) == 0
     chosen = (tmp_path / "few.list.txt").read_text().split("\n")
     assert len(chosen) == 31 and set(chosen[:-1]) <= set(names)
+
+
+@pytest.mark.slow
+def test_imagenette_figures_are_those_of_scikit_learn(photos, unpack, checkpoint: Path, tmp_path: Path) -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    models = pytest.importorskip("sklearn.linear_model")
+    seen: dict[str, int] = {}
+
+    def first_hundred(member: str) -> bool:
+        folder = member.split("/")[1]
+        seen[folder] = seen.get(folder, 0) + 1
+        return seen[folder] <= 100
+
+    train, val = photos(100), unpack("photos-val", first_hundred)
+    flags = ["--checkpoint", str(checkpoint), "--data", str(train), "--val-data", str(val), "--image-size", "64"]
+    assert main(["knn", *flags, "--k", "20", "--output", str(tmp_path / "knn.json")]) == 0
+    linear_flags = ["--recipe", "logistic", "--lrs", "0.01", "--output", str(tmp_path / "linear.json")]
+    assert main(["linear", *flags, *linear_flags]) == 0
+    encoder = load_backbone(checkpoint, say=lambda _: None)
+    tables = []
+    for folder in (train, val):
+        config = PipelineConfig(str(folder), (center_view(64),), 100, order="sequential", drop_last=False)
+        pipeline = build_pipeline("folder", config)
+        tables.append(extract_features(encoder, pipeline, torch.device("cpu")))
+        pipeline.close()
+    x, x_val = (table.features.double().numpy() for table in tables)
+    y, y_val = (table.labels.numpy() for table in tables)
+
+    def unit(rows):
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    knn = neighbors.KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d**2 / 2) / 0.07), algorithm="brute")
+    theirs = knn.fit(unit(x), y).score(unit(x_val), y_val)
+    assert abs(theirs - json.loads((tmp_path / "knn.json").read_text())["top1"]) <= 0.001
+    mean, std = x.mean(axis=0), x.std(axis=0, ddof=1)
+    logistic = models.LogisticRegression(C=1 / (0.01 * len(x)), tol=1e-8, max_iter=5000).fit((x - mean) / std, y)
+    theirs = logistic.score((x_val - mean) / std, y_val)
+    assert abs(theirs - json.loads((tmp_path / "linear.json").read_text())["top1"]) <= 0.001
+    assert theirs > 0.2, "chance would prove nothing"

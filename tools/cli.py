@@ -63,7 +63,11 @@ def call(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
         return INTERRUPTED
 
 
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a command with the process's arguments and leave with its exit code; SIGTERM cleans up as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(call(main, sys.argv[1:]))

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import stat
 import tarfile
 from collections import deque
 from collections.abc import Iterator
@@ -56,6 +57,8 @@ class Source:
         """
         path, offset, size = self.places[index]
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ImageRefused("not a regular file")  # reading a pipe would wait for ever
             with open(path, "rb") as file:
                 if offset >= 0:
                     file.seek(offset)

@@ -23,7 +23,8 @@ from .epoch import EpochPipeline
 from .geometry import draw_crops
 from .interface import Batch, PipelineConfig, ViewSpec
 from .prefetch import decoding_threads, prefetch
-from .stores import PackedStore, open_store
+from .stores import PackedStore, Store, is_shard_pattern, open_store
+from .wds_loader import open_shards
 
 types: Any = _types  # its constants are filled in by the C++ part, out of a type checker's sight
 _UNKNOWN, _WHOLE, _OTHER = 0, 1, 2  # what is known of a record
@@ -60,11 +61,18 @@ def _graph(views: Sequence[ViewSpec], rows: int, threads: int, device: torch.dev
 
 
 class DaliPipeline(EpochPipeline):
-    """A packed file, folder or list of files decoded by DALI."""
+    """A packed file, folder, list of files or tar shards decoded by DALI."""
 
     def __init__(self, config: PipelineConfig):
-        self.store = open_store(config.data)
-        super().__init__(config, self.store.labels, self.store.data_hash)
+        self.store: Store
+        self._shards = None
+        if is_shard_pattern(config.data):
+            self._shards = open_shards(config.data, config.order, config.world_size, config.shard_window)
+            self.store = self._shards
+            super().__init__(config, self.store.labels, self.store.data_hash, self._shards.index.samples)
+        else:
+            self.store = open_store(config.data)
+            super().__init__(config, self.store.labels, self.store.data_hash)
         self._threads = decoding_threads(config.workers)
         arguments = (config.seed, self.plan.population, self._threads, self.note_bad)
         self.decoder = ViewDecoder(self.store, config.views, *arguments)
@@ -84,12 +92,15 @@ class DaliPipeline(EpochPipeline):
                 zlib.crc32(data.data) == int(store.checksums[at]) for at, data in zip(index, records, strict=True)
             ]
             return np.array(intact, dtype=bool)
+        intact_or_unchecked = np.array(
+            [store.intact(at, data.tobytes()) for at, data in zip(index.tolist(), records, strict=True)], dtype=bool
+        )
         unknown = index[self._known[index] == _UNKNOWN]
         if len(unknown):
             status, sizes = self._probe.probe(unknown)
             self._known[unknown] = np.where(status == 0, _WHOLE, _OTHER)
             self._sizes[unknown] = sizes
-        return self._known[index] == _WHOLE
+        return (self._known[index] == _WHOLE) & intact_or_unchecked
 
     def _read(self, index: np.ndarray) -> list[np.ndarray]:
         """The records' bytes; empty where a file cannot be read."""
@@ -158,6 +169,9 @@ class DaliPipeline(EpochPipeline):
 
     def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
         """Generate the batches whose sample indices are given, in order."""
+        if self._shards is not None:
+            used = self._shards.shard_of[np.concatenate(batches)] if batches else np.zeros(0, dtype=np.int64)
+            self._shards.files.plan(used[np.sort(np.unique(used, return_index=True)[1])].tolist())
 
         def work(index: np.ndarray) -> tuple[np.ndarray, list[torch.Tensor]]:
             return index, self._decode(epoch, index)
@@ -178,3 +192,5 @@ class DaliPipeline(EpochPipeline):
         self._graph = None
         self.decoder.close()
         self._probe.close()
+        if self._shards is not None:
+            self._shards.files.close()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .interface import Pipeline, PipelineConfig
+from .stores import is_shard_pattern
 
 
 def _need(module: str, loader: str, extra: str) -> None:
@@ -65,12 +66,6 @@ PIPELINES: dict[str, Callable[[PipelineConfig], Pipeline]] = {
     "reference": _reference,
     "synthetic": _synthetic,
 }
-
-
-def is_shard_pattern(data: str) -> bool:
-    """Whether the text names tar shards: a pattern, a tar file, an address, or a folder with a shard index."""
-    path = Path(data)
-    return data.endswith(".tar") or "://" in data or (path.is_dir() and any(path.glob("*.tar")))
 
 
 def choose_loader(data: str) -> tuple[str, str]:

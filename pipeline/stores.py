@@ -11,11 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from .beton import BetonReader
+from .listing import list_images as listing_of
 from .manifest import manifest_of
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .avif".split()
-)
 _CHECK_CRC, _WHOLE_IMAGE, _REFUSE_ROTATED = 1, 2, 4  # as in native/views.cpp
 
 
@@ -78,36 +76,9 @@ class PackedStore:
 
 
 def list_images(source: Path) -> tuple[list[Path], np.ndarray]:
-    """The image files of a folder or of a list file, and their labels (N,) int64.
-
-    A folder is searched with its subfolders in the order of the relative paths; where every image lies in a subfolder,
-    the first one on its way is its class, numbered in order of name. A list has one path a line, relative to the
-    list's own folder or absolute; its images have no label.
-
-    Raises:
-        ValueError: there are no images.
-    """
-    if source.is_dir():
-        files = [
-            Path(folder, name)
-            for folder, _, names in os.walk(source, followlinks=True)
-            for name in names
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
-        files.sort(key=lambda path: os.fsencode(path.relative_to(source).as_posix()))
-        parts = [path.relative_to(source).parts for path in files]
-        if files and all(len(part) > 1 for part in parts):
-            classes = {name: label for label, name in enumerate(sorted({part[0] for part in parts}))}
-            labels = np.array([classes[part[0]] for part in parts], dtype=np.int64)
-        else:
-            labels = np.full(len(files), -1, dtype=np.int64)
-    else:
-        lines = source.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        files = [source.parent / line.strip() for line in lines if line.strip()]
-        labels = np.full(len(files), -1, dtype=np.int64)
-    if not files:
-        raise ValueError(f"{source} holds no image files; give a folder of photos or a list with one path a line")
-    return files, labels
+    """The image files of a folder or of a list file in storage order, and their labels (N,) int64."""
+    listing = listing_of(source)
+    return listing.files, listing.labels
 
 
 class FileStore:
@@ -146,6 +117,12 @@ class FileStore:
     def name(self, index: int) -> str:
         """The file's path."""
         return str(self.files[index])
+
+
+def is_shard_pattern(data: str) -> bool:
+    """Whether the text names tar shards: a pattern, a tar file, an address, or a folder with a shard index."""
+    path = Path(data)
+    return data.endswith(".tar") or "://" in data or (path.is_dir() and any(path.glob("*.tar")))
 
 
 def open_store(path: str) -> PackedStore | FileStore:

@@ -38,14 +38,17 @@ def pack(source: Path, target: Path, with_manifest: bool = True) -> Path:
     return target
 
 
-def damage_packed(path: Path, index: int, at: float = 0.6, length: int = 40) -> None:
+def damage_bytes(path: Path, start: int, size: int, at: float = 0.6, length: int = 40) -> None:
+    """Overwrite bytes in the middle of a record that begins at byte `start` of a file."""
+    with path.open("r+b") as file:
+        file.seek(start + int(size * at))
+        file.write(bytes((7 * byte + 1) % 255 for byte in range(length)))
+
+
+def damage_packed(path: Path, index: int) -> None:
     """Overwrite bytes in the middle of one record of a packed file."""
     reader = BetonReader(path)
-    start = int(reader.offsets[index] + int(reader.sizes[index] * at))
-    del reader
-    with path.open("r+b") as file:
-        file.seek(start)
-        file.write(bytes((7 * byte + 1) % 255 for byte in range(length)))
+    damage_bytes(path, int(reader.offsets[index]), int(reader.sizes[index]))
 
 
 def damage_file(path: Path) -> None:

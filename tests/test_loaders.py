@@ -15,13 +15,15 @@ import torch
 
 from pipeline import decoder as decoder_module
 from pipeline.decoder import pil_views
-from pipeline.epoch import EpochPlan, substitute
+from pipeline.epoch import substitute
 from pipeline.images import decode_rgb
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import PIPELINES, build_pipeline, choose_loader
 from pipeline.sampling import hold_out
 from pipeline.stores import FileStore
-from tests.small_stores import damage_file, damage_packed, pack
+from pipeline.wds_loader import open_shards
+from tests.small_stores import damage_bytes, damage_file, damage_packed, pack
+from tools import make_webdataset
 
 VIEWS = (ViewSpec("view1", 48), ViewSpec("view2", 64, scale=(0.08, 1.0), draw_id=1))
 WHOLE = (ViewSpec("image", 40, kind="whole"), ViewSpec("middle", 32, kind="center", interpolation="bicubic"))
@@ -35,7 +37,8 @@ has_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, r
 @dataclass(frozen=True)
 class Case:
     loader: str
-    packed: bool
+    packed: bool = False
+    shards: bool = False
     exact: bool = True  # the same bits as the native decoder, not only the same picture
 
 
@@ -46,6 +49,8 @@ CASES = [
     pytest.param(Case("ffcv", packed=True), id="ffcv", marks=[pytest.mark.ffcv, has_ffcv]),
     pytest.param(Case("dali", packed=True, exact=False), id="dali-packed", marks=[pytest.mark.dali, has_dali]),
     pytest.param(Case("dali", packed=False, exact=False), id="dali-folder", marks=[pytest.mark.dali, has_dali]),
+    pytest.param(Case("dali", shards=True, exact=False), id="dali-shards", marks=[pytest.mark.dali, has_dali]),
+    pytest.param(Case("webdataset", shards=True), id="webdataset"),
 ]
 
 
@@ -59,12 +64,21 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(folder, tmp_path_factory.mktemp("packed") / "photos.beton")
 
 
+@pytest.fixture(scope="module")
+def shards(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("shards") / "photos"
+    # About seven photos a shard: six shards, so that four ranks have one each.
+    assert make_webdataset.main([str(folder), str(target), "--shard-size-mib", "0.04", "--workers", "1"]) == 0
+    return target
+
+
 @pytest.fixture
-def build(folder: Path, packed: Path) -> Iterator[Callable[..., Pipeline]]:
+def build(folder: Path, packed: Path, shards: Path) -> Iterator[Callable[..., Pipeline]]:
     built: list[Pipeline] = []
 
     def make(case: Case, data: Path | None = None, **changes: object) -> Pipeline:
-        config = PipelineConfig(str(data or (packed if case.packed else folder)), VIEWS, BATCH, seed=5, workers=2)
+        source = data or (packed if case.packed else shards if case.shards else folder)
+        config = PipelineConfig(str(source), VIEWS, BATCH, seed=5, workers=2)
         pipeline = build_pipeline(case.loader, replace(config, **changes))  # type: ignore[arg-type]
         built.append(pipeline)
         return pipeline
@@ -107,7 +121,7 @@ def test_order_labels_and_pixels(case: Case, order: str, build: Callable[..., Pi
     pipeline.set_epoch(2)
     batches = collect(pipeline)
     store = FileStore(str(folder))
-    plan = EpochPlan(pipeline.config, PHOTOS)  # type: ignore[attr-defined]
+    plan = pipeline.plan  # type: ignore[attr-defined]
     assert pipeline.num_samples == PHOTOS and len(batches) == len(pipeline) == plan.steps
     expected = plan.order(2)[: sum(len(batch.index) for batch in batches)]
     assert np.array_equal(torch.cat([batch.index for batch in batches]).numpy(), expected)
@@ -160,7 +174,7 @@ def test_workers_do_not_matter(case: Case, build: Callable[..., Pipeline]) -> No
 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_record_is_named_and_its_place_filled(
-    case: Case, build: Callable[..., Pipeline], folder: Path, packed: Path, tmp_path: Path
+    case: Case, build: Callable[..., Pipeline], folder: Path, packed: Path, shards: Path, tmp_path: Path
 ) -> None:
     broken = 11
     if case.packed:
@@ -168,6 +182,11 @@ def test_bad_record_is_named_and_its_place_filled(
         for path in packed.parent.iterdir():
             shutil.copy(path, tmp_path)
         damage_packed(data, broken)
+    elif case.shards:
+        data = tmp_path / "shards"
+        shutil.copytree(shards, data)
+        index = open_shards(str(data), "global", 1, 1).index
+        damage_bytes(data / index.names[index.shard_of()[broken]], int(index.offsets[broken]), int(index.sizes[broken]))
     else:
         data = tmp_path / "photos"
         shutil.copytree(folder, data)

@@ -133,7 +133,7 @@ def test_replays_on_a_gpu():
 
 
 def test_the_flag_without_a_gpu_is_the_users_mistake(tmp_path, capsys):
-    flags = "--method moco-v2 --loader synthetic --data 64 --arch resnet18 --image-size 32 --global-batch 4 --queue-size 8"
-    flags += " --bn.group-size 0 --device cpu --cuda-graph --run-dir"
+    flags = "--method moco-v2 --loader synthetic --data 64 --arch resnet18 --image-size 32 --global-batch 4"
+    flags += " --queue-size 8 --bn.group-size 0 --device cpu --cuda-graph --run-dir"
     assert main([*flags.split(), str(tmp_path / "run")]) == 2
     assert "--cuda-graph needs a CUDA device" in capsys.readouterr().err

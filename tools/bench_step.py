@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.methods import METHODS
 from models.methods.base import Method, StepInputs
 from models.methods.moco_v2 import MoCoV2
+from models.ops.pool_kernels import set_pool_kernel
 from pipeline.interface import PipelineConfig
 from pipeline.synthetic import SyntheticPipeline
 from tools import cli
@@ -37,6 +38,7 @@ from tools.projection import GPUS
 from tools.reference_port import PortedStep, PortOptions
 from train.checkpoint import TrainState
 from train.config import Config, resolve
+from train.cuda_graph import GraphedForwardBackward
 from train.errors import RunEnd
 from train.inputs import InputBuilder, train_views
 from train.loop import Job, take_step
@@ -46,6 +48,7 @@ from train.optim import build_optimizer
 from train.runtime import Runtime, start
 
 PORTED = ("regioncl-m", "moco-v2")
+ATTEMPTS = ("trunk", "graph", "pool-kernel")
 TOTAL_STEPS = 100_000
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -57,10 +60,14 @@ class OurStep:
         config: resolved run configuration.
         runtime: device and precision.
         compile_parts: "" for none, "heads" as `--compile` does, "trunk" for heads and trunks.
+        graph: forward and backward as a CUDA graph.
+        pool_kernel: as `set_pool_kernel`.
     """
 
-    def __init__(self, config: Config, runtime: Runtime, compile_parts: str = "") -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(
+        self, config: Config, runtime: Runtime, compile_parts: str = "", graph: bool = False, pool_kernel: str = "auto"
+    ) -> None:
+        self.config, self.runtime, self.pool_kernel = config, runtime, pool_kernel
         self.method: Method = build_method(config, runtime)
         self.builder = InputBuilder(config, self.method, runtime, feature_grid(self.method, config.recipe.image_size))
         if compile_parts:
@@ -84,6 +91,7 @@ class OurStep:
             config=config, runtime=runtime, wrapped=self.method, stream=None, metrics=Metrics(None, TOTAL_STEPS),  # type: ignore[arg-type]
             run_dir=None, total_steps=TOTAL_STEPS, last_step=TOTAL_STEPS, steps_per_epoch=1000,
             evaluate=lambda step, epoch: None, config_json={},
+            graphed=GraphedForwardBackward(self.method, runtime) if graph else None,
         )  # fmt: skip
         self.method.train()
         self.inputs: list[StepInputs] = []
@@ -95,6 +103,7 @@ class OurStep:
 
     def __call__(self) -> None:
         """Take the next step."""
+        set_pool_kernel(self.pool_kernel)
         step = self.state.step
         take_step(self.job, self.state, step, [self.inputs[step % len(self.inputs)]])
         self.state.step += 1
@@ -239,8 +248,14 @@ def build_contenders(options: argparse.Namespace, runtime: Runtime) -> dict[str,
     ours = {"ours, not compiled": OurStep(config, runtime)}
     if options.compile:
         ours["ours"] = OurStep(config, runtime, "heads")
-    if options.compile_trunk:
-        ours["ours, trunk compiled"] = OurStep(config, runtime, "trunk")
+    heads = "heads" if options.compile else ""
+    tried = {
+        "trunk": lambda: OurStep(config, runtime, "trunk"),
+        "graph": lambda: OurStep(config, runtime, heads, graph=True),
+        "pool-kernel": lambda: OurStep(config, runtime, heads, pool_kernel="cuda"),
+    }
+    for name in options.attempt:
+        ours[f"ours + {name}"] = tried[name]()
     contenders: dict[str, Callable[[], None]] = {}
     first = ours["ours, not compiled"]
     first.prepare()
@@ -413,7 +428,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="as in training")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="contenders with compiled heads; none: on CUDA only")  # fmt: skip
-    parser.add_argument("--compile-trunk", action="store_true", help="a contender with the whole trunk compiled")
+    parser.add_argument("--try", dest="attempt", nargs="*", default=[], choices=ATTEMPTS,
+                        help="contenders with what is off by default")  # fmt: skip
     parser.add_argument("--contenders", nargs="*", default=[], help="which variants of the port to run; all when empty")
     parser.add_argument("--ours-only", action="store_true", help="leave the ported step out")
     parser.add_argument("--profile", action="store_true", help="time the parts of a step")

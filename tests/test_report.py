@@ -36,7 +36,9 @@ def write_run(folder: Path, method: str = "regioncl-m", steps: int = 300, seed: 
         if step % 150 == 0:
             health = {"feature_std": 0.5, "effective_rank": 20 + step / 10, "view_retrieval": 0.1 + step / 1500}
             rows.append({"kind": "health", **common, **health})
-            rows.append({"kind": "knn", **common, "top1": 0.35 + step / 5000, "k": 20, "train_images": 9, "val_images": 3})
+            rows.append(
+                {"kind": "knn", **common, "top1": 0.35 + step / 5000, "k": 20, "train_images": 9, "val_images": 3}
+            )
         if step:
             ins = 8.3 - 1.5 * (1 - math.exp(-step / 200)) + random.normal(0, 0.05)
             parts = {"loss": 2 * ins, "loss/ins": ins, "loss/region": ins + 0.02, "lr": 1e-3, "ema_momentum": 0.99}
@@ -83,7 +85,14 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"https?://|url\(|@import|<script", text)
     # Loss, its terms, k-NN, three health figures, speed, waiting, gradient, rate, EMA.
     assert page.count["svg"] == 11
-    for words in ("Loss by term", "k-NN top-1", "View retrieval", "Waiting for data", "chance, ln(K+1) = 8.32", "skipped_step"):
+    for words in (
+        "Loss by term",
+        "k-NN top-1",
+        "View retrieval",
+        "Waiting for data",
+        "chance, ln(K+1) = 8.32",
+        "skipped_step",
+    ):
         assert words in text
     assert "no images to show" in text
     assert not list(folder.glob("*.partial"))
@@ -133,8 +142,15 @@ def test_runs_side_by_side_with_published_figures(tmp_path: Path) -> None:
 def test_the_linear_probe_of_a_run_takes_the_place_of_its_knn(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     assert report.measured_figure(report.read_run(folder)) == ("20-NN", "41.0% top-1")
-    (folder / "evaluation.json").write_text(json.dumps({"protocol": "linear", "top1": 0.617}))
-    assert report.measured_figure(report.read_run(folder)) == ("linear", "61.7% top-1")
+    (folder / "eval-linear-untrained.json").write_text(
+        json.dumps({"protocol": "linear", "untrained": True, "top1": 0.1})
+    )
+    assert report.measured_figure(report.read_run(folder))[0] == "20-NN", "an untrained backbone's is not the run's"
+    (folder / "eval-linear.json").write_text(json.dumps({"protocol": "linear", "untrained": False, "top1": 0.617}))
+    run = report.read_run(folder)
+    assert report.measured_figure(run) == ("linear", "61.7% top-1")
+    page = report.render([run])
+    assert "top-1 61.7%" in page and "top-1 10.0%" in page and "eval-linear-untrained.json" in page
 
 
 def test_published_table_is_consistent() -> None:
@@ -146,7 +162,12 @@ def test_published_table_is_consistent() -> None:
     # Longer schedules of one source and protocol are never worse.
     for row in PUBLISHED:
         for other in PUBLISHED:
-            same = (row.method, row.arch, row.source, row.protocol) == (other.method, other.arch, other.source, other.protocol)
+            same = (row.method, row.arch, row.source, row.protocol) == (
+                other.method,
+                other.arch,
+                other.source,
+                other.protocol,
+            )
             assert not same or row.epochs >= other.epochs or row.top1 <= other.top1
 
 

@@ -25,6 +25,8 @@ from train.errors import UserMistake, run_to_exit_code
 
 _STYLE = Path(__file__).with_name("report.css")
 Row = dict[str, Any]
+# Shares that evaluation files may hold, and what they are called.
+_SCORES = {"top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "miou": "mIoU"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Run:
         folder: the run's folder.
         config: its `config.json`.
         rows: its `metrics.jsonl`, in order.
-        scores: protocol -> what `train/evaluate.py` measured.
+        scores: file name -> what `train/evaluate.py` measured.
     """
 
     name: str
@@ -80,15 +82,15 @@ def read_run(folder: Path, name: str | None = None) -> Run:
 
 
 def _scores(folder: Path) -> dict[str, Any]:
-    """What evaluation left beside the run: every JSON file with a protocol and a top-1."""
+    """What `train/evaluate.py` left beside the run: file name -> content, for every JSON file that names a protocol."""
     found: dict[str, Any] = {}
-    for path in sorted([*folder.glob("*.json"), *folder.glob("eval*/*.json")]):
+    for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(content, dict) and isinstance(content.get("protocol"), str):
-            found[content["protocol"]] = content
+            found[path.name] = content
     return found
 
 
@@ -159,9 +161,9 @@ def measured_figure(run: Run) -> tuple[str | None, str]:
     Returns:
         The protocol ("linear", "20-NN" or None) and the figure as text.
     """
-    linear = run.scores.get("linear", {})
-    if isinstance(linear.get("top1"), int | float):
-        return "linear", f"{_percent(linear['top1'])} top-1"
+    for score in run.scores.values():
+        if score["protocol"] == "linear" and not score.get("untrained") and isinstance(score.get("top1"), int | float):
+            return "linear", f"{_percent(score['top1'])} top-1"
     rows = run.of_kind("knn")
     if rows:
         return f"{rows[-1]['k']}-NN", f"{_percent(rows[-1]['top1'])} top-1"
@@ -320,6 +322,24 @@ def _events(runs: Sequence[Run]) -> str:
     return _table(("run", "what happened", "step", "after", "details"), rows)
 
 
+def _evaluations(runs: Sequence[Run]) -> str:
+    """Every protocol that was run on a backbone of these runs, the untrained one's beside it."""
+    rows = []
+    for number, run in enumerate(runs):
+        for name, score in run.scores.items():
+            figures = {key: value for key, value in score.items() if key in _SCORES and isinstance(value, int | float)}
+            shown = ", ".join(f"{label} {_percent(figures[key])}" for key, label in _SCORES.items() if key in figures)
+            backbone = "untrained" if score.get("untrained") else "trained"
+            rows.append(
+                f'<tr><td class="name">{_swatch(number)}{_text(run.name)}</td><td>{_text(score["protocol"])}</td>'
+                f'<td>{backbone}</td><td class="figure">{_text(shown or "see the file")}</td>'
+                f"<td>{_text(name)}</td></tr>"
+            )
+    if not rows:
+        return '<p class="note">None yet: run train/evaluate.py on the run, then write this page again.</p>'
+    return _table(("run", "protocol", "backbone", "result", "file"), rows)
+
+
 def _flatten(value: Any, path: str = "") -> dict[str, str]:
     if isinstance(value, dict) and value:
         flat: dict[str, str] = {}
@@ -354,6 +374,7 @@ def render(runs: Sequence[Run]) -> str:
     """The whole page about these runs, as HTML that loads nothing from anywhere."""
     sections: list[tuple[str, Callable[[Sequence[Run]], str]]] = [
         ("Beside the published figures", _published),
+        ("Evaluation", _evaluations),
         ("Curves", _charts),
         ("What the method sees", _pictures),
         ("Events", _events),

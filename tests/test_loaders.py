@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -259,6 +260,30 @@ def test_buffers_are_used_again(build: Callable[..., Pipeline]) -> None:
         for batch in pipeline:
             addresses.add(batch.views["view1"].data_ptr())
     assert len(addresses) <= 8
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case("folder", packed=True), id="folder-packed"),
+        pytest.param(Case("ffcv", packed=True), id="ffcv", marks=[pytest.mark.ffcv, has_ffcv]),
+    ],
+)
+def test_memory_stays_flat(case: Case, build: Callable[..., Pipeline]) -> None:
+    large = tuple(replace(spec, size=512) for spec in VIEWS)  # a lost set of buffers is 4 MiB
+    pipeline = build(case, global_batch=3, views=large)
+    used = []
+    for epoch in range(13):
+        pipeline.set_epoch(epoch)
+        for step, _ in enumerate(pipeline):
+            if epoch % 2 and step == 3:
+                break
+        used.append(resident_mib())
+    assert used[-1] - used[2] < 12, used
 
 
 @pytest.mark.ffcv

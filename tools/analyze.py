@@ -311,7 +311,7 @@ def boxes(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _inputs_of(config: Config, method: Method, runtime: Runtime, view2: Tensor) -> Callable[[Tensor], StepInputs]:
     builder = InputBuilder(config, method, runtime, feature_grid(method, config.recipe.image_size))
-    return lambda view1: builder._inputs({"view1": view1, "view2": view2}, 0, 0, 1)
+    return lambda view1: builder.step_inputs({"view1": view1, "view2": view2}, 0, 0, 1)
 
 
 def align(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -92,7 +92,7 @@ class InputBuilder:
         micro = self.config.run.micro_batch or local
         count = local // micro
         return [
-            self._inputs(
+            self.step_inputs(
                 {name: view[first * micro : (first + 1) * micro] for name, view in views.items()}, step, first, count
             )
             for first in range(count)
@@ -112,7 +112,7 @@ class InputBuilder:
             implementation=config.recipe.augment.implementation,
         )
 
-    def _inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int) -> StepInputs:
+    def step_inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int) -> StepInputs:
         """Each micro-batch of all ranks together is treated as a global batch of its own."""
         inputs = StepInputs(
             view1=views["view1"],

@@ -208,7 +208,7 @@ def care(epochs: int = 100) -> Made:
         optim=_sgd(0.05, 256),
         schedule=ScheduleConfig(decay="cosine-step", warmup_epochs=10, warmup_start=1e-6),
         ema=EmaConfig(0.99, COSINE_TO_ONE),
-        bn=BnConfig("sync", 128),
+        bn=BnConfig("sync"),
         augment=AugmentConfig("byol-care"),
     )
     return recipe, _model("care")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .collectives import all_gather_rows
 from .losses import batch_contrast, info_nce, row_dots, unit
-from .norm import GroupBatchNorm
+from .norm import GroupBatchNorm, stacked_views
 from .ops.box_pool import box_pool
 from .options import option
 
@@ -46,6 +46,7 @@ class RegionConfig:
     intra_negative: bool = option(True, "paste and canvas of one composite are negatives of each other")
     weight: float = option(1.0, "weight of the region loss")
     views: Literal["both", "first"] = option("both", "which query views are region-swapped, where both are queries")
+    shared_forward: bool = option(False, "encode view and composites in one pass; batch statistics stay apart")
     head_batching: Literal["joint", "separate"] = option(
         "joint", "instance and region features pass the heads (and their batch norm) together or apart"
     )
@@ -114,6 +115,22 @@ def pool_regions(feature_map: Tensor, box_cells: Tensor, config: RegionConfig) -
         canvas=pooled[:, CANVAS] if config.needs_canvas else None,
         paste=pooled[:, PASTE] if config.needs_paste else None,
     )
+
+
+def encode_swapped(
+    encoder: nn.Module, images: Tensor, composites: Tensor | None, config: RegionConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Feature maps (B, C, H, W) of a view (B, 3, S, S) and of its composites, where there are any.
+
+    Composites have batch statistics of their own, in two passes of the encoder or in one.
+    """
+    if composites is None:
+        return encoder(images), None
+    if not config.shared_forward:
+        return encoder(images), encoder(composites)
+    with stacked_views(encoder, 2):
+        feature_map, mixed_map = encoder(torch.cat([images, composites])).chunk(2)
+    return feature_map, mixed_map
 
 
 @contextmanager

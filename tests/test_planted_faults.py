@@ -138,8 +138,8 @@ def matches_by_position(patch: pytest.MonkeyPatch) -> None:
 def shared_drop_path(patch: pytest.MonkeyPatch) -> None:
     original = moby.draw_branch_scale
 
-    def first_pass(blocks, rate, seed, step, tag, **rest):
-        return original(blocks, rate, seed, step, 0, **rest)
+    def first_pass(blocks, rate, seed, step, tag, *rest):
+        return original(blocks, rate, seed, step, 0, *rest)
 
     patch.setattr(moby, "draw_branch_scale", first_pass)
 

@@ -35,6 +35,7 @@ SWITCHES = [
     *[(name, {"region_weight": 0.3}) for name in REGION_METHODS],
     *[(name, {"region_views": "first"}) for name in REGION_METHODS],
     *[(name, {"region_head_batching": "separate"}) for name in REGION_METHODS],
+    *[(name, {"region_shared_forward": True}) for name in REGION_METHODS],
     *[(name, {"region_pairing_scope": "global"}) for name in REGION_METHODS],
 ]
 
@@ -105,6 +106,15 @@ def test_region_loss_off_is_the_base_method():
 def test_simsiam_regions_refuse_negatives():
     with pytest.raises(ValueError, match="--region.intra-negative false"):
         build("regioncl-s", small_config("regioncl-s", region_intra_negative=True))
+
+
+@pytest.mark.parametrize("name", ["regioncl-m", "regioncl-s"])
+def test_one_pass_leaves_the_running_statistics_of_two(name):
+    (shared, inputs), (apart, _) = ready(name, region_shared_forward=True), ready(name)
+    shared(inputs)
+    apart(inputs)
+    for key, value in apart.state_dict().items():
+        torch.testing.assert_close(shared.state_dict()[key], value, rtol=1e-9, atol=1e-12)
 
 
 # Bookkeeping

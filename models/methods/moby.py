@@ -98,22 +98,22 @@ class MoBY(QueueMethod):
         self, inputs: StepInputs, direction: int, query_view: str, key: Tensor, queue: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one direction and its detached terms."""
-        feature_map = self.encode(getattr(inputs, query_view), inputs, direction)
+        feature_map = self.encode(getattr(inputs, query_view), inputs, (direction,))
         query = unit(self.predictor(self.projector(global_pool(feature_map))))
         loss = info_nce(query, key, queue, self.config.temperature).mean()
         return loss, {"ins": loss.detach()}
 
-    def encode(self, images: Tensor, inputs: StepInputs, tag: int) -> Tensor:
-        """Online feature map of images (B, 3, S, S) with the drop-path masks of the step's forward pass `tag`."""
+    def encode(self, images: Tensor, inputs: StepInputs, passes: tuple[int, ...]) -> Tensor:
+        """Online map of P stacked batches (P * B, 3, S, S), each with the drop-path masks of its pass of the step."""
         if not (self.training and self.config.drop_path):
             feature_map: Tensor = self.encoder(images)
             return feature_map
         assert isinstance(self.encoder, SwinTrunk)
-        batch = images.shape[0]
-        scale = draw_branch_scale(
-            self.encoder.num_blocks, self.config.drop_path, inputs.seed, inputs.step, tag,
-            rows=slice(inputs.rank * batch, (inputs.rank + 1) * batch), global_batch=inputs.world_size * batch,
-        )
+        batch = images.shape[0] // len(passes)
+        rows, total = slice(inputs.rank * batch, (inputs.rank + 1) * batch), inputs.world_size * batch
+        blocks, rate = self.encoder.num_blocks, self.config.drop_path
+        drawn = [draw_branch_scale(blocks, rate, inputs.seed, inputs.step, tag, rows, total) for tag in passes]
+        scale = torch.cat(drawn, dim=1)
         if images.is_cuda:
             scale = scale.pin_memory()
         return self.encoder(images, scale.to(images.device, non_blocking=True))

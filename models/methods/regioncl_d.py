@@ -11,7 +11,7 @@ from ..region_branch import RegionConfig, RegionHeads
 from .base import StepInputs
 from .densecl import DenseCL, DenseCLConfig
 from .moco_v2 import Keys, global_pool
-from .regioncl_m import region_contrast
+from .regioncl_m import region_contrast, swapped_maps
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class RegionCLD(DenseCL):
 
     def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         """Global, dense and region loss of one direction."""
-        feature_map = self.encoder(getattr(inputs, query_view))
+        feature_map, mixed_map = swapped_maps(self, inputs, query_view, self.config.region)
         instance, terms = region_contrast(
-            self, self.heads, inputs, query_view, global_pool(feature_map), keys.key, self.config.region
+            self, self.heads, inputs, query_view, global_pool(feature_map), mixed_map, keys.key, self.config.region
         )
         dense = self.dense_loss(feature_map, keys)
         loss = self.weigh(instance, dense, inputs.step)

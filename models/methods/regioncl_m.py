@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..heads import HeadInit
 from ..options import option
-from ..region_branch import RegionConfig, RegionHeads, RegionTerms, paste_sources
+from ..region_branch import RegionConfig, RegionHeads, RegionTerms, encode_swapped, paste_sources
 from ..resnet import ConvInit
-from .base import StepInputs
+from .base import Method, StepInputs
 from .moco_v2 import Keys, MoCoV2, MoCoV2Config, global_pool
 
 
@@ -54,14 +54,22 @@ class RegionCLM(MoCoV2):
 
     def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         """Instance and region loss of one direction."""
-        pooled = global_pool(self.encoder(getattr(inputs, query_view)))
+        feature_map, mixed_map = swapped_maps(self, inputs, query_view, self.config.region)
         instance, terms = region_contrast(
-            self, self.heads, inputs, query_view, pooled, keys.key, self.config.region
+            self, self.heads, inputs, query_view, global_pool(feature_map), mixed_map, keys.key, self.config.region
         )
         if terms is None:
             return instance, {"ins": instance.detach()}
         loss = instance + self.config.region.weight * terms.total()
         return loss, {"ins": instance.detach(), **terms.metrics()}
+
+
+def swapped_maps(
+    method: Method, inputs: StepInputs, view: str, region: RegionConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Online feature maps (B, C, H, W) of a view, and of its composites where the method swaps it."""
+    composites = inputs.mixed[view] if view in method.mixed_views else None
+    return encode_swapped(method.encoder, getattr(inputs, view), composites, region)
 
 
 def region_contrast(
@@ -70,24 +78,24 @@ def region_contrast(
     inputs: StepInputs,
     query_view: str,
     pooled: Tensor,
+    mixed_map: Tensor | None,
     key: Tensor,
     region: RegionConfig,
 ) -> tuple[Tensor, RegionTerms | None]:
     """Instance loss, and region terms where this view is swapped, of a method with a global head and queue.
 
     Args:
-        method: its encoder, projector and queue are used.
+        method: its projector and queue are used.
         heads: what follows the trunks, compiled or not.
-        inputs: the step's inputs; the composites of `query_view` where it is swapped.
+        inputs: the step's inputs.
         query_view: the view in the role of the query.
         pooled: (B, C) pooled features of that view.
+        mixed_map: (B, C, H, W) features of its composites, or None.
         key: (B, D) unit keys of the same images.
         region: region options.
     """
-    mixed_map, box_cells, partner_key = None, None, None
-    if query_view in method.mixed_views:
-        # A forward of its own: composites have batch statistics of their own.
-        mixed_map = method.encoder(inputs.mixed[query_view])
+    box_cells, partner_key = None, None
+    if mixed_map is not None:
         box_cells = inputs.box_cells[query_view]
         partner_key = paste_sources(key, inputs.partner[query_view], region)
     instance, canvas, paste = heads(

@@ -19,6 +19,7 @@ from ..region_branch import (
 from .base import StepInputs, StepOutput
 from .moco_v2 import global_pool
 from .moco_v3 import MoCoV3, MoCoV3Config
+from .regioncl_m import swapped_maps
 from .simsiam import VIEWS
 
 
@@ -62,10 +63,10 @@ class RegionCLM3(MoCoV3):
     def _direction(self, inputs: StepInputs, view: str, keys: Tensor) -> tuple[Tensor, RegionTerms | None]:
         """Mean instance loss and region terms of one query view against the keys (G, D) of the other."""
         config, batch = self.config, inputs.view1.shape[0]
-        pooled, regions = global_pool(self.encoder(getattr(inputs, view))), None
-        if view in self.mixed_views:
-            # A forward of its own: composites have batch statistics of their own.
-            regions = pool_regions(self.encoder(inputs.mixed[view]), inputs.box_cells[view], config.region)
+        feature_map, mixed_map = swapped_maps(self, inputs, view, self.config.region)
+        pooled, regions = global_pool(feature_map), None
+        if mixed_map is not None:
+            regions = pool_regions(mixed_map, inputs.box_cells[view], config.region)
         projection, regions = embed_with_regions(self.projector, pooled, regions, config.region.head_batching)
         query, regions = embed_with_regions(self.predictor, projection, regions, config.region.head_batching)
         own = inputs.rank * batch + torch.arange(batch, device=keys.device)

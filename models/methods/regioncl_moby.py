@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..losses import unit
+from ..norm import stacked_views
 from ..region_branch import RegionConfig, embed_with_regions, paste_sources, pool_regions, queue_terms
 from .base import StepInputs
 from .moby import MoBY, MoBYConfig
@@ -43,10 +45,9 @@ class RegionCLMoBY(MoBY):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Instance and region loss of one direction."""
         config, regions, partner_key = self.config, None, None
-        pooled = global_pool(self.encode(getattr(inputs, query_view), inputs, direction))
-        if query_view in self.mixed_views:
-            # A pass of its own, with drop-path masks of its own.
-            mixed_map = self.encode(inputs.mixed[query_view], inputs, direction + len(VIEWS))
+        feature_map, mixed_map = self._maps(inputs, direction, query_view)
+        pooled = global_pool(feature_map)
+        if mixed_map is not None:
             regions = pool_regions(mixed_map, inputs.box_cells[query_view], config.region)
             partner_key = paste_sources(key, inputs.partner[query_view], config.region)
         projection, regions = embed_with_regions(self.projector, pooled, regions, config.region.head_batching)
@@ -58,3 +59,17 @@ class RegionCLMoBY(MoBY):
         if terms is None:
             return instance, {"ins": instance.detach()}
         return instance + config.region.weight * terms.total(), {"ins": instance.detach(), **terms.metrics()}
+
+    def _maps(self, inputs: StepInputs, direction: int, view: str) -> tuple[Tensor, Tensor | None]:
+        """Feature maps of a view and of its composites, each with drop-path masks of its own."""
+        images = getattr(inputs, view)
+        if view not in self.mixed_views:
+            return self.encode(images, inputs, (direction,)), None
+        first, second = direction, direction + len(VIEWS)
+        composites = inputs.mixed[view]
+        if not self.config.region.shared_forward:
+            return self.encode(images, inputs, (first,)), self.encode(composites, inputs, (second,))
+        # Swin has no batch norm; a ResNet in its place keeps the statistics of the two apart.
+        with stacked_views(self.encoder, 2):
+            feature_map, mixed_map = self.encode(torch.cat([images, composites]), inputs, (first, second)).chunk(2)
+        return feature_map, mixed_map

@@ -18,6 +18,7 @@ from ..region_branch import (
 )
 from .base import StepInputs, StepOutput
 from .moco_v2 import global_pool
+from .regioncl_m import swapped_maps
 from .simsiam import VIEWS, SimSiam, SimSiamConfig, instance_loss
 
 
@@ -70,10 +71,10 @@ class RegionCLS(SimSiam):
 
     def _encode(self, inputs: StepInputs, view: str) -> tuple[Tensor, Tensor, Regions | None]:
         """Projection and prediction (B, D) of a view, and predictions of its composites' regions."""
-        pooled, regions = global_pool(self.encoder(getattr(inputs, view))), None
-        if view in self.mixed_views:
-            # A forward of its own: composites have batch statistics of their own.
-            regions = pool_regions(self.encoder(inputs.mixed[view]), inputs.box_cells[view], self.config.region)
+        feature_map, mixed_map = swapped_maps(self, inputs, view, self.config.region)
+        pooled, regions = global_pool(feature_map), None
+        if mixed_map is not None:
+            regions = pool_regions(mixed_map, inputs.box_cells[view], self.config.region)
         batching = self.config.region.head_batching
         projection, regions = embed_with_regions(self.projector, pooled, regions, batching)
         prediction, regions = embed_with_regions(self.predictor, projection, regions, batching)

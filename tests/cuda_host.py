@@ -27,7 +27,7 @@ class HostModule:
         name = "_".join(option.removeprefix("-D").replace("=", "") for option in options)
         entry, library = folder / f"{name}.cpp", folder / f"{name}.so"
         entry.write_text(ENTRY.format(shim=SHIM, source=source))
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+        flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
         sanitize = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
         subprocess.run([compiler, *flags, *sanitize, *options, str(entry), "-o", str(library)], check=True)
         self._library = ctypes.CDLL(str(library))

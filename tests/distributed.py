@@ -40,7 +40,7 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(240)
         if process.is_alive():
             process.kill()
     results = [pickle.loads(Path(folder, f"{rank}.pkl").read_bytes()) for rank in range(world)]

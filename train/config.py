@@ -58,6 +58,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = _flag("auto", "auto continues from the run folder's newest good checkpoint")
     log_every: int = _flag(10, "steps between rows of metrics; the only time the host waits for the device")
     holdout: int = _flag(500, "images held out of training for health figures without --val-data (at most 5 percent)")
+    report: bool = _flag(True, "write report.html into the run's folder at the end")
     dry_run: bool = _flag(False, "print what would run, and stop")
 
 
@@ -113,7 +114,7 @@ class Config:
 # May change between a run and its continuation without changing what is computed.
 FREE_ON_RESUME = frozenset(
     "data run_dir val_data loader recipe max_steps init compile cuda_graph deterministic device workers knn_every "
-    "checkpoint_every keep_checkpoints resume log_every dry_run".split()
+    "checkpoint_every keep_checkpoints resume log_every report dry_run".split()
 )
 
 

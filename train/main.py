@@ -254,7 +254,20 @@ def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool) -> 
             f"done: {job.run_dir}, backbone in {job.run_dir}/backbone.safetensors"
             + (f"; {len(bad)} damaged records were replaced, for example {next(iter(bad.items()))}" if bad else "")
         )
+        _write_report(job)
     return 0
+
+
+def _write_report(job: Job) -> None:
+    """The page about the run; a run that ended well does not fail for want of its page."""
+    if not job.config.run.report or job.run_dir is None:
+        return
+    from tools.report import build_report
+
+    try:
+        build_report([job.run_dir], job.run_dir / "report.html")
+    except Exception as reason:  # whatever a chart or picture stumbles over
+        print(f"report.html could not be written: {reason}; run python tools/report.py {job.run_dir}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from .rng import SLOT_EPOCH_ORDER, SLOT_HOLDOUT, permutation
 
 
 def hold_out(n: int, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split range(n) into what is trained on and `count` held-out samples; both sorted int64, a function of the seed."""
+    """Split range(n) into what is trained on and `count` held-out samples, both sorted int64; depends on the seed."""
     if not 0 <= count < n:
         raise ValueError(f"cannot hold out {count} of {n} samples; choose a number from 0 to {n - 1}")
     chosen = permutation(seed, n, 0, 0, SLOT_HOLDOUT)[:count]

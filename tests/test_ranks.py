@@ -40,6 +40,13 @@ def test_ranks_give_the_losses_of_one_process(tmp_path: Path, method: str) -> No
         assert_same_run(losses(method, world_size, tmp_path / str(world_size)), alone)
 
 
+def test_gradients_are_averaged_without_deterministic_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default run, whose DDP is set up in another way."""
+    monkeypatch.setattr("tests.test_ranks.TINY", [flag for flag in TINY if flag != "--deterministic"])
+    alone = losses("regioncl-m", 1, tmp_path / "1")
+    assert_same_run(losses("regioncl-m", 2, tmp_path / "2"), alone)
+
+
 def test_pairs_over_the_global_batch_agree_too(tmp_path: Path) -> None:
     flags = ("--region.pairing-scope", "global", "--region.pairing", "randperm")
     alone = losses("regioncl-m", 1, tmp_path / "1", *flags)

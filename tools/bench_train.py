@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace, runtime: Runtime) -> None:
     """Time windows of steps of every contender in turn, and print."""
     config = configure(options, options.batch, None, options.precision)
     ours = OurStep(config, runtime, "heads" if runtime.compile else "")
-    ours.job = dataclasses.replace(ours.job, wrapped=wrap_distributed(ours.method, runtime, False, 1))
+    ours.job = dataclasses.replace(ours.job, wrapped=wrap_distributed(ours.method, runtime, False))
     loader = options.loader if options.loader != "auto" else choose_loader(options.data)[0]
     with_data = [_pipeline(options, ours, loader, options.data) for _ in range(2)]
     synthetic = _pipeline(options, ours, "synthetic", str(options.batch * (options.steps + options.settle) * 4))

@@ -201,16 +201,13 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
             _compile_heads(method)
         metrics = Metrics(run_dir, last, state.metrics_bytes, state.step)
         builder = InputBuilder(config, method, runtime, feature_grid(method, config.recipe.image_size))
-        local = batch_per_device(config, runtime.world_size)
         job = Job(
             config=config,
             runtime=runtime,
             stream=InputStream(builder, data.train),
             metrics=metrics,
             run_dir=run_dir,
-            wrapped=wrap_distributed(
-                method, runtime, config.run.deterministic, local // (config.run.micro_batch or local)
-            ),
+            wrapped=wrap_distributed(method, runtime, config.run.deterministic),
             total_steps=total,
             last_step=last,
             steps_per_epoch=steps_per_epoch,

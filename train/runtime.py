@@ -152,12 +152,14 @@ def start(config: Config) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def wrap_distributed(method: nn.Module, runtime: Runtime, deterministic: bool, micro_batches: int) -> nn.Module:
+def wrap_distributed(method: nn.Module, runtime: Runtime, deterministic: bool) -> nn.Module:
     """DDP over the method, or the method itself with one process.
 
     DDP lays its buckets out anew after the first step, so a resumed run would sum gradients in another order than one
     that was not stopped; with `find_unused_parameters` it keeps the first layout, which `--deterministic` pays for.
-    Buffers are not broadcast: that would resend the queue at every step.
+    Buffers are not broadcast: that would resend the queue at every step. No `static_graph`: it starts the exchange of
+    gradients from tensors that it looks for among the outputs, does not look into a `StepOutput`, and so would exchange
+    nothing without a word.
     """
     if runtime.world_size == 1:
         return method
@@ -167,7 +169,6 @@ def wrap_distributed(method: nn.Module, runtime: Runtime, deterministic: bool, m
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=deterministic,
-        static_graph=not deterministic and micro_batches == 1,
     )
 
 

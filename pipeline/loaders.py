@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .interface import Pipeline, PipelineConfig
+from .native_build import NativeUnavailable, load
 from .stores import is_shard_pattern
 
 
@@ -22,6 +23,10 @@ def _need(module: str, loader: str, extra: str) -> None:
 
 def _ffcv(config: PipelineConfig) -> Pipeline:
     _need("ffcv", "ffcv", "ffcv")
+    try:
+        load("views")  # FFCV calls our decoder by pointer; there is no other to fall back on
+    except NativeUnavailable as reason:
+        raise ValueError(f"--loader ffcv needs our native decoder: {reason}; or choose --loader folder") from reason
     from .ffcv_loader import FfcvPipeline
 
     return FfcvPipeline(config)
@@ -68,6 +73,17 @@ PIPELINES: dict[str, Callable[[PipelineConfig], Pipeline]] = {
 }
 
 
+def _ffcv_lacks() -> str | None:
+    """What keeps the FFCV loader from working here; None where nothing does."""
+    if importlib.util.find_spec("ffcv") is None:
+        return "FFCV is not installed"
+    try:
+        load("views")
+    except NativeUnavailable:
+        return "our native decoder cannot be built"
+    return None
+
+
 def choose_loader(data: str) -> tuple[str, str]:
     """The loader that `auto` takes for this data, and the reason in a few words."""
     if not data:
@@ -78,9 +94,10 @@ def choose_loader(data: str) -> tuple[str, str]:
     if not path.exists():
         raise ValueError(f"{data} does not exist; check the path, or pack images with tools/make_ffcv_dataset.py")
     if path.suffix == ".beton":
-        if importlib.util.find_spec("ffcv") is not None:
+        missing = _ffcv_lacks()
+        if missing is None:
             return "ffcv", "the data is a packed file"
-        return "folder", "the data is a packed file and FFCV is not installed, so our own reader serves it"
+        return "folder", f"the data is a packed file and {missing}, so our own reader serves it"
     return "folder", "the data is a folder" if path.is_dir() else "the data is a list of files"
 
 

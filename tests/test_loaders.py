@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from pipeline import decoder as decoder_module
+from pipeline import loaders
 from pipeline.decoder import pil_views
 from pipeline.epoch import substitute
 from pipeline.images import decode_rgb
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import PIPELINES, build_pipeline, choose_loader
+from pipeline.native_build import NativeUnavailable
 from pipeline.sampling import hold_out
 from pipeline.stores import FileStore
 from pipeline.wds_loader import open_shards
@@ -324,11 +326,21 @@ def test_synthetic_order_resume_and_ranks(build: Callable[..., Pipeline]) -> Non
     assert means.std(0).min() > 5  # the images differ
 
 
+def _no_compiler(name: str) -> None:
+    raise NativeUnavailable("no C++ compiler was found")
+
+
 def test_auto_chooses_by_the_data(folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_loader(str(folder))[0] == "folder"
     assert choose_loader("train-{000000..000009}.tar")[0] == "webdataset"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert choose_loader(str(packed))[0] == "ffcv"
+    with monkeypatch.context() as patch:
+        patch.setattr(loaders, "load", _no_compiler)
+        loader, reason = choose_loader(str(packed))
+        assert loader == "folder" and "native decoder" in reason
+        with pytest.raises(ValueError, match="no C.. compiler.*--loader folder"):
+            build_pipeline("ffcv", PipelineConfig(str(packed), VIEWS, BATCH))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choose_loader(str(packed))[0] == "folder"
     with pytest.raises(ValueError, match="pip install 'regatta\\[ffcv\\]'"):

@@ -115,7 +115,8 @@ def random_scores(seed: int, step: int, view: int, image_index: Tensor, position
     cell = torch.arange(positions * channels, device=image_index.device)
     counter = image_index[:, None] * (positions * channels) + cell[None]
     words = _mix(_mix(counter + _signed(key)) + _signed(key * 0xD6E8FEB86659FD93 % 2**64))
-    uniform = ((words >> 40) & 0xFFFFFF).float() / 2**24 + 2**-25  # inside (0, 1)
+    # Odd numbers of 24 bits are exact in fp32; with a bit more the largest would round to 1, its score to infinity.
+    uniform = (((words >> 41) & 0x7FFFFF) * 2 + 1).float() / 2**24  # inside (0, 1)
     return (torch.erfinv(2.0 * uniform - 1.0) * 2**0.5).view(-1, positions, channels)
 
 

@@ -166,7 +166,8 @@ class StreamedShards:
 
     def __init__(self, base: str, index: ShardIndex, ahead: int, capacity: int):
         self._base, self._index, self._ahead, self._capacity = base, index, ahead, capacity
-        self._folder = tempfile.TemporaryDirectory(prefix="regatta-shards-")
+        # Closing must not fail where a thread writes its last file into the folder meanwhile.
+        self._folder = tempfile.TemporaryDirectory(prefix="regatta-shards-", ignore_cleanup_errors=True)
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._plan: list[int] = []
         self._reached = 0

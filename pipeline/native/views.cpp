@@ -146,16 +146,14 @@ struct Work {
 class Pool {
  public:
   explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { serve(); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
+    try {
+      for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+    } catch (...) {
+      stop();  // destroying a thread that still runs would end the process
+      throw;
     }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
   }
+  ~Pool() { stop(); }
 
   void run(Work& work) {
     std::lock_guard<std::mutex> one_call_at_a_time(calls_);
@@ -173,6 +171,15 @@ class Pool {
   }
 
  private:
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   void serve() {
     uint64_t seen = 0;
     for (;;) {

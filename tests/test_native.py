@@ -311,6 +311,18 @@ def test_no_compiler_is_said_once_with_the_remedy(
         native_build._load.cache_clear()
 
 
+def test_a_refused_thread_is_an_answer_not_the_end_of_the_process(library: ctypes.CDLL) -> None:
+    code = (
+        f"import sys, resource; sys.path[0:0] = [{str(Path(__file__).resolve().parents[1])!r}]\n"
+        "from pipeline.decoder import native_library\n"
+        "library = native_library(); used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)\n"
+        "print(library.rg_pool_open(4096))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "None", done.stderr
+
+
 def test_builds_at_once_and_after_a_change(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sources = tmp_path / "native"
     sources.mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_damaged_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -
     assert run(argv(run_dir)) == [0]
     assert [row["step"] for row in rows(run_dir, "resume")] == [6]
     assert_same(whole, run_dir)
+
+
+def test_starting_over_keeps_its_own_checkpoints(whole: Path, tmp_path: Path) -> None:
+    """Later checkpoints of the run that was given up must not crowd out the new ones."""
+    run_dir = tmp_path / "over"
+    shutil.copytree(whole, run_dir)
+    assert run([*argv(run_dir, steps=3), "--resume", "never"]) == [0]
+    assert [folder.name for folder in (run_dir / "checkpoints").glob("step_*")] == ["step_00000003"]
+    assert run(argv(run_dir)) == [0]
+    assert [row["step"] for row in rows(run_dir, "resume")] == [3]
 
 
 def forget_momentum_encoder(state) -> None:

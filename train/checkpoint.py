@@ -131,7 +131,7 @@ def _write_files(folder: Path, state: TrainState, extra: dict[str, Any]) -> None
 
 
 def save_checkpoint(root: Path, state: TrainState, extra: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `state.step` under `root` and drop all but the newest `keep`.
+    """Write the checkpoint of `state.step` under `root` and drop all but the newest `keep`, and all later ones.
 
     Raises:
         CheckpointFailed: when it could not be written; nothing half-written is left under a final name.
@@ -155,7 +155,10 @@ def save_checkpoint(root: Path, state: TrainState, extra: dict[str, Any], keep: 
             f"checkpoint {final} could not be written: {reason}; free space or fix permissions, "
             "then run the same command again"
         ) from None
-    for old in _steps_on_disk(root)[keep:]:
+    # Later steps are another history's (--resume never, or damaged): they must not crowd this one out.
+    others = _steps_on_disk(root)
+    later = [folder for folder in others if folder.name > final.name]
+    for old in later + others[len(later) + keep :]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

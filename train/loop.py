@@ -92,7 +92,9 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
                 job.evaluate(state.step, epoch + 1)
                 clock.restart()
             # Asking the other ranks costs the host a wait, which a CPU run does not notice.
-            if runtime.device.type == "cpu" or state.step % run.log_every == 0:
+            # After the last step there is nothing left to stop.
+            asks = runtime.device.type == "cpu" or state.step % run.log_every == 0
+            if asks and state.step < job.last_step:
                 if runtime.agree(bool(watch.asked)):
                     save(job, state, epoch)
                     raise Stopped(

@@ -104,6 +104,7 @@ def test_unknown_flag_names_the_nearest(capfd: pytest.CaptureFixture[str]) -> No
 
 
 SYNTHETIC = ["--method", "moco-v2", "--loader", "synthetic", "--data", "64", "--device", "cpu"]
+REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,13 @@ SYNTHETIC = ["--method", "moco-v2", "--loader", "synthetic", "--data", "64", "--
         ([*SYNTHETIC, "--arch", "resnet99"], "resnet99"),
         (SYNTHETIC, "fewer than --global-batch"),
         ([*SYNTHETIC, "--bn.group-size", "48"], "--bn.group-size 48"),
+        ([*SYNTHETIC, "--queue-size", "255"], "--queue-size 255"),
+        ([*SYNTHETIC, "--optim.lr", "-1"], "--optim.lr -1"),
+        ([*SYNTHETIC, "--ema.momentum", "2"], "--ema.momentum 2"),
+        ([*SYNTHETIC, "--seed", "4294967296"], "--seed 4294967296"),
+        ([*REGIONS, "--image-size", "32"], "2 x 2 feature cells"),
+        ([*REGIONS, "--image-size", "100"], "choose 96 or 128"),
+        ([*REGIONS, "--region.lower", "9"], "region sides of 9"),
         (["--method", "moco-v2", "--device", "cpu", "--precision", "fp16", "--data", "1"], "--precision fp16"),
         (["--method", "moco-v2", "--config", "/nowhere.json"], "/nowhere.json"),
     ],

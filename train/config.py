@@ -13,8 +13,8 @@ from models.methods import METHODS
 
 from .errors import UserMistake
 from .flags import Leaf, OneLineParser, add_leaf, leaves, parse_flags, replace_leaves
-from .optim import OptimConfig
-from .schedules import EmaConfig, ScheduleConfig
+from .optim import OptimConfig, check_optimizer
+from .schedules import EmaConfig, ScheduleConfig, ema_at
 
 BnMode = Literal["group", "sync", "plain"]
 
@@ -199,6 +199,13 @@ def _check(config: Config) -> None:
     for name in ("max_steps", "workers", "micro_batch", "knn_every", "holdout"):
         if getattr(config.run, name) < 0:
             raise UserMistake(f"--{name.replace('_', '-')} {getattr(config.run, name)}: must not be negative")
+    if not 0 <= config.run.seed < 2**31:
+        raise UserMistake(f"--seed {config.run.seed}: must be 0 to {2**31 - 1}")
+    try:
+        check_optimizer(config.recipe.optim)
+        ema_at(0, 1, config.recipe.ema)
+    except ValueError as reason:
+        raise UserMistake(f"--{reason}") from None
 
 
 def resolve(argv: Sequence[str]) -> Config:

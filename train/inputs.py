@@ -37,7 +37,7 @@ def batch_per_device(config: Config, world_size: int) -> int:
     """Images of a global batch on one device.
 
     Raises:
-        UserMistake: when batch, ranks, micro-batches and BN groups do not fit together.
+        UserMistake: when batch, ranks, micro-batches, BN groups and queue do not fit together.
     """
     total = config.recipe.global_batch
     if total % world_size:
@@ -56,6 +56,12 @@ def batch_per_device(config: Config, world_size: int) -> int:
                 f"{flag} {group} does not divide the {micro} images of one forward pass; choose a divisor of {micro}, "
                 "or another --global-batch"
             )
+    queue_size = getattr(config.model, "queue_size", None)
+    if queue_size is not None and queue_size < total and getattr(config.model, "global_loss", True):
+        raise UserMistake(
+            f"--queue-size {queue_size} is smaller than --global-batch {total}, whose keys enter it at every step; "
+            "raise it"
+        )
     return local
 
 

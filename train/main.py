@@ -20,7 +20,7 @@ import torch
 
 from models.methods import METHODS
 from models.methods.base import Method
-from pipeline.regions import region_bounds
+from pipeline.regions import draw_pairing, draw_region, region_bounds
 from train import data as run_data
 from train.checkpoint import TrainState, newest_good, read_document, restore_checkpoint, write_atomically
 from train.config import Config, changed_fields, resolve
@@ -64,6 +64,31 @@ def feature_grid(method: Method, image_size: int) -> int:
     """Cells a side of the encoder's last feature map."""
     stride: int = method.encoder.stride  # type: ignore[assignment]
     return max(image_size // stride, 1)
+
+
+def check_regions(config: Config, runtime: Runtime, method: Method) -> None:
+    """Refuse region settings that no step could use.
+
+    Raises:
+        UserMistake: naming what does not fit.
+    """
+    if not method.mixed_views:
+        return
+    size, grid = config.recipe.image_size, feature_grid(method, config.recipe.image_size)
+    stride: int = method.encoder.stride  # type: ignore[assignment]
+    if size > stride and size != grid * stride:
+        raise UserMistake(
+            f"--image-size {size} is not a whole number of feature cells of {stride} px; choose {grid * stride} or "
+            f"{(grid + 1) * stride}"
+        )
+    settings = config.model.region
+    micro = config.run.micro_batch or batch_per_device(config, runtime.world_size)
+    try:
+        draw_region(settings.sampling, grid, 1, 0, 0, lower=settings.lower or None, upper=settings.upper or None)
+        group = bn_group_size(config) or micro
+        draw_pairing(settings.pairing, settings.pairing_scope, 0, 0, 0, micro * runtime.world_size, group)
+    except ValueError as reason:
+        raise UserMistake(str(reason)) from None
 
 
 def describe(config: Config, runtime: Runtime, method: Method) -> str:
@@ -154,6 +179,7 @@ def run(config: Config) -> int:
     with start(config) as runtime:
         batch_per_device(config, runtime.world_size)
         method = build_method(config, runtime)
+        check_regions(config, runtime, method)
         if runtime.is_main:
             print(describe(config, runtime, method), flush=True)
         if config.run.dry_run:

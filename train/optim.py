@@ -107,7 +107,7 @@ def build_optimizer(method: nn.Module, config: OptimConfig, global_batch: int) -
     Raises:
         ValueError: a setting outside its range.
     """
-    _check(config)
+    check_optimizer(config)
     groups = parameter_groups(method, config, global_batch)
     lr = scaled_lr(config, global_batch)
     # One launch on CUDA, where the fused form can also skip a step by a flag on the device, without a wait of the host.
@@ -123,7 +123,8 @@ def build_optimizer(method: nn.Module, config: OptimConfig, global_batch: int) -
     )
 
 
-def _check(config: OptimConfig) -> None:
+def check_optimizer(config: OptimConfig) -> None:
+    """Raises ValueError for a setting outside its range."""
     if config.kind not in ("sgd", "adamw", "lars"):
         raise ValueError(f"optim.kind {config.kind!r} is unknown; choose sgd, adamw or lars")
     for name in ("lr", "lr_reference_batch", "weight_decay", "clip_grad_norm"):

@@ -135,12 +135,17 @@ def take_step(job: Job, state: TrainState, step: int, micro_batches: list[StepIn
         state.scaler.unscale_(state.optimizer)
     loss = torch.stack([output.loss.detach().float() for output in outputs]).mean()
     grad_norm = clip_or_measure(state.optimizer, recipe.optim)
-    bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    bad = runtime.any_rank(~(torch.isfinite(loss) & torch.isfinite(grad_norm)))
     taken = _update(state, bad, runtime.device)
     state.non_finite.add_(1).mul_(bad)
     if taken:
         method = state.method
-        method.after_step(_joined(outputs), ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema))
+        joined = _joined(outputs)
+        if runtime.device.type != "cpu":
+            # The host does not know whether this step was skipped; a key that is not finite must not enter a queue.
+            keys = {name: torch.nan_to_num(rows, 0.0, 0.0, 0.0) for name, rows in joined.keys.items()}
+            joined = StepOutput(joined.loss, joined.metrics, keys)
+        method.after_step(joined, ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema))
         if runtime.world_size > 1:
             average_buffers(running_buffers(method))
     _accumulate(state, outputs, loss, grad_norm)

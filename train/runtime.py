@@ -58,6 +58,14 @@ class Runtime:
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(said.item())
 
+    def any_rank(self, flag: Tensor) -> Tensor:
+        """Whether any process's boolean tensor is true, on the device and without a wait of the host."""
+        if self.world_size == 1:
+            return flag
+        said = flag.to(torch.uint8)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return said.bool()
+
     def gather_objects(self, value: Any) -> list[Any]:
         """The small picklable values of all processes, in rank order; every process must call it."""
         if self.host_group is None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from .interface import Pipeline, PipelineConfig
 from .native_build import NativeUnavailable, load
 from .stores import is_shard_pattern
@@ -27,9 +29,16 @@ def _ffcv(config: PipelineConfig) -> Pipeline:
         load("views")  # FFCV calls our decoder by pointer; there is no other to fall back on
     except NativeUnavailable as reason:
         raise ValueError(f"--loader ffcv needs our native decoder: {reason}; or choose --loader folder") from reason
+    return _ffcv_pipeline()(config)
+
+
+def _ffcv_pipeline() -> Callable[[PipelineConfig], Pipeline]:
+    """The class, imported without a side effect: FFCV's import leaves torch with a single thread for its own work."""
+    threads = torch.get_num_threads()
     from .ffcv_loader import FfcvPipeline
 
-    return FfcvPipeline(config)
+    torch.set_num_threads(threads)
+    return FfcvPipeline
 
 
 def _dali(config: PipelineConfig) -> Pipeline:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -373,3 +375,18 @@ def test_all_records_bad_is_an_error_not_a_hang(folder: Path, tmp_path: Path, bu
         path.write_bytes(b"no image")
     with pytest.raises(RuntimeError, match="others drawn for its place"):
         collect(build(Case("folder", packed=False), data))
+
+
+@pytest.mark.ffcv
+def test_ffcv_leaves_torch_its_threads():
+    """FFCV's import sets torch to one thread, which would halve training on the CPU without a word."""
+    pytest.importorskip("ffcv")
+    script = (
+        "import torch; torch.set_num_threads(2); from pipeline import loaders; loaders._ffcv_pipeline(); "
+        "print(torch.get_num_threads())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    checkout = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=checkout, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2"]

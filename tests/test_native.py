@@ -319,7 +319,7 @@ def test_a_refused_thread_is_an_answer_not_the_end_of_the_process(library: ctype
         "resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)\n"
         "print(library.rg_pool_open(4096))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.strip() == "None", done.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -48,9 +49,15 @@ class Stopped(RunEnd):
 
 
 def run_to_exit_code(main: Callable[[], int]) -> int:
-    """Call `main` and turn a `RunEnd` into one line on standard error and its exit code."""
+    """Call `main` and turn a `RunEnd` or a failing disk into one line on standard error and its exit code."""
     try:
         return main()
     except RunEnd as end:
         print(f"regatta: {' '.join(str(end).split())}", file=sys.stderr)
         return end.code
+    except OSError as reason:
+        # What the run itself could not write: a full disk ends it as a failed checkpoint does.
+        full = reason.errno == errno.ENOSPC
+        remedy = "free space" if full else "check the path and its permissions"
+        print(f"regatta: {reason}; {remedy}, then run the same command again", file=sys.stderr)
+        return EXIT_CHECKPOINT if full else EXIT_USER_MISTAKE

@@ -27,6 +27,7 @@ from .optim import clip_or_measure, set_learning_rate
 from .runtime import Runtime, SignalWatch
 from .schedules import ema_at, lr_at
 
+_TAKEN = "steps_taken"
 PATIENCE = 25
 """Non-finite steps in a row after which the run gives up."""
 
@@ -148,9 +149,9 @@ def take_step(job: Job, state: TrainState, step: int, micro_batches: list[StepIn
         method.after_step(joined, ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema))
         if runtime.world_size > 1:
             average_buffers(running_buffers(method))
-    _accumulate(state, outputs, loss, grad_norm)
+    _accumulate(state, outputs, loss, grad_norm, bad)
     if not taken:
-        job.metrics.row("skipped_step", step + 1, step // job.steps_per_epoch, reason="non-finite loss or gradient")
+        _tell_skipped(job, state, step + 1, 1)
         _give_up_if_stuck(state)
 
 
@@ -197,16 +198,25 @@ def _joined(outputs: list[StepOutput]) -> StepOutput:
     return StepOutput(outputs[-1].loss, outputs[-1].metrics, keys)
 
 
-def _accumulate(state: TrainState, outputs: list[StepOutput], loss: Tensor, grad_norm: Tensor) -> None:
-    """Add this step's figures to the sums on the device."""
-    values = {"loss": loss, "grad_norm": grad_norm}
+def _tell_skipped(job: Job, state: TrainState, step: int, count: int) -> None:
+    """Write what was skipped up to `step`, and mend running statistics that took in values which are not finite."""
+    reason = "non-finite loss or gradient"
+    job.metrics.row("skipped_step", step, (step - 1) // job.steps_per_epoch, steps=count, reason=reason)
+    for name, buffer in state.method.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.nan_to_num_(0.0, 0.0, 0.0)
+        elif name.endswith("running_var"):
+            buffer.nan_to_num_(1.0, 1.0, 1.0)
+
+
+def _accumulate(state: TrainState, outputs: list[StepOutput], loss: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
+    """Add this step's figures to the sums on the device; a bad step adds to none of them but to the steps."""
+    values = {_TAKEN: torch.ones_like(loss), "loss": loss, "grad_norm": grad_norm}
     for name in outputs[0].metrics:
         values[f"loss/{name}"] = torch.stack([output.metrics[name].detach().float() for output in outputs]).mean()
     for name, value in values.items():
-        if name in state.sums:
-            state.sums[name] += value.double()
-        else:
-            state.sums[name] = value.double()
+        value = torch.where(bad, 0.0, value.double())
+        state.sums[name] = state.sums[name] + value if name in state.sums else value
     state.sum_steps += 1
 
 
@@ -227,7 +237,7 @@ class _Clock:
 
 
 def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
-    """Read the sums (the host waits for the device here), write a row, start the next."""
+    """Read the sums (the host waits for the device here), write a row of means over the steps taken, start the next."""
     step = state.step - 1
     recipe = job.config.recipe
     method = state.method
@@ -235,18 +245,23 @@ def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
     totals = torch.stack([state.sums[name] for name in names])
     if job.runtime.world_size > 1:
         average_buffers([totals])
-    means = dict(zip(names, (totals / max(state.sum_steps, 1)).tolist(), strict=True))
+    sums = dict(zip(names, totals.tolist(), strict=True))
+    taken = round(sums.pop(_TAKEN))
+    skipped = state.sum_steps - taken
+    if skipped and job.runtime.device.type != "cpu":
+        _tell_skipped(job, state, state.step, skipped)
     seconds = max(time.perf_counter() - clock.started, 1e-9)
-    job.metrics.row(
-        "train",
-        state.step,
-        epoch,
-        **means,
-        lr=_lr(job, step),
-        ema_momentum=ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema),
-        images_per_s=clock.steps * clock.global_batch / seconds,
-        data_wait_share=min(job.stream.wait_s / seconds, 1.0),
-    )
+    if taken:
+        job.metrics.row(
+            "train",
+            state.step,
+            epoch,
+            **{name: value / taken for name, value in sums.items()},
+            lr=_lr(job, step),
+            ema_momentum=ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema),
+            images_per_s=clock.steps * clock.global_batch / seconds,
+            data_wait_share=min(job.stream.wait_s / seconds, 1.0),
+        )
     state.sums, state.sum_steps = {}, 0
     job.stream.wait_s = 0.0
     clock.restart()

@@ -2,7 +2,7 @@
 
 `REGATTA_POOL_KERNEL` or `set_pool_kernel` chooses: "cuda" runs the kernels on CUDA tensors, "definition" the PyTorch
 definition, "auto" (default) what has been shown to be right and faster. No one has run the kernels on a GPU yet, so
-"auto" means the definition for now. The choice and its reason are logged once.
+"auto" means the definition until a GPU has run the kernels. The choice and its reason are logged once.
 """
 
 from __future__ import annotations

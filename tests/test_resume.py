@@ -195,3 +195,18 @@ def test_unwritable_checkpoint_ends_with_its_own_code(tmp_path: Path, monkeypatc
     monkeypatch.setattr("train.checkpoint.save_file", full_disk)
     assert train.main.main(argv(tmp_path / "full", steps=3)) == EXIT_CHECKPOINT
     assert not list((tmp_path / "full" / "checkpoints").glob("*step_*"))
+
+
+def test_a_checkpoint_that_fails_on_the_first_rank_ends_them_all(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file where a folder is needed")
+    assert run(argv(tmp_path / "run"), world_size=2) == [EXIT_CHECKPOINT, EXIT_CHECKPOINT]
+
+
+def test_a_run_that_starts_over_leaves_no_curves_of_the_one_before(whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "again"
+    shutil.copytree(whole, run_dir)
+    before = {path.name for path in (run_dir / "tensorboard").iterdir()}
+    assert before
+    assert run(argv(run_dir, "regioncl-m", 2, "--resume", "never")) == [0]
+    assert not before & {path.name for path in (run_dir / "tensorboard").iterdir()}

@@ -278,13 +278,27 @@ def _give_up_if_stuck(state: TrainState) -> None:
 
 
 def save(job: Job, state: TrainState, epoch: int) -> None:
-    """Write the checkpoint of this step and the exported backbone; all ranks call this, rank 0 writes."""
+    """Write the checkpoint of this step and the exported backbone; all ranks call this, rank 0 writes.
+
+    Raises:
+        CheckpointFailed: on every rank when rank 0 could not write, so that none waits for a rank that has gone.
+    """
     rank_sums = job.runtime.gather_objects({name: value.tolist() for name, value in state.sums.items()})
-    if job.run_dir is None:
-        return
+    failure = None
+    if job.run_dir is not None:
+        try:
+            _write(job, job.run_dir, state, epoch, rank_sums)
+        except CheckpointFailed as reason:
+            failure = str(reason)
+    told = next((message for message in job.runtime.gather_objects(failure) if message), None)
+    if told is not None:
+        raise CheckpointFailed(told)
+
+
+def _write(job: Job, run_dir: Path, state: TrainState, epoch: int, rank_sums: list[dict[str, float]]) -> None:
     state.metrics_bytes = job.metrics.position()
     folder = save_checkpoint(
-        job.run_dir / "checkpoints",
+        run_dir / "checkpoints",
         state,
         {"config": job.config_json, "sums": rank_sums},
         job.config.run.keep_checkpoints,
@@ -292,7 +306,7 @@ def save(job: Job, state: TrainState, epoch: int) -> None:
     try:
         save_backbone(
             state.method.encoder,
-            job.run_dir / "backbone.safetensors",
+            run_dir / "backbone.safetensors",
             arch=job.config.recipe.arch,
             method=job.config.run.method,
         )

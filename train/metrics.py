@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,9 @@ class Metrics:
         self._stream = path.open("a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter
 
+        if not keep_bytes:
+            # A run that starts over: the curves of the run before it would be drawn through its own.
+            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)

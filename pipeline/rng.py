@@ -31,6 +31,8 @@ SLOT_EPOCH_ORDER = 48
 SLOT_HOLDOUT = 49
 # Fallback for a record that cannot be decoded: (sample, epoch, attempt).
 SLOT_SUBSTITUTE = 50
+# Seed of a fine-tuning step's own draws: (step, rank, 0).
+SLOT_STEP_SEED = 51
 
 
 def philox(seed: int, a: object, b: object, c: object, slot: object) -> np.ndarray:

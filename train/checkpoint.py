@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,25 +75,27 @@ def write_atomically(path: Path, data: bytes) -> None:
     _fsync(path.parent)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain_copy(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU in the plain layout."""
     # safetensors refuses channels-last tensors; strides are restored on loading from the live tensors.
     return tensor.detach().cpu().contiguous()
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state as tensors by `index/name`, and the rest as plain values."""
     saved = optimizer.state_dict()
     tensors, plain = {}, {}
     for index, entries in saved["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}/{name}"] = _plain(value)
+                tensors[f"{index}/{name}"] = plain_copy(value)
             else:
                 plain[f"{index}/{name}"] = value
     return tensors, {"state": plain, "param_groups": saved["param_groups"]}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    """Put what `optimizer_tensors` gave back into an optimizer over parameters of the same shapes and order."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
     for key, value in tensors.items():
@@ -110,8 +113,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
 
 
 def _write_files(folder: Path, state: TrainState, extra: dict[str, Any]) -> None:
-    save_file({name: _plain(t) for name, t in state.method.state_dict().items()}, folder / "model.safetensors")
-    tensors, optimizer_plain = _optimizer_tensors(state.optimizer)
+    save_file({name: plain_copy(t) for name, t in state.method.state_dict().items()}, folder / "model.safetensors")
+    tensors, optimizer_plain = optimizer_tensors(state.optimizer)
     save_file(tensors, folder / "optimizer.safetensors")
     document = {
         "step": state.step,
@@ -124,27 +127,46 @@ def _write_files(folder: Path, state: TrainState, extra: dict[str, Any]) -> None
         **extra,
     }
     (folder / "state.json").write_text(json.dumps(document, indent=1))
+
+
+def save_checkpoint(root: Path, state: TrainState, extra: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of `state.step` under `root`, as `write_folder` does."""
+    return write_folder(root, state.step, lambda folder: _write_files(folder, state, extra), keep)
+
+
+def _seal(folder: Path) -> None:
+    """Add the manifest of the files' hashes and see that all of them reach the disk."""
     hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     (folder / "manifest.json").write_text(json.dumps({"files": hashes}, indent=1))
     for path in folder.iterdir():
         _fsync(path)
+    _fsync(folder)
 
 
-def save_checkpoint(root: Path, state: TrainState, extra: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `state.step` under `root` and drop all but the newest `keep`, and all later ones.
+def write_folder(root: Path, step: int, write_files: Callable[[Path], None], keep: int) -> Path:
+    """Write the checkpoint of a step under `root` and drop all but the newest `keep`, and all later ones.
+
+    Args:
+        root: folder of the checkpoints.
+        step: optimizer steps taken; names the checkpoint.
+        write_files: writes the files of a checkpoint into the empty folder that it is given.
+        keep: checkpoints that stay.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
         CheckpointFailed: when it could not be written; nothing half-written is left under a final name.
     """
-    final = root / f"{_PREFIX}{state.step:08d}"
+    final = root / f"{_PREFIX}{step:08d}"
     temporary = root / f".{final.name}.{os.getpid()}.tmp"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for stale in root.glob(f".{_PREFIX}*.tmp"):
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
-        _write_files(temporary, state, extra)
-        _fsync(temporary)
+        write_files(temporary)
+        _seal(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
@@ -188,20 +210,25 @@ def read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _load_model(method: nn.Module, saved: dict[str, Tensor], folder: Path) -> None:
-    live = method.state_dict()
+def load_model(model: nn.Module, saved: dict[str, Tensor], folder: Path, remedy: str) -> None:
+    """Copy saved tensors into the live ones of `model`.
+
+    Raises:
+        UserMistake: their names or shapes differ; the message ends in `remedy`.
+    """
+    live = model.state_dict()
     missing, unexpected = sorted(set(live) - set(saved)), sorted(set(saved) - set(live))
     if missing or unexpected:
         raise UserMistake(
             f"checkpoint {folder} is of another model: {len(missing)} tensors missing (first {missing[:1]}), "
-            f"{len(unexpected)} unexpected (first {unexpected[:1]}); choose another --run-dir or --resume never"
+            f"{len(unexpected)} unexpected (first {unexpected[:1]}); {remedy}"
         )
     with torch.no_grad():
         for name, target in live.items():
             if target.shape != saved[name].shape:
                 raise UserMistake(
                     f"checkpoint {folder}: {name} has shape {tuple(saved[name].shape)}, this run needs "
-                    f"{tuple(target.shape)}; choose another --run-dir or --resume never"
+                    f"{tuple(target.shape)}; {remedy}"
                 )
             target.copy_(saved[name])  # in place: keeps the live tensor's device and strides
 
@@ -220,8 +247,9 @@ def restore_checkpoint(folder: Path, state: TrainState, rank: int, world_size: i
         UserMistake: when the checkpoint is of another model.
     """
     document = read_document(folder)
-    _load_model(state.method, load_file(folder / "model.safetensors"), folder)
-    _restore_optimizer(state.optimizer, load_file(folder / "optimizer.safetensors"), document["optimizer"])
+    remedy = "choose another --run-dir or --resume never"
+    load_model(state.method, load_file(folder / "model.safetensors"), folder, remedy)
+    restore_optimizer(state.optimizer, load_file(folder / "optimizer.safetensors"), document["optimizer"])
     if state.scaler is not None and document["scaler"] is not None:
         state.scaler.load_state_dict(document["scaler"])
     state.method.load_host_state(document["host_state"])

@@ -1,0 +1,140 @@
+"""Exact resumption of fine-tuning: equal bytes, damaged and foreign checkpoints, two ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from train.errors import CheckpointFailed, Stopped, UserMistake
+from train.eval.tuning_state import TuningCheckpoints, TuningState, fingerprint, seed_step, state_folder
+from train.runtime import Runtime
+
+SETTINGS = {"lr": 0.1, "seed": 3, "crop": (8, 8)}
+RUNTIME = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 2, 1))
+    return layers.to(memory_format=torch.channels_last)
+
+
+def fresh(kind: str) -> TuningState:
+    model = network()
+    groups = [{"params": list(model[:2].parameters()), "lr": 0.1}, {"params": list(model[2:].parameters()), "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9) if kind == "sgd" else torch.optim.AdamW(groups)
+    return TuningState(model, optimizer)
+
+
+def advance(state: TuningState, until: int, checkpoints: TuningCheckpoints | None = None) -> None:
+    state.model.train()
+    while state.step < until:
+        seed_step(3, state.step, 0)
+        images = torch.randn(4, 3, 8, 8)
+        loss = F.cross_entropy(state.model(images), torch.randint(0, 2, (4, 6, 6)))
+        state.optimizer.zero_grad()
+        loss.backward()
+        for group in state.optimizer.param_groups:
+            group["lr"] *= 0.9
+        state.optimizer.step()
+        state.step += 1
+        state.record.setdefault("losses", []).append(loss.item())
+        if checkpoints is not None:
+            checkpoints.save(state)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_continued_run_has_the_bytes_of_one_never_stopped(tmp_path: Path, kind: str) -> None:
+    whole = fresh(kind)
+    advance(whole, 7)
+    TuningCheckpoints(tmp_path / "whole", SETTINGS, RUNTIME).save(whole)
+
+    checkpoints = TuningCheckpoints(tmp_path / "parts", SETTINGS, RUNTIME)
+    advance(fresh(kind), 3, checkpoints)
+    torch.rand(5)  # what else the process drew must not matter
+    continued = fresh(kind)
+    with torch.no_grad():
+        continued.model[0].weight.zero_()
+    assert checkpoints.restore(continued) and continued.step == 3
+    names = [set(run.optimizer.state[run.model[0].weight]) for run in (continued, whole)]
+    assert names[0] == names[1] != set()
+    advance(continued, 7, checkpoints)
+    assert continued.record == whole.record
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        folders = [tmp_path / part / "step_00000007" / name for part in ("whole", "parts")]
+        assert folders[0].read_bytes() == folders[1].read_bytes(), name
+    # two stay, and the first of them is whole as well
+    assert sorted(p.name for p in (tmp_path / "parts").glob("step_*")) == ["step_00000006", "step_00000007"]
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
+    checkpoints = TuningCheckpoints(tmp_path, SETTINGS, RUNTIME)
+    assert not checkpoints.restore(fresh("sgd"))
+    advance(fresh("sgd"), 4, checkpoints)
+    newest = tmp_path / "step_00000004" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    state = fresh("sgd")
+    assert checkpoints.restore(state) and state.step == 3
+    (tmp_path / "step_00000003" / "state.json").unlink()
+    with pytest.raises(UserMistake, match="no checkpoint under .* is whole"):
+        checkpoints.restore(state)
+    never = TuningCheckpoints(tmp_path, SETTINGS, RUNTIME, resume=False)
+    again = fresh("sgd")
+    assert not never.restore(again)
+    advance(again, 1, never)
+    # another history's later steps must not be taken for newer ones
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_00000001"]
+
+
+def test_other_settings_and_networks_are_refused(tmp_path: Path) -> None:
+    advance(fresh("sgd"), 1, TuningCheckpoints(tmp_path, SETTINGS, RUNTIME))
+    state = fresh("sgd")
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    other = TuningCheckpoints(tmp_path, {**SETTINGS, "lr": 0.2, "more": True}, RUNTIME)
+    with pytest.raises(UserMistake, match=r"settings \(lr: 0.1 -> 0.2; more: None -> True\); choose another --output"):
+        other.restore(state)
+    assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
+    wider = TuningState(nn.Conv2d(3, 4, 3), state.optimizer)
+    with pytest.raises(UserMistake, match="another model"):
+        TuningCheckpoints(tmp_path, SETTINGS, RUNTIME).restore(wider)
+
+
+class Asked:
+    asked = "SIGTERM"
+
+
+def test_a_signal_saves_and_a_failed_write_is_told(tmp_path: Path) -> None:
+    checkpoints = TuningCheckpoints(tmp_path / "runs", SETTINGS, RUNTIME)
+    state = fresh("sgd")
+    advance(state, 2)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 2, saved") as end:
+        checkpoints.save_if_stopped(state, Asked())  # type: ignore[arg-type]
+    assert end.value.code == 75
+    assert json.loads((tmp_path / "runs" / "step_00000002" / "state.json").read_text())["settings"]["crop"] == [8, 8]
+    saved = load_file(tmp_path / "runs" / "step_00000002" / "model.safetensors")
+    assert torch.equal(saved["0.weight"], state.model[0].weight)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointFailed, match="could not be written"):
+        TuningCheckpoints(tmp_path / "file", SETTINGS, RUNTIME).save(state)
+
+
+def test_fingerprints_follow_the_values_and_steps_have_their_own_draws() -> None:
+    model = network()
+    first = fingerprint(model)
+    assert first == fingerprint(network()) and len(first) == 64
+    assert first == fingerprint(network().to(memory_format=torch.contiguous_format))
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] += 1e-6
+    assert fingerprint(model) != first
+    draws = set()
+    for address in [(3, 0, 0), (3, 1, 0), (3, 0, 1), (4, 0, 0)]:
+        seed_step(*address)
+        draws.add(torch.rand(1).item())
+    assert len(draws) == 4
+    assert state_folder(Path("a.b/eval-segment.json")) == Path("a.b/eval-segment.state")

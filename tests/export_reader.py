@@ -70,8 +70,13 @@ def load_detectron2(path):
 
 
 def by_detectron2(request, images):
-    """detectron2's ResNet written from its key names: stem, res2..res5, convN with norm, shortcut."""
+    """Globally averaged last feature map of detectron2's backbones, written from their key names."""
     arrays = load_detectron2(request["path"])
+    return (swin_by_detectron2 if "patch_embed.proj.weight" in arrays else resnet_by_detectron2)(arrays, images)
+
+
+def resnet_by_detectron2(arrays, images):
+    """The ResNet: stem, res2..res5, convN with norm, shortcut; the stride is that of STRIDE_IN_1X1 = False."""
 
     def conv(x, name, stride=1, padding=0):
         x = F.conv2d(x, arrays[f"{name}.weight"], stride=stride, padding=padding)
@@ -91,6 +96,57 @@ def by_detectron2(request, images):
                 y = conv(conv(x, f"{name}.conv1", stride, 1).relu(), f"{name}.conv2", 1, 1)
             x, block = (y + shortcut).relu(), block + 1
     return x.mean(dim=(2, 3))
+
+
+def swin_by_detectron2(arrays, images):
+    """The Swin transformer: windows of 7, shifted by 3 in every second block, merging at the end of a layer; norm3."""
+    window, heads = 7, (3, 6, 12, 24)
+
+    def linear(x, name):
+        return F.linear(x, arrays[f"{name}.weight"], arrays.get(f"{name}.bias"))
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], arrays[f"{name}.weight"], arrays[f"{name}.bias"], 1e-5)
+
+    def windows(x):  # (B, S, S, C) -> (B * windows, 49, C)
+        b, side, _, c = x.shape
+        cut = x.view(b, side // window, window, side // window, window, c).transpose(2, 3)
+        return cut.reshape(-1, window * window, c)
+
+    def attention(x, name, count, shift):
+        b, side, _, c = x.shape
+        x = x.roll((-shift, -shift), (1, 2))
+        q, k, v = linear(windows(x), f"{name}.qkv").unflatten(-1, (3, count, c // count)).permute(2, 0, 3, 1, 4)
+        index = arrays[f"{name}.relative_position_index"].flatten().long()
+        table = arrays[f"{name}.relative_position_bias_table"]
+        scores = q @ k.transpose(-2, -1) * (c // count) ** -0.5
+        scores = scores + table[index].view(window**2, window**2, count).permute(2, 0, 1)
+        if shift:
+            # Tokens that the roll brought together from two edges do not see each other.
+            band = torch.zeros(side)
+            band[-window:-shift], band[-shift:] = 1, 2
+            region = windows((3 * band[:, None] + band[None, :]).view(1, side, side, 1))[:, :, 0]
+            apart = (region[:, None, :] != region[:, :, None]).repeat(b, 1, 1)
+            scores = scores.masked_fill(apart[:, None], -100.0)
+        y = linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), f"{name}.proj")
+        y = y.view(b, side // window, side // window, window, window, c).transpose(2, 3).reshape(b, side, side, c)
+        return y.roll((shift, shift), (1, 2))
+
+    weight, bias = arrays["patch_embed.proj.weight"], arrays["patch_embed.proj.bias"]
+    x = norm(F.conv2d(images, weight, bias, stride=4).permute(0, 2, 3, 1), "patch_embed.norm")
+    for layer, count in enumerate(heads):
+        block = 0
+        while f"layers.{layer}.blocks.{block}.norm1.weight" in arrays:
+            name = f"layers.{layer}.blocks.{block}"
+            # A layer that is one window wide has nothing to shift.
+            shift = 3 if block % 2 and x.shape[1] > window else 0
+            x = x + attention(norm(x, f"{name}.norm1"), f"{name}.attn", count, shift)
+            x = x + linear(F.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
+            block += 1
+        if f"layers.{layer}.downsample.reduction.weight" in arrays:
+            corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+            x = linear(norm(torch.cat(corners, -1), f"layers.{layer}.downsample.norm"), f"layers.{layer}.downsample.reduction")
+    return norm(x, "norm3").mean(dim=(1, 2))
 
 
 READERS = {

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.methods import METHODS
 from tools import charts, report
-from tools.published import PUBLISHED, candidates, differences
+from tools.evaluations import NAMES, PROTOCOLS
+from tools.published import DATA_IMAGES, PUBLISHED, candidates, differences
+from train.config import resolve
 from train.errors import UserMistake
 
 
@@ -22,7 +25,7 @@ def write_run(folder: Path, method: str = "regioncl-m", steps: int = 300, seed: 
     config = {
         "run": {"method": method, "data": "absent.beton", "seed": seed, "loader": "auto"},
         "recipe": {"arch": "resnet18", "image_size": 64, "epochs": 10, "global_batch": 64, **recipe},
-        "model": {"queue_size": 4096, "temperature": 0.1},
+        "model": {**resolve(["--method", method]).to_json()["model"], "queue_size": 4096, "temperature": 0.1},
         "data_hash": "0" * 64,
         "data_images": 9469,
         "versions": {"torch": "2.15.0", "commit": "0123456789ab"},
@@ -126,61 +129,129 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
 
 def test_runs_side_by_side_with_published_figures(tmp_path: Path) -> None:
     one = write_run(tmp_path / "first" / "regioncl-m", arch="resnet50", image_size=224, epochs=200, global_batch=1024)
-    two = write_run(tmp_path / "second" / "regioncl-m", method="moco-v2", seed=1)
+    two = write_run(tmp_path / "second" / "regioncl-m", method="moco-v2", seed=1, optim={"lr": 0.5})
     out = tmp_path / "deep" / "both.html"
     report.build_report([one, two], out)
     text = out.read_text()
     assert "first/regioncl-m" in text and "second/regioncl-m" in text
-    # RegionCL-M at 200 epochs and MoCo v2 at its nearest schedule.
-    assert "69.4% / 89.6%" in text and "64.5% / 86.1%" in text
+    # RegionCL-M at 200 epochs and MoCo v2 at its nearest schedule; the latter's 20-NN was published too.
+    assert "top-1 69.4, top-5 89.6" in text and "top-1 64.5, top-5 86.1" in text and "top-1 49.3" in text
     assert "data: ImageNet-1K there, 9,469 images here" in text
     assert "backbone: resnet50 there, resnet18 here" in text
-    assert "measured: linear there, 20-NN here" in text
+    assert "not measured here yet" in text
+    assert "changed from recipe moco-v2: " in text and "optim.lr 0.5, not 0.03" in text
     assert 'class="differs"' in text
+    # Protocols stand together, the runs one below the other.
+    cells = re.findall(r"<td>((?:linear|knn)[^<]*)</td>", text)
+    assert cells == ["linear", "linear", "knn 20-NN", "knn 20-NN"]
 
 
-def test_the_linear_probe_of_a_run_takes_the_place_of_its_knn(tmp_path: Path) -> None:
+def write_results(folder: Path, protocol: str, untrained: bool = False, **facts: object) -> None:
+    name = f"eval-{protocol}{'-untrained' if untrained else ''}.json"
+    (folder / name).write_text(json.dumps({"protocol": protocol, "untrained": untrained, **facts}))
+
+
+def shown(page: str, protocol: str) -> list[str]:
+    """The cells of the one row of the table of results that is about a protocol, without tags."""
+    (row,) = [row for row in re.findall(r"<tr>.*?</tr>", page) if f"<td>{protocol}</td>" in row]
+    return [re.sub(r"<[^>]+>", " ", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
+
+
+def test_every_evaluation_stands_beside_its_published_figure(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", arch="resnet50", image_size=224, epochs=200, global_batch=1024)
+    rows = [{"k": 20, "top1": 0.5, "top1_majority": 0.48}, {"k": 100, "top1": 0.4, "top1_majority": 0.39}]
+    write_results(folder, "knn", results=rows, top1=0.5, val_images=3925)
+    write_results(folder, "linear", top1=0.617, top5=0.9, recipe="care", epochs=80, val_images=50_000)
+    write_results(folder, "linear", untrained=True, top1=0.1, top5=0.3, recipe="care", val_images=50_000)
+    write_results(folder, "fewshot", fraction=0.1, top1=0.3, top5=0.5, recipe="regioncl-m", epochs=7, val_images=50_000)
+    write_results(folder, "semi", share=12811 / 1_281_167, top1=0.2, top5=0.4, epochs=50, global_batch=256)
+    metrics = {"box_ap": 0.3, "box_ap50": 0.5, "mask_ap": 0.25}
+    write_results(folder, "detect", task="COCO Mask R-CNN C4 1x", metrics=metrics)
+    write_results(folder, "segment", task="Cityscapes UPerNet 40k", miou=0.5)
+    page = report.render([report.read_run(folder)])
+    _, _, here, untrained, published, apart = shown(page, "linear")
+    assert "top-1 61.7" in here and "eval-linear.json" in here and "top-1 10.0" in untrained
+    assert "top-1 69.4, top-5 89.6, ReaL top-1 78.7" in published and "RegionCL-M&#x27;s log" in published
+    assert "recipe regioncl-m is the method&#x27;s own, care here" in apart and "measured on" not in apart
+    assert "top-1 60.4, top-5 83.5" in shown(page, "fewshot 10%")[4]
+    assert "classifier&#x27;s epochs: 100 there, 7 here" in shown(page, "fewshot 10%")[5]
+    assert shown(page, "knn 20-NN")[2].split()[:2] == ["top-1", "50.0,"]
+    assert "top-1 54.7" in shown(page, "knn 20-NN")[4] and "top-1 52.7" in shown(page, "knn 100-NN")[4]
+    assert "top-1 20.0" in shown(page, "semi 1%")[2] and "nothing for this method" in shown(page, "semi 1%")[4]
+    assert "box AP 39.8, box AP50 59.8" in shown(page, "detect COCO Mask R-CNN C4 1x")[4]
+    assert "box AP 30.0" in shown(page, "detect COCO Mask R-CNN C4 1x")[2]
+    assert "mIoU 78.1" in shown(page, "segment Cityscapes UPerNet 40k")[4]
+
+
+def test_the_online_knn_is_shown_with_its_start(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    assert report.measured_figure(report.read_run(folder)) == ("20-NN", "41.0% top-1")
-    (folder / "eval-linear-untrained.json").write_text(
-        json.dumps({"protocol": "linear", "untrained": True, "top1": 0.1})
-    )
-    assert report.measured_figure(report.read_run(folder))[0] == "20-NN", "an untrained backbone's is not the run's"
-    (folder / "eval-linear.json").write_text(json.dumps({"protocol": "linear", "untrained": False, "top1": 0.617}))
-    run = report.read_run(folder)
-    assert report.measured_figure(run) == ("linear", "61.7% top-1")
-    page = report.render([run])
-    assert "top-1 61.7%" in page and "top-1 10.0%" in page and "eval-linear-untrained.json" in page
+    _, _, here, untrained, _, apart = shown(report.render([report.read_run(folder)]), "knn 20-NN")
+    assert "top-1 41.0" in here and "top-1 35.0" in untrained and "metrics.jsonl" in here
+    assert "3 other images here" in apart
 
 
 def test_published_table_is_consistent() -> None:
     for row in PUBLISHED:
-        assert 30 < row.top1 < 80
-        assert row.top5 is None or row.top5 > row.top1 + 10
-    keys = [(row.method, row.arch, row.epochs, row.source, row.protocol) for row in PUBLISHED]
+        assert all(15 < value < 98 for value in row.figures.values()), row
+        if "top5" in row.figures:
+            assert row.figures["top5"] > row.figures["top1"] + 10
+        for kind in ("box", "mask"):
+            if f"{kind}_ap50" in row.figures:
+                assert row.figures[f"{kind}_ap50"] > row.figures[f"{kind}_ap"] + 10
+        assert row.method in (*METHODS, "supervised") and row.data in DATA_IMAGES
+        assert row.protocol in (*PROTOCOLS, "pose") and set(row.figures) <= {*NAMES, "ap"}
+    keys = [(r.method, r.arch, r.epochs, r.data, r.protocol, r.task, str(r.flags), r.source) for r in PUBLISHED]
     assert len(set(keys)) == len(keys)
-    # Longer schedules of one source and protocol are never worse.
+    # Longer schedules of one source and setting are never worse in linear probes; transfer figures are noisy.
     for row in PUBLISHED:
         for other in PUBLISHED:
-            same = (row.method, row.arch, row.source, row.protocol) == (
-                other.method,
-                other.arch,
-                other.source,
-                other.protocol,
+            same = all(
+                getattr(row, name) == getattr(other, name)
+                for name in ("method", "arch", "data", "protocol", "task", "flags", "source")
             )
-            assert not same or row.epochs >= other.epochs or row.top1 <= other.top1
+            if same and row.protocol == "linear" and row.epochs < other.epochs:
+                for name in row.figures.keys() & other.figures.keys():
+                    assert row.figures[name] <= other.figures[name], (row, other)
+
+
+def test_flags_of_published_figures_exist() -> None:
+    used = {(row.method, flag, value) for row in PUBLISHED for flag, values in row.flags.items() for value in values}
+    for method in sorted({method for method, _, _ in used}):
+        flags = [(f"--{flag.replace('_', '-')}", value) for of, flag, value in sorted(used) if of == method]
+        resolve(["--method", method, *(part for pair in flags for part in pair)])
+
+
+def run_config(method: str, arch: str = "resnet50", epochs: int = 100, *flags: str) -> dict:
+    arguments = ["--method", method, "--arch", arch, "--epochs", str(epochs), *flags]
+    return {**json.loads(json.dumps(resolve(arguments).to_json())), "data_images": 1_281_167}
 
 
 def test_nearest_published_schedule() -> None:
-    assert {row.epochs for row in candidates("care", "resnet101", 180)} == {200}
-    assert {row.arch for row in candidates("care", "resnet101", 180)} == {"resnet101"}
-    assert {row.arch for row in candidates("care", "resnet18", 100)} == {"resnet50"}
-    assert candidates("no-such-method", "resnet50", 100) == []
-    row = candidates("regioncl-m", "resnet50", 200)[0]
-    config = {"recipe": {"arch": "resnet50", "epochs": 200, "image_size": 224, "global_batch": 1024}}
-    assert differences(row, config, 1_281_167, "linear") == []
+    assert {row.epochs for row in candidates(run_config("care", "resnet101", 180), "linear", "")} == {200}
+    assert {row.arch for row in candidates(run_config("care", "resnet101", 180), "linear", "")} == {"resnet101"}
+    assert {row.arch for row in candidates(run_config("care", "resnet18"), "linear", "")} == {"resnet50"}
+    assert candidates({"run": {"method": "no-such-method"}}, "linear", "") == []
+    (row, _) = candidates(run_config("regioncl-m", epochs=200), "linear", "")
+    config = run_config("regioncl-m", epochs=200)
+    assert differences(row, config) == []
     config["recipe"]["image_size"] = 128
-    assert differences(row, config, 1_281_167, "linear") == ["image size: 224 there, 128 here"]
+    assert differences(row, config) == ["image size: 224 there, 128 here"]
+    config = run_config("regioncl-m", "resnet50", 200, "--region.lower", "2")
+    assert differences(row, config) == ["changed from recipe regioncl-m: region.lower 2, not 0"]
+
+
+def test_ablations_are_told_apart() -> None:
+    def top1(protocol: str, task: str, *config) -> list[float]:
+        return [row.figures["top1"] for row in candidates(run_config(*config), protocol, task)]
+
+    region = ("regioncl-m", "resnet50", 100)
+    assert top1("knn", "20-NN", *region) == [54.7]
+    assert top1("knn", "20-NN", *region, "--region.lower", "3", "--region.upper", "4") == [55.1]
+    assert top1("knn", "100-NN", *region, "--region.use-paste", "false", "--region.intra-negative", "false") == [50.0]
+    assert top1("knn", "20-NN", *region, "--region.lower", "4", "--region.upper", "6") == []
+    symmetric = ("moco-v2", "resnet50", 800, "--symmetric.enabled", "true")
+    assert top1("linear", "", *symmetric) == [72.3] and top1("linear", "", *symmetric[:3]) == [71.1]
+    assert top1("linear", "", "care", "resnet50", 100, "--pos", "relative") == [72.02, 72.06]
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ import numpy as np
 
 from tools.charts import COLOURS, Series, line_chart
 from tools.cli import call, make_parser, parse, run_main
+from tools.evaluations import PROTOCOLS, Measurement, describe, measurements, read_results
+from tools.evaluations import differences as evaluation_differences
 from tools.published import candidates, differences
 from train.errors import UserMistake, run_to_exit_code
 
 _STYLE = Path(__file__).with_name("report.css")
 Row = dict[str, Any]
-# Shares that evaluation files may hold, and what they are called.
-_SCORES = {"top1": "top-1", "top5": "top-5", "ap": "AP", "ap50": "AP50", "miou": "mIoU"}
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
             if position != len(lines) - 1:
                 where = f"{folder / 'metrics.jsonl'}: line {position + 1}"
                 raise UserMistake(f"{where} is no JSON; restore the file") from None
-    return Run(name or folder.resolve().name, folder, config, rows, _scores(folder))
-
-
-def _scores(folder: Path) -> dict[str, Any]:
-    """What `train/evaluate.py` left beside the run: file name -> content, for every JSON file that names a protocol."""
-    found: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and isinstance(content.get("protocol"), str):
-            found[path.name] = content
-    return found
+    return Run(name or folder.resolve().name, folder, config, rows, read_results(folder.glob("*.json")))
 
 
 def _text(value: Any) -> str:
@@ -155,45 +142,70 @@ def _tiles(run: Run) -> str:
     )
 
 
-def measured_figure(run: Run) -> tuple[str | None, str]:
-    """What stands beside the published figure: a linear probe where there is one, else the newest online k-NN.
+# --- results beside the published figures ----------------------------------------------------------------------------
 
-    Returns:
-        The protocol ("linear", "20-NN" or None) and the figure as text.
-    """
-    for score in run.scores.values():
-        if score["protocol"] == "linear" and not score.get("untrained") and isinstance(score.get("top1"), int | float):
-            return "linear", f"{_percent(score['top1'])} top-1"
+
+def results(run: Run) -> list[Measurement]:
+    """Everything that was measured on a run's backbone, the online k-NN included unless it was measured again since."""
+    found = [each for name, facts in run.scores.items() for each in measurements(name, facts)]
     rows = run.of_kind("knn")
     if rows:
-        return f"{rows[-1]['k']}-NN", f"{_percent(rows[-1]['top1'])} top-1"
-    return None, "–"
+        again = {(each.task, each.untrained) for each in found if each.protocol == "knn"}
+        for row, untrained in ((rows[-1], False), (rows[0], True)):
+            task = f"{row['k']}-NN"
+            if (task, untrained) not in again and (row["step"] == 0) == untrained:
+                facts = {**row, "protocol": "knn", "untrained": untrained}
+                found.append(Measurement("knn", task, {"top1": 100 * row["top1"]}, facts, "metrics.jsonl"))
+    return found
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
-def _published(runs: Sequence[Run]) -> str:
+def _beside_published(runs: Sequence[Run]) -> str:
+    """Every result of every run, beside the untrained backbone's and what was published for the method."""
     rows = []
     for number, run in enumerate(runs):
-        recipe = run.config.get("recipe", {})
-        method = run.config.get("run", {}).get("method", "")
-        measured, figure = measured_figure(run)
-        found = candidates(method, recipe.get("arch", ""), recipe.get("epochs", 0))
-        first = (
-            f'<tr><td class="name">{_swatch(number)}{_text(run.name)}</td><td>{_text(_title(run))}</td>'
-            f'<td class="figure">{_text(figure)}{f" ({_text(measured)})" if measured else ""}</td>'
-        )
-        if not found:
-            rows.append(f"{first}<td>none</td><td>nothing was published for this method</td></tr>")
-        for row in found:
-            top5 = f" / {row.top5:g}%" if row.top5 is not None else ""
-            there = f"{row.top1:g}%{top5} ({row.protocol}, {row.epochs} epochs; {row.source})"
-            listed = differences(row, run.config, run.config.get("data_images"), measured)
-            apart = "".join(f"<li>{_text(item)}</li>" for item in listed) or "<li>none known</li>"
-            rows.append(f"{first}<td>{_text(there)}</td><td><ul>{apart}</ul></td></tr>")
-    return _table(("run", "what", "here", "published, top-1 / top-5", "difference of protocol"), rows)
+        found = results(run)
+        trained = {(each.protocol, each.task): each for each in found if not each.untrained}
+        baseline = {(each.protocol, each.task): each for each in found if each.untrained}
+        # A linear probe is what the methods are known by, so its row is there before it is measured.
+        for key in sorted({("linear", ""), *trained, *baseline}, key=_place):
+            row = _result_row(run, number, key, trained.get(key), baseline.get(key))
+            rows.append((_place(key), number, row))
+    head = ("run", "protocol", "here", "untrained", "published", "difference of protocol")
+    return _table(head, [row for *_, row in sorted(rows, key=lambda entry: entry[:2])])
+
+
+def _place(key: tuple[str, str]) -> tuple[int, int, str]:
+    """Where a protocol stands in the table; numbers in tasks count as numbers."""
+    protocol, task = key
+    digits = "".join(character for character in task if character.isdigit())
+    known = PROTOCOLS.index(protocol) if protocol in PROTOCOLS else len(PROTOCOLS)
+    return known, int(digits or 0), f"{protocol} {task}"
+
+
+def _result_row(
+    run: Run, number: int, key: tuple[str, str], measured: Measurement | None, baseline: Measurement | None
+) -> str:
+    def cell(found: Measurement | None) -> str:
+        return "–" if found is None else f'{_text(describe(found.figures))}<p class="note">{_text(found.file)}</p>'
+
+    published = candidates(run.config, *key)
+    there, apart = [], []
+    for row in published:
+        epochs = f"{row.epochs} epochs" if row.epochs else "epochs not stated"
+        there.append(f"<li>{_text(describe(row.figures))} ({_text(f'{row.arch}, {epochs}; {row.source}')})</li>")
+        listed = differences(row, run.config)
+        listed += ["not measured here yet"] if measured is None else evaluation_differences(row, measured)
+        apart += [item for item in listed if item not in apart]
+    if not published:
+        there = ["<li>nothing for this method and protocol</li>"]
+    elif not apart:
+        apart = ["none known"]
+    items = "".join(f"<li>{_text(item)}</li>" for item in apart)
+    return (
+        f'<tr><td class="name">{_swatch(number)}{_text(run.name)}<p class="note">{_text(_title(run))}</p></td>'
+        f'<td>{_text(" ".join(key).strip())}</td><td>{cell(measured)}</td><td>{cell(baseline)}</td>'
+        f'<td><ul>{"".join(there)}</ul></td><td><ul>{items}</ul></td></tr>'
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[str]) -> str:
@@ -322,24 +334,6 @@ def _events(runs: Sequence[Run]) -> str:
     return _table(("run", "what happened", "step", "after", "details"), rows)
 
 
-def _evaluations(runs: Sequence[Run]) -> str:
-    """Every protocol that was run on a backbone of these runs, the untrained one's beside it."""
-    rows = []
-    for number, run in enumerate(runs):
-        for name, score in run.scores.items():
-            figures = {key: value for key, value in score.items() if key in _SCORES and isinstance(value, int | float)}
-            shown = ", ".join(f"{label} {_percent(figures[key])}" for key, label in _SCORES.items() if key in figures)
-            backbone = "untrained" if score.get("untrained") else "trained"
-            rows.append(
-                f'<tr><td class="name">{_swatch(number)}{_text(run.name)}</td><td>{_text(score["protocol"])}</td>'
-                f'<td>{backbone}</td><td class="figure">{_text(shown or "see the file")}</td>'
-                f"<td>{_text(name)}</td></tr>"
-            )
-    if not rows:
-        return '<p class="note">None yet: run train/evaluate.py on the run, then write this page again.</p>'
-    return _table(("run", "protocol", "backbone", "result", "file"), rows)
-
-
 def _flatten(value: Any, path: str = "") -> dict[str, str]:
     if isinstance(value, dict) and value:
         flat: dict[str, str] = {}
@@ -373,8 +367,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def render(runs: Sequence[Run]) -> str:
     """The whole page about these runs, as HTML that loads nothing from anywhere."""
     sections: list[tuple[str, Callable[[Sequence[Run]], str]]] = [
-        ("Beside the published figures", _published),
-        ("Evaluation", _evaluations),
+        ("Results beside the published figures", _beside_published),
         ("Curves", _charts),
         ("What the method sees", _pictures),
         ("Events", _events),

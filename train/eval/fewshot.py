@@ -36,7 +36,8 @@ def labelled_subset(
         names = source_names(config.data)
         if list_file:
             chosen = read_list(list_file, names, pipeline.num_samples)
-            return chosen, {"list": list_file, "subset_images": len(chosen)}
+            share = len(chosen) / pipeline.num_samples
+            return chosen, {"list": list_file, "share": share, "subset_images": len(chosen)}
         chosen = balanced_subset(pipeline.labels, fraction, config.seed)
     finally:
         pipeline.close()

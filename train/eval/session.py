@@ -1,4 +1,4 @@
-"""What the classification protocols share: flags, the loaded backbone, labelled pipelines, the result file."""
+"""What the protocols share: flags, the loaded backbone, the result file, and pipelines for classification."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def flag(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Flags that every classification protocol has."""
+class ProtocolConfig:
+    """Flags that every protocol has which trains or evaluates a network."""
 
     checkpoint: str = flag("", "a run's folder, our backbone file, or a torchvision or timm checkpoint")
     arch: str = flag("", "backbone architecture; empty finds it out from the checkpoint")
@@ -48,22 +48,30 @@ class EvalConfig:
         False, "evaluate a fresh backbone of the checkpoint's architecture instead, as a baseline; its weights follow "
         "from --seed"
     )
-    data: str = flag("", "labelled training images: packed file, folder, list or shard pattern")
-    val_data: str = flag("", "labelled validation images with the same classes")
-    loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "reference", "synthetic"] = flag(
-        "auto", "where images come from; for synthetic, --data and --val-data are numbers of images"
-    )
-    image_size: int = flag(0, "side of the evaluated square in pixels; 0 is the run's own, or 224")
+    data: str = flag("", "training images with their labels")
+    val_data: str = flag("", "validation images with the same classes")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
-        "auto", "of the backbone; auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
+        "auto", "of the network; auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
     )
+    deterministic: bool = flag(False, "deterministic kernels, for byte-identical runs on CUDA; the CPU needs no flag")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
     workers: int = flag(0, "decoding threads of this process; 0 follows from the cores it may use")
     seed: int = flag(0, "every random draw follows from it")
     output: str = flag("", "result file; empty is eval-PROTOCOL.json beside the checkpoint")
 
 
-ConfigT = TypeVar("ConfigT", bound=EvalConfig)
+@dataclass(frozen=True)
+class EvalConfig(ProtocolConfig):
+    """Flags that every classification protocol has."""
+
+    data: str = flag("", "labelled training images: packed file, folder, list or shard pattern")
+    loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "reference", "synthetic"] = flag(
+        "auto", "where images come from; for synthetic, --data and --val-data are numbers of images"
+    )
+    image_size: int = flag(0, "side of the evaluated square in pixels; 0 is the run's own, or 224")
+
+
+ConfigT = TypeVar("ConfigT", bound=ProtocolConfig)
 
 
 def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequence[str]) -> ConfigT:
@@ -81,13 +89,14 @@ def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequen
                        ("val_data", "labelled validation images")):
         if not getattr(config, name):
             raise UserMistake(f"--{name.replace('_', '-')} is needed: give {what}")
-    if config.image_size < 0 or config.workers < 0:
-        raise UserMistake(f"--image-size {config.image_size} and --workers {config.workers} must not be negative")
+    for name in ("image_size", "workers"):
+        if getattr(config, name, 0) < 0:
+            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
     return config
 
 
 @dataclass
-class Session:
+class ProtocolSession:
     """One protocol at work.
 
     Attributes:
@@ -97,17 +106,15 @@ class Session:
         encoder: filled, in eval mode, on the device, channels-last.
         arch: its architecture.
         source: what was loaded.
-        image_size: side of a view in pixels.
         run: the run's `config.json`, empty for a file.
     """
 
     protocol: str
-    config: EvalConfig
+    config: ProtocolConfig
     runtime: Runtime
     encoder: nn.Module
     arch: str
     source: BackboneSource
-    image_size: int
     run: dict[str, Any]
     started: float = field(default_factory=time.perf_counter)
 
@@ -125,6 +132,47 @@ class Session:
         """Print on the first rank."""
         if self.runtime.is_main:
             print(text, flush=True)
+
+    def facts(self) -> dict[str, Any]:
+        """What every result file says of the run."""
+        return {
+            "protocol": self.protocol,
+            "untrained": self.config.untrained,
+            "checkpoint": self.source.origin,
+            "method": self.method,
+            "arch": self.arch,
+            "settings": dataclasses.asdict(self.config),
+            "world_size": self.runtime.world_size,
+            "device": str(self.runtime.device),
+            "dtype": str(self.runtime.dtype).removeprefix("torch."),
+            "versions": versions(),
+            "seconds": round(time.perf_counter() - self.started, 3),
+        }
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Write the result file and say where it is."""
+        if not self.runtime.is_main:
+            return
+        path = result_path(self)
+        document = {**self.facts(), **result}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+        except OSError as reason:
+            raise UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output") from None
+        print(f"result: {path}")
+
+
+@dataclass
+class Session(ProtocolSession):
+    """A classification protocol at work: images come from the pipelines that pre-training uses.
+
+    Attributes:
+        image_size: side of a view in pixels.
+    """
+
+    config: EvalConfig
+    image_size: int = DEFAULT_IMAGE_SIZE
 
     def open(
         self,
@@ -170,35 +218,12 @@ class Session:
         finally:
             pipeline.close()
 
-    def write(self, result: dict[str, Any]) -> None:
-        """Write the result file and say where it is."""
-        if not self.runtime.is_main:
-            return
-        path = result_path(self)
-        document = {
-            "protocol": self.protocol,
-            "untrained": self.config.untrained,
-            "checkpoint": self.source.origin,
-            "method": self.method,
-            "arch": self.arch,
-            "image_size": self.image_size,
-            "settings": dataclasses.asdict(self.config),
-            "world_size": self.runtime.world_size,
-            "device": str(self.runtime.device),
-            "dtype": str(self.runtime.dtype).removeprefix("torch."),
-            "versions": versions(),
-            "seconds": round(time.perf_counter() - self.started, 3),
-            **result,
-        }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-        except OSError as reason:
-            raise UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output") from None
-        print(f"result: {path}")
+    def facts(self) -> dict[str, Any]:
+        """The same and the size of the views."""
+        return {**super().facts(), "image_size": self.image_size}
 
 
-def result_path(session: Session) -> Path:
+def result_path(session: ProtocolSession) -> Path:
     """`eval-PROTOCOL.json` in the run's folder; `NAME.eval-PROTOCOL.json` beside a file."""
     if session.config.output:
         return Path(session.config.output)
@@ -232,17 +257,16 @@ def _check_exists(name: str, data: str) -> None:
 
 
 @contextmanager
-def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
-    """Set the process up, load the backbone and prove that it is whole.
+def open_protocol(protocol: str, config: ProtocolConfig) -> Iterator[ProtocolSession]:
+    """Set the process up, load the backbone and prove that it is whole; data are the protocol's own business.
 
     Raises:
         UserMistake: as `load`; nothing was computed then.
     """
-    if config.loader != "synthetic":
-        for name in ("data", "val_data"):
-            _check_exists(name, getattr(config, name))
-        check_classes(config.data, config.val_data)
-    process = RunConfig(device=config.device, precision=config.precision, seed=config.seed, compile=False)
+    process = RunConfig(
+        device=config.device, precision=config.precision, seed=config.seed, deterministic=config.deterministic,
+        compile=False,
+    )  # fmt: skip
     with start(Config(process, Recipe(), None)) as runtime:
         loaded = load(config.checkpoint, config.arch, print if runtime.is_main else lambda _: None)
         encoder = loaded.encoder
@@ -251,10 +275,28 @@ def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
             encoder = build_encoder(loaded.arch).eval()
             if runtime.is_main:
                 print(f"--untrained: a fresh {loaded.arch} takes its place")
-        run = _run_config(loaded.source.folder)
-        size = config.image_size or int(run.get("recipe", {}).get("image_size", 0)) or DEFAULT_IMAGE_SIZE
         encoder = encoder.to(runtime.device).to(memory_format=torch.channels_last)
-        yield Session(protocol, config, runtime, encoder, loaded.arch, loaded.source, size, run)
+        run = _run_config(loaded.source.folder)
+        yield ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run)
+
+
+@contextmanager
+def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
+    """`open_protocol` for classification.
+
+    Raises:
+        UserMistake: as `load`, or for data that do not exist or have other classes; nothing was computed then.
+    """
+    if config.loader != "synthetic":
+        for name in ("data", "val_data"):
+            _check_exists(name, getattr(config, name))
+        check_classes(config.data, config.val_data)
+    with open_protocol(protocol, config) as opened:
+        size = config.image_size or int(opened.run.get("recipe", {}).get("image_size", 0)) or DEFAULT_IMAGE_SIZE
+        yield Session(
+            protocol, config, opened.runtime, opened.encoder, opened.arch, opened.source, opened.run, opened.started,
+            size,
+        )  # fmt: skip
 
 
 def linear_views(image_size: int) -> tuple[ViewSpec, ...]:
@@ -296,6 +338,6 @@ def percent(share: float | None) -> str:
 
 
 __all__ = [
-    "EvalConfig", "Session", "class_count", "flag", "linear_images", "linear_views", "open_session",
-    "parse_config", "percent", "result_path", "table", "warn_of_bad",
+    "EvalConfig", "ProtocolConfig", "ProtocolSession", "Session", "class_count", "flag", "linear_images",
+    "linear_views", "open_protocol", "open_session", "parse_config", "percent", "result_path", "table", "warn_of_bad",
 ]

@@ -60,6 +60,7 @@ PACKED = np.dtype(
         ("checksums", "<u8"),
         ("jobs", "<u8"),
         ("outs", "<u8"),
+        ("finish", "<u8"),
         ("ring", "<i8"),
         ("rows", "<i8"),
     ]
@@ -96,6 +97,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.rg_pool_open.argtypes, library.rg_pool_open.restype = [i32], pointer
     library.rg_pool_close.argtypes, library.rg_pool_close.restype = [pointer], None
     library.rg_decode.argtypes = [pointer, pointer, i32, pointer, i32, pointer, u64, u32, i64]
+    library.rg_decode_finish.argtypes = [pointer, pointer, i32, pointer, i32, pointer, u64, u32, i64]
     library.rg_views_of_rgb.argtypes = [pointer, i32, i32, pointer, i32, i32, pointer, u64, u32, u32]
     library.rg_packed_batch.argtypes = [u64, u64, u64, u64]
     library.rg_crc32.argtypes, library.rg_crc32.restype = [pointer, u64], u32

@@ -40,12 +40,21 @@ struct Job {
   int32_t reserved;
 };
 
+// What takes an image's views on the thread that made them, while they are in its nearest cache. `views` are written
+// anew for the next image; `slot` is the job's. `regatta_augment_image` is such a function.
+struct Finish {
+  void (*call)(const void* context, int32_t slot, const uint8_t* const* views);
+  const void* context;
+};
+
 struct Scratch {
   PlaneDecoder decoder;
   ResizeScratch resize;
   std::vector<uint8_t> file;
   std::vector<uint8_t> planes[3];
   std::vector<Box> boxes;
+  std::vector<std::vector<uint8_t>> views;  // for a Finish
+  std::vector<uint8_t*> outs;               // their addresses
 };
 
 Scratch& scratch() {
@@ -118,6 +127,18 @@ int32_t run_job(Job& job, const ViewSpec* specs, int32_t views, uint8_t* const* 
   return kOk;
 }
 
+// This thread's own views, room for one image.
+uint8_t* const* own_views(Scratch& own, const ViewSpec* specs, int32_t views) {
+  own.views.resize(std::max(own.views.size(), static_cast<size_t>(views)));
+  own.outs.resize(own.views.size());
+  for (int32_t view = 0; view < views; ++view) {
+    const size_t bytes = static_cast<size_t>(specs[view].size) * specs[view].size * 3;
+    if (own.views[view].size() < bytes) own.views[view].resize(bytes);
+    own.outs[view] = own.views[view].data();
+  }
+  return own.outs.data();
+}
+
 // What the threads of one call share.
 struct Work {
   Job* jobs;
@@ -128,13 +149,25 @@ struct Work {
   uint64_t seed;
   uint32_t epoch;
   int64_t max_pixels;
+  const Finish* finish;  // null where the views go to `outs`
   std::atomic<int32_t> next{0};
+
+  int32_t run_and_finish(Job& job) {
+    uint8_t* const* const own = own_views(scratch(), specs, views);
+    const int32_t slot = job.slot;
+    job.slot = 0;
+    const int32_t status = run_job(job, specs, views, own, seed, epoch, max_pixels);
+    job.slot = slot;
+    if (status == kOk) finish->call(finish->context, slot, own);
+    return status;
+  }
 
   // Images differ in cost, so threads take them one by one.
   void drain() {
     for (int32_t at = next.fetch_add(1); at < count; at = next.fetch_add(1)) {
       try {
-        jobs[at].status = run_job(jobs[at], specs, views, outs, seed, epoch, max_pixels);
+        jobs[at].status = finish ? run_and_finish(jobs[at])
+                                 : run_job(jobs[at], specs, views, outs, seed, epoch, max_pixels);
       } catch (const std::bad_alloc&) {
         jobs[at].status = kTooLarge;
       }
@@ -209,11 +242,20 @@ class Pool {
 }  // namespace regatta
 
 using regatta::Box;
+using regatta::Finish;
 using regatta::Job;
 using regatta::Plane;
 using regatta::Pool;
 using regatta::Scratch;
 using regatta::ViewSpec;
+
+// Runs the work and counts its failures.
+static int32_t decode_all(void* pool, regatta::Work&& work) {
+  static_cast<Pool*>(pool)->run(work);
+  int32_t failed = 0;
+  for (int32_t at = 0; at < work.count; ++at) failed += work.jobs[at].status != regatta::kOk;
+  return failed;
+}
 
 #define REGATTA_API extern "C" __attribute__((visibility("default")))
 
@@ -242,11 +284,13 @@ REGATTA_API void rg_pool_close(void* pool) { delete static_cast<Pool*>(pool); }
 // job says why in `status`, and the rows of failed jobs keep what was in them.
 REGATTA_API int32_t rg_decode(void* pool, Job* jobs, int32_t count, const ViewSpec* specs, int32_t views,
                               uint8_t* const* outs, uint64_t seed, uint32_t epoch, int64_t max_pixels) {
-  regatta::Work work{jobs, count, specs, views, outs, seed, epoch, max_pixels};
-  static_cast<Pool*>(pool)->run(work);
-  int32_t failed = 0;
-  for (int32_t at = 0; at < count; ++at) failed += jobs[at].status != regatta::kOk;
-  return failed;
+  return decode_all(pool, {jobs, count, specs, views, outs, seed, epoch, max_pixels, nullptr});
+}
+
+// The same, but every image's views go to `finish` instead, on the thread that made them.
+REGATTA_API int32_t rg_decode_finish(void* pool, Job* jobs, int32_t count, const ViewSpec* specs, int32_t views,
+                                     const Finish* finish, uint64_t seed, uint32_t epoch, int64_t max_pixels) {
+  return decode_all(pool, {jobs, count, specs, views, nullptr, seed, epoch, max_pixels, finish});
 }
 
 // What a batch of a packed file needs beside its sample numbers; prepared and kept by pipeline/ffcv_loader.py.
@@ -261,6 +305,7 @@ struct PackedCall {
   const uint32_t* checksums;  // null where none are known
   Job* jobs;                  // (ring, rows): how each image of a batch fared
   uint8_t* const* outs;       // (ring, views): where its views go
+  const Finish* finish;       // (ring): what takes them instead, or null
   int64_t ring, rows;
 };
 
@@ -289,8 +334,9 @@ REGATTA_API int32_t rg_packed_batch(uint64_t call_address, uint64_t file, uint64
                 0,
                 0};
   }
-  return rg_decode(call.pool, jobs, static_cast<int32_t>(count), call.specs, static_cast<int32_t>(call.views),
-                   call.outs + turn * call.views, call.seed, static_cast<uint32_t>(call.epoch), call.max_pixels);
+  return decode_all(call.pool, {jobs, static_cast<int32_t>(count), call.specs, static_cast<int32_t>(call.views),
+                                call.outs + turn * call.views, call.seed, static_cast<uint32_t>(call.epoch),
+                                call.max_pixels, call.finish ? call.finish + turn : nullptr});
 }
 
 // The same views from pixels that the general path decoded: uint8 (height, width, 3), contiguous.

@@ -1,0 +1,276 @@
+"""Detection: Faster and Mask R-CNN and RetinaNet fine-tuned from the backbone, and their average precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.prefetch import decoding_threads
+
+from ..errors import UserMistake
+from ..runtime import SignalWatch, wrap_distributed
+from .detection.cityscapes_ap import cityscapes_ap
+from .detection.coco_ap import METRICS, coco_ap, coco_results
+from .detection.data import format_of, read_data
+from .detection.feed import TrainingFeed
+from .detection.inference import Detections, detect
+from .detection.models import ANCHOR_SIZES, DetectorConfig, DetectorName, build_detector
+from .detection.records import DetectionData, Format, check_same_classes, trainable
+from .detection.schedule import DEFAULT_SCHEDULE, SIZES, Schedule, Sizes, schedule_of
+from .detection.training import Course, build_state, precise_statistics, train
+from .detection.voc_ap import voc_ap
+from .session import ProtocolConfig, ProtocolSession, flag, open_protocol, parse_config, percent, result_path, table
+from .tuning_state import TuningCheckpoints, TuningState, fingerprint, state_folder
+
+MODEL_NAMES = {
+    "faster-rcnn-c4": "Faster R-CNN C4", "mask-rcnn-c4": "Mask R-CNN C4", "faster-rcnn-fpn": "Faster R-CNN FPN",
+    "mask-rcnn-fpn": "Mask R-CNN FPN", "retinanet": "RetinaNet FPN",
+}  # fmt: skip
+DATA_NAMES: dict[Format, str] = {"coco": "COCO", "voc": "VOC07+12", "cityscapes": "Cityscapes"}
+# Flags that change where things are and what is said, not what is computed.
+_NO_SETTING = (
+    "checkpoint", "data", "val_data", "output", "workers", "checkpoint_every", "resume", "log_every",
+    "precise_bn_steps", "test_side",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DetectConfig(ProtocolConfig):
+    """Flags of the detection protocol; a value of 0 or an empty one is the published protocol's."""
+
+    data: str = flag(
+        "", "training images: COCO's folder or instances JSON; VOCdevkit, VOC2007 or lists of ImageSets/Main, apart by "
+        "commas; Cityscapes' folder"
+    )
+    val_data: str = flag("", "validation images of the same format and classes; the same folder may serve for both")
+    detector: DetectorName = flag("mask-rcnn-fpn", "what is built on the backbone")
+    schedule: Literal["", "1x", "2x", "24k", "12k"] = flag(
+        "", "published length: 1x is 90k steps of 16 images, 2x twice that; empty: 1x for COCO, else 24k"
+    )
+    norm: Literal["sync", "plain", "frozen"] = flag(
+        "sync", "batch norm, in the new layers too, over the global batch or each rank's part; or constant in the "
+        "backbone and none elsewhere"
+    )
+    box_head: Literal["2fc", "4conv1fc"] = flag("2fc", "box head of the FPN detectors; 4conv1fc is LEWEL's")
+    steps: int = flag(0, "optimizer steps; milestones and warm-up move in proportion")
+    global_batch: int = flag(0, "images of a step over all ranks")
+    lr: float = flag(0.0, "peak learning rate at this batch; 0: the schedule's, in proportion to the batch")
+    weight_decay: float = flag(1e-4, "L2 coupled to the gradient, of all but norm layers")
+    train_sides: tuple[int, ...] = flag((), "short edges of training images in pixels, one drawn for each image")
+    test_side: int = flag(0, "short edge of validation images in pixels")
+    longest_side: int = flag(0, "the most a long edge may have, in pixels; RegionCL's C4 detectors have 1200")
+    anchor_sizes: tuple[float, ...] = flag(ANCHOR_SIZES, "sides of anchors in pixels, one a level of a pyramid")
+    regions: int = flag(512, "proposals that an image is trained on (not RetinaNet)")
+    precise_bn_steps: int = flag(200, "training batches for the batch-norm statistics used at test; 0: running ones")
+    checkpoint_every: int = flag(1000, "steps between checkpoints; the last step always has one")
+    log_every: int = flag(20, "steps between lines and rows of losses")
+    resume: Literal["auto", "never"] = flag("auto", "auto continues from the newest good checkpoint beside the result")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The protocol that flags and data come to.
+
+    Attributes:
+        task: name of data, detector and length.
+        schedule: in the wanted number of steps.
+        batch: images of a step.
+        peak: learning rate.
+        sizes: of images.
+    """
+
+    task: str
+    schedule: Schedule
+    batch: int
+    peak: float
+    sizes: Sizes
+
+
+def check(config: DetectConfig) -> None:
+    """Raises UserMistake for a value outside its range, or flags that do not go together."""
+    for name in ("steps", "global_batch", "lr", "weight_decay", "test_side", "longest_side", "precise_bn_steps"):
+        if getattr(config, name) < 0:
+            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
+    for name in ("regions", "checkpoint_every", "log_every"):
+        if getattr(config, name) < 1:
+            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    for name in ("train_sides", "anchor_sizes"):
+        if any(side < 1 for side in getattr(config, name)):
+            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)}: sides must be at least 1 pixel")
+    if config.box_head != "2fc" and config.detector not in ("faster-rcnn-fpn", "mask-rcnn-fpn"):
+        raise UserMistake(f"--box-head {config.box_head} is for FPN detectors with regions, not {config.detector}")
+    if config.detector == "retinanet" and config.regions != 512:
+        raise UserMistake("--regions: RetinaNet has none; leave it out")
+
+
+def plan_of(config: DetectConfig, kind: Format) -> Plan:
+    """What is trained: published values where the flags say nothing."""
+    name = config.schedule or DEFAULT_SCHEDULE[kind]
+    published = schedule_of(name, kind, config.detector)
+    schedule = published.scaled_to(config.steps) if config.steps else published
+    batch = config.global_batch or published.batch
+    longest = config.longest_side or SIZES[kind].longest
+    sizes = Sizes(config.train_sides or SIZES[kind].train, config.test_side or SIZES[kind].test, longest)
+    peak = config.lr or published.lr * batch / published.batch
+    return Plan(task_name(config, kind, name), schedule, batch, peak, sizes)
+
+
+def task_name(config: DetectConfig, kind: Format, schedule: str) -> str:
+    """Data, detector and length as the table of published figures calls them."""
+    model = MODEL_NAMES[config.detector]
+    if config.steps:
+        return f"{DATA_NAMES[kind]} {model} {config.steps} steps"
+    if schedule == "24k" and kind != "coco":
+        return f"{DATA_NAMES[kind]} {model}"
+    if schedule == "12k" and config.detector.startswith("mask"):
+        return f"{DATA_NAMES[kind]} Mask R-CNN 12k"  # the paper does not say which
+    return f"{DATA_NAMES[kind]} {model} {schedule}"
+
+
+def read_both(session: ProtocolSession, config: DetectConfig) -> tuple[DetectionData, DetectionData]:
+    """Training and validation data.
+
+    Raises:
+        UserMistake: they cannot be read, differ in format or classes, or do not suit the detector.
+    """
+    kinds = format_of(config.data), format_of(config.val_data)
+    if kinds[0] != kinds[1]:
+        raise UserMistake(f"--data is in the format of {kinds[0]}, --val-data in that of {kinds[1]}; give one format")
+    masks, threads = config.detector.startswith("mask"), decoding_threads(config.workers)
+    data = read_data(config.data, "train", masks, threads), read_data(config.val_data, "val", masks, threads)
+    check_same_classes(*data)
+    for note in data[0].notes:
+        session.say(f"{config.data}: {note}")
+    return data
+
+
+def precisions(
+    data: DetectionData, detections: Sequence[Detections], masks: bool
+) -> dict[str, dict[str, float | None]]:  # fmt: skip
+    """Metric name -> figures: COCO's AP of boxes and masks, and VOC's or Cityscapes' own."""
+    kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)
+    found = {
+        f"COCO {'box' if kind == 'bbox' else 'mask'}": coco_ap(
+            data.ground_truth, coco_results(detections, data.category_ids, kind), kind
+        )
+        for kind in kinds
+    }
+    if data.format == "voc":
+        assert data.difficult is not None
+        found["VOC box"] = voc_ap(detections, data.difficult, len(data.names), data.rule)
+    if data.format == "cityscapes" and masks:
+        found["Cityscapes mask"] = cityscapes_ap(data, detections)
+    return found
+
+
+def headline(found: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
+    """The figures that the papers report: those of the data's own metric where it has one, else COCO's."""
+    sources = {"box": found.get("VOC box", found["COCO box"]),
+               "mask": found.get("Cityscapes mask", found.get("COCO mask", {}))}  # fmt: skip
+    return {
+        f"{what}_ap{level}": figures[f"AP{level}"]
+        for what, figures in sources.items()
+        for level in ("", "50", "75")
+        if f"AP{level}" in figures
+    }
+
+
+def _settings(config: DetectConfig, plan: Plan, data: DetectionData, backbone: str) -> dict[str, Any]:
+    """What decides the weights, for the refusal of another run's checkpoint."""
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_SETTING}
+    course = {"schedule": dataclasses.asdict(plan.schedule), "global_batch": plan.batch, "lr": plan.peak,
+              "train_sides": plan.sizes.train, "longest_side": plan.sizes.longest}  # fmt: skip
+    return {**flags, **course, "data_hash": data.data_hash, "backbone": backbone}
+
+
+def _output(session: ProtocolSession, config: DetectConfig, kind: Format) -> DetectConfig:
+    """The flags with the result file named, one for each detector and schedule."""
+    if config.output:
+        return config
+    path = result_path(session)
+    name = f"{path.stem}-{config.detector}-{config.schedule or DEFAULT_SCHEDULE[kind]}.json"
+    return dataclasses.replace(config, output=str(path.with_name(name)))
+
+
+def fine_tune(
+    session: ProtocolSession, config: DetectConfig, plan: Plan, data: DetectionData
+) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+    """Build the detector, train it to the end, and measure its batch-norm statistics.
+
+    Returns:
+        The detector, and rows of losses.
+    """
+    runtime = session.runtime
+    backbone = fingerprint(session.encoder)
+    detector = build_detector(
+        DetectorConfig(
+            config.detector, len(data.names), config.norm, config.box_head, config.anchor_sizes, config.regions,
+            config.seed,
+        ),
+        session.encoder,
+    ).to(runtime.device)  # fmt: skip
+    if runtime.device.type == "cuda":
+        detector = detector.to(memory_format=torch.channels_last)
+    records = trainable(data)
+    course = Course(
+        plan.schedule, plan.peak, config.weight_decay, config.seed, config.checkpoint_every, config.log_every
+    )  # fmt: skip
+    feed = TrainingFeed(
+        records, plan.sizes, plan.batch, config.seed, runtime.rank, runtime.world_size, decoding_threads(config.workers)
+    )
+    try:
+        session.say(
+            f"{plan.task}, {len(records)} of {len(data.records)} images with objects, {len(data.names)} classes, "
+            f"{plan.schedule.steps} steps of {plan.batch}, lr {plan.peak:g} falling at {plan.schedule.milestones}"
+        )
+        state: TuningState = build_state(detector, course, runtime)
+        settings = _settings(config, plan, data, backbone)
+        folder = state_folder(Path(config.output))
+        checkpoints = TuningCheckpoints(folder, settings, runtime, config.resume == "auto")
+        checkpoints.restore(state)
+        wrapped = wrap_distributed(detector, runtime, config.deterministic)
+        history = train(state, wrapped, feed, course, runtime, checkpoints, SignalWatch(), session.say)
+        layers = precise_statistics(detector, feed, plan.schedule.steps, config.precise_bn_steps, runtime)
+        if layers:
+            session.say(f"statistics of {layers} norm layers measured over {config.precise_bn_steps} batches")
+        return detector, history
+    finally:
+        feed.close()
+
+
+def run(argv: Sequence[str]) -> int:
+    """The `detect` command."""
+    config = parse_config("detect", "Fine-tune a detector on the backbone and measure its AP.", DetectConfig(), argv)
+    check(config)
+    kind = format_of(config.data)
+    with open_protocol("detect", config) as session:
+        if session.arch.startswith("swin"):
+            raise UserMistake(f"{session.arch} is no backbone of the published detectors; give a ResNet's checkpoint")
+        config = _output(session, config, kind)
+        session.config = config
+        plan = plan_of(config, kind)
+        data, val = read_both(session, config)
+        detector, history = fine_tune(session, config, plan, data)
+        threads = decoding_threads(config.workers)
+        detections = detect(detector, val.records, plan.sizes, session.runtime, threads)
+        if not session.runtime.is_main:
+            return 0
+        found = precisions(val, detections, config.detector.startswith("mask"))
+        rows = [
+            [name, *(percent(figures[m]) if m in figures else "" for m in METRICS)] for name, figures in found.items()
+        ]
+        session.say(table(["", *METRICS], rows))
+        session.write({
+            "task": plan.task, "detector": config.detector, "train_images": len(trainable(data)),
+            "val_images": len(val.records), "classes": len(data.names), "data_hash": data.data_hash,
+            "val_data_hash": val.data_hash, "global_batch": plan.batch, "lr": plan.peak,
+            "schedule": dataclasses.asdict(plan.schedule), "sizes": dataclasses.asdict(plan.sizes),
+            "parameters": sum(p.numel() for p in detector.parameters()), "precisions": found,
+            "metrics": headline(found), "history": history,
+        })  # fmt: skip
+    return 0

@@ -1,0 +1,158 @@
+"""PASCAL VOC: `VOC2007/{Annotations,ImageSets/Main,JPEGImages}`."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import UserMistake
+from .records import DetectionData, ImageRecord, inside
+
+NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+# What "VOC07+12 -> VOC07 test" means for a VOCdevkit folder, and what one year's folder means.
+_DEVKIT = {"train": ("VOC2007/trainval", "VOC2012/trainval"), "val": ("VOC2007/test",)}
+_YEAR = {"train": "trainval", "val": "test"}
+
+
+@dataclass(frozen=True)
+class VocObject:
+    """One object of a file: class from 0, box as written (1-based, inclusive corners), difficult or not."""
+
+    label: int
+    box: tuple[float, float, float, float]
+    difficult: bool
+
+
+def image_sets(data: str, part: str) -> list[Path]:
+    """The lists of images that `data` means.
+
+    Args:
+        data: comma-separated: a VOCdevkit folder, a year's folder (VOC2007), or a list in ImageSets/Main.
+        part: "train" or "val".
+
+    Raises:
+        UserMistake: one of them does not exist.
+    """
+    found: list[Path] = []
+    for name in data.split(","):
+        path = Path(name)
+        if path.is_file():
+            found.append(path)
+        elif (path / "ImageSets").is_dir():
+            found.append(path / "ImageSets" / "Main" / f"{_YEAR[part]}.txt")
+        else:
+            wanted = [path / year / "ImageSets" / "Main" / f"{split}.txt"
+                      for year, split in (entry.split("/") for entry in _DEVKIT[part])]  # fmt: skip
+            found += wanted
+    for path in found:
+        if not path.is_file():
+            raise UserMistake(f"{data} ({part}): there is no {path}; give the list of images")
+    return found
+
+
+def read_objects(path: Path) -> tuple[int, int, list[VocObject]]:
+    """(width, height, objects) of an annotation file.
+
+    Raises:
+        UserMistake: it cannot be read, or names a class that VOC does not have.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+        size = root.find("size")
+        width, height = (int(_text(size, name)) for name in ("width", "height"))
+        objects = []
+        for entry in root.findall("object"):
+            name = _text(entry, "name").strip()
+            if name not in NAMES:
+                raise UserMistake(f"{path}: class {name!r} is none of VOC's; known are {', '.join(NAMES)}")
+            box = entry.find("bndbox")
+            x0, y0, x1, y1 = (float(_text(box, side)) for side in ("xmin", "ymin", "xmax", "ymax"))
+            objects.append(VocObject(NAMES.index(name), (x0, y0, x1, y1), (entry.findtext("difficult") or "0") == "1"))
+    except (OSError, ValueError, ElementTree.ParseError) as reason:
+        raise UserMistake(f"{path} cannot be read as a VOC annotation: {reason}; copy it again") from None
+    return width, height, objects
+
+
+def _text(node: Any, name: str) -> str:
+    text = None if node is None else node.findtext(name)
+    if text is None:
+        raise ValueError(f"no {name}")
+    return str(text)
+
+
+def read_voc(data: str, part: str) -> DetectionData:
+    """Read VOC annotations.
+
+    Boxes become 0-based by taking 1 from the upper left corner. Difficult objects are trained on, as in detectron2, and
+    ignored by VOC's AP; in the document for COCO's AP they are crowds, its only kind of object to ignore.
+
+    Args:
+        data: as for `image_sets`.
+        part: "train" or "val".
+
+    Raises:
+        UserMistake: a list or annotation is missing or broken.
+    """
+    lists = image_sets(data, part)
+    records: list[ImageRecord] = []
+    difficult: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    document: dict[str, Any] = {"images": [], "annotations": [], "categories": [
+        {"id": number + 1, "name": name} for number, name in enumerate(NAMES)]}  # fmt: skip
+    left: Counter[str] = Counter()
+    for entry in lists:
+        root = entry.parents[2]
+        for name in entry.read_text().split("\n"):
+            if not name.strip():
+                continue
+            stem = name.split()[0]
+            width, height, objects = read_objects(root / "Annotations" / f"{stem}.xml")
+            number = len(records)
+            records.append(_record(root / "JPEGImages" / f"{stem}.jpg", number, width, height, objects, left))
+            _add_ground_truth(document, difficult, number, (width, height), objects)
+    if not records:
+        raise UserMistake(f"{data}: the list of images is empty; give one of ImageSets/Main")
+    years = {entry.parents[2].name for entry in lists}
+    return DetectionData(
+        "voc", data, NAMES, tuple(range(1, len(NAMES) + 1)), tuple(records), document if part == "val" else {},
+        tuple(f"{count} {what}" for what, count in left.items()), difficult,
+        "11 points" if years == {"VOC2007"} else "area",
+    )  # fmt: skip
+
+
+def _record(
+    path: Path, number: int, width: int, height: int, objects: list[VocObject], left: Counter[str]
+) -> ImageRecord:  # fmt: skip
+    corners = np.array([entry.box for entry in objects], dtype=np.float32).reshape(-1, 4)
+    corners[:, :2] -= 1
+    boxes, full = inside(corners, width, height)
+    if not full.all():
+        left["objects without area are not trained on"] += int((~full).sum())
+    labels = np.array([entry.label for entry in objects], dtype=np.int64)
+    return ImageRecord(path, number, width, height, boxes[full], labels[full])
+
+
+def _add_ground_truth(
+    document: dict[str, Any], difficult: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]], number: int,
+    size: tuple[int, int], objects: list[VocObject],
+) -> None:  # fmt: skip
+    document["images"].append({"id": number, "width": size[0], "height": size[1]})
+    for entry in objects:
+        x0, y0, x1, y1 = entry.box
+        width, height = x1 - (x0 - 1), y1 - (y0 - 1)
+        document["annotations"].append({
+            "id": len(document["annotations"]) + 1, "image_id": number, "category_id": entry.label + 1,
+            "bbox": [x0 - 1, y0 - 1, width, height], "area": width * height, "iscrowd": int(entry.difficult),
+        })  # fmt: skip
+    for label in {entry.label for entry in objects}:
+        same = [entry for entry in objects if entry.label == label]
+        difficult[number, label] = (
+            np.array([entry.box for entry in same], dtype=np.float64), np.array([entry.difficult for entry in same]),
+        )  # fmt: skip

@@ -33,6 +33,10 @@ SLOT_HOLDOUT = 49
 SLOT_SUBSTITUTE = 50
 # Seed of a fine-tuning step's own draws: (step, rank, 0).
 SLOT_STEP_SEED = 51
+# Segmentation samples, (sample, epoch, 0): size and flip, colours, then crops + attempt, 0..9.
+SLOT_SEGMENT_SIZE = 56
+SLOT_SEGMENT_COLOUR = 57  # + 0..2: which apply, how much, in which order
+SLOT_SEGMENT_CROP = 60
 
 
 def philox(seed: int, a: object, b: object, c: object, slot: object) -> np.ndarray:

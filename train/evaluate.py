@@ -22,6 +22,7 @@ PROTOCOLS: dict[str, tuple[str, str]] = {
     "linear": ("linear", "linear classification on the frozen backbone"),
     "fewshot": ("fewshot", "the same on a small share of the training images"),
     "semi": ("semi", "the whole network fine-tuned on 1% or 10% of the labels"),
+    "segment": ("segment", "semantic segmentation by a fine-tuned FCN or UPerNet"),
     "detect": ("detect", "Faster and Mask R-CNN and RetinaNet, fine-tuned"),
 }
 

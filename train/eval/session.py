@@ -107,6 +107,7 @@ class ProtocolSession:
         arch: its architecture.
         source: what was loaded.
         run: the run's `config.json`, empty for a file.
+        variant: part of the result file's name, for a protocol with several models; may be empty.
     """
 
     protocol: str
@@ -116,6 +117,7 @@ class ProtocolSession:
     arch: str
     source: BackboneSource
     run: dict[str, Any]
+    variant: str = ""
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -224,10 +226,11 @@ class Session(ProtocolSession):
 
 
 def result_path(session: ProtocolSession) -> Path:
-    """`eval-PROTOCOL.json` in the run's folder; `NAME.eval-PROTOCOL.json` beside a file."""
+    """`eval-PROTOCOL[-VARIANT].json` in the run's folder; `NAME.eval-PROTOCOL[-VARIANT].json` beside a file."""
     if session.config.output:
         return Path(session.config.output)
-    name = f"eval-{session.protocol}{'-untrained' if session.config.untrained else ''}.json"
+    parts = [session.protocol, session.variant, "untrained" if session.config.untrained else ""]
+    name = f"eval-{'-'.join(filter(None, parts))}.json"
     if session.source.folder is not None:
         return session.source.folder / name
     path = Path(session.source.origin)
@@ -257,7 +260,7 @@ def _check_exists(name: str, data: str) -> None:
 
 
 @contextmanager
-def open_protocol(protocol: str, config: ProtocolConfig) -> Iterator[ProtocolSession]:
+def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> Iterator[ProtocolSession]:
     """Set the process up, load the backbone and prove that it is whole; data are the protocol's own business.
 
     Raises:
@@ -277,7 +280,7 @@ def open_protocol(protocol: str, config: ProtocolConfig) -> Iterator[ProtocolSes
                 print(f"--untrained: a fresh {loaded.arch} takes its place")
         encoder = encoder.to(runtime.device).to(memory_format=torch.channels_last)
         run = _run_config(loaded.source.folder)
-        yield ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run)
+        yield ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run, variant)
 
 
 @contextmanager
@@ -294,8 +297,8 @@ def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
     with open_protocol(protocol, config) as opened:
         size = config.image_size or int(opened.run.get("recipe", {}).get("image_size", 0)) or DEFAULT_IMAGE_SIZE
         yield Session(
-            protocol, config, opened.runtime, opened.encoder, opened.arch, opened.source, opened.run, opened.started,
-            size,
+            protocol, config, opened.runtime, opened.encoder, opened.arch, opened.source, opened.run,
+            started=opened.started, image_size=size,
         )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Semantic segmentation by fine-tuning a backbone: data layouts, augmentation, FCN and UPerNet, training, metrics."""

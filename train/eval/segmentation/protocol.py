@@ -1,0 +1,168 @@
+"""The published segmentation protocols as values, and what the flags change of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import UserMistake
+from ..session import ProtocolConfig, flag
+from .augment import Geometry
+
+POWER, LOWEST_LR, MOMENTUM = 0.9, 1e-4, 0.9
+SCHEDULES = {"20k": 20_000, "40k": 40_000, "80k": 80_000}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A protocol of mmsegmentation.
+
+    Attributes:
+        source: whose figures it gives, and on what data.
+        crop: (height, width) of a training crop.
+        scale: (long, short) edge of an image before the random ratio, and at test.
+        schedule: key of `SCHEDULES`.
+        channels: width of the head.
+        layout: data layout of the published figures.
+        task: what tables call it.
+    """
+
+    source: str
+    crop: tuple[int, int]
+    scale: tuple[int, int]
+    schedule: str
+    channels: int
+    layout: str
+    task: str
+
+
+PUBLISHED = {
+    "fcn": Published("LEWEL: VOC12 by FCN, output stride 8", (512, 512), (2048, 512), "20k", 512, "voc", "VOC12 FCN"),
+    "upernet": Published(
+        "RegionCL: Cityscapes by UPerNet", (512, 1024), (2048, 1024), "40k", 512, "cityscapes", "Cityscapes UPerNet"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SegmentConfig(ProtocolConfig):
+    """Flags of the segmentation protocol.
+
+    Source: LEWEL (arXiv 2203.14898) and RegionCL (arXiv 2111.12309), both by mmsegmentation: SGD 0.9, learning rate
+    0.01 (LEWEL searches it), weight decay 5e-4 on everything, batch 16, polynomial decay.
+    """
+
+    data: str = flag("", "VOC2012, Cityscapes, or a folder with images and labels (or train/images and train/labels)")
+    val_data: str = flag("", "the same for validation; may be the same folder where it has both splits")
+    model: Literal["fcn", "upernet"] = flag("fcn", "dilated FCN (VOC12 of LEWEL) or UPerNet (Cityscapes of RegionCL)")
+    schedule: Literal["protocol", "20k", "40k", "80k"] = flag(
+        "protocol", "optimizer steps; protocol: 20k for fcn, 40k for upernet"
+    )
+    steps: int = flag(0, "optimizer steps, another number than the schedules'; 0: the schedule's")
+    global_batch: int = flag(16, "images of a step over all ranks")
+    lr: float = flag(0.01, "initial learning rate, falls by (1 - step / steps)^0.9 to 1e-4")
+    weight_decay: float = flag(5e-4, "L2 coupled to the gradient, on all parameters")
+    crop: tuple[int, ...] = flag((), "height,width of training crops; empty: 512,512 for fcn, 512,1024 for upernet")
+    scale: tuple[int, ...] = flag(
+        (), "long,short edge that images are made to fit into; 0,0 keeps their size; empty: 2048,512 for fcn, "
+        "2048,1024 for upernet"
+    )
+    ratio: tuple[float, ...] = flag((0.5, 2.0), "limits of the random factor on the scale in training")
+    channels: int = flag(0, "width of the head, half of it in the auxiliary head; 0: 512")
+    bn: Literal["sync", "plain"] = flag("sync", "batch norm over the global batch, or over each rank's part")
+    test: Literal["whole", "slide"] = flag("whole", "validate images in one pass or by sliding windows")
+    window: tuple[int, ...] = flag((), "height,width of sliding windows; empty: the crop")
+    stride: tuple[int, ...] = flag((), "height,width between sliding windows; empty: two thirds of the window")
+    classes: int = flag(0, "number of classes of plain folders without classes.json; 0: highest label + 1")
+    ignore_index: int = flag(-1, "label value that does not count; -1: that of classes.json, else 255")
+    train_split: str = flag("", "list or folder of --data; empty: train, in VOC trainaug where there is such a list")
+    val_split: str = flag("", "list or folder of --val-data; empty: val")
+    eval_every: int = flag(0, "steps between validations; 0: only after the last step")
+    checkpoint_every: int = flag(2000, "steps between checkpoints; the last step always has one")
+    resume: Literal["auto", "never"] = flag("auto", "auto continues from the newest good checkpoint beside the result")
+    log_every: int = flag(50, "steps between lines of loss and learning rate")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A protocol with the flags applied.
+
+    Attributes:
+        steps: optimizer steps.
+        geometry: sizes of a training sample; its `scale` holds at test, too.
+        channels: width of the head.
+        window: of sliding windows, None for whole images.
+        stride: between them.
+    """
+
+    steps: int
+    geometry: Geometry
+    channels: int
+    window: tuple[int, int] | None
+    stride: tuple[int, int]
+
+    def lr_at(self, step: int, lr: float) -> float:
+        """Learning rate of the 0-based step for an initial one: polynomial decay to `LOWEST_LR`, or below as it is."""
+        lowest = min(LOWEST_LR, lr)
+        return (lr - lowest) * (1 - step / self.steps) ** POWER + lowest
+
+
+def _pair(name: str, value: tuple[int, ...], default: tuple[int, int], least: int) -> tuple[int, int]:
+    if not value:
+        return default
+    if len(value) != 2 or min(value) < least:
+        raise UserMistake(f"--{name} {','.join(map(str, value))}: give two numbers of at least {least}, as 512,1024")
+    return value[0], value[1]
+
+
+def make_plan(config: SegmentConfig, world_size: int) -> Plan:
+    """Check the flags and fill in what the protocol says.
+
+    Raises:
+        UserMistake: a value outside its range.
+    """
+    published = PUBLISHED[config.model]
+    for name, least in (
+        ("steps", 0), ("global_batch", 1), ("channels", 0), ("classes", 0), ("eval_every", 0), ("checkpoint_every", 1),
+        ("log_every", 1), ("ignore_index", -1), ("weight_decay", 0),
+    ):  # fmt: skip
+        if getattr(config, name) < least:
+            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    if config.lr <= 0:
+        raise UserMistake(f"--lr {config.lr}: must be above 0")
+    if config.ignore_index > 255:
+        raise UserMistake(f"--ignore-index {config.ignore_index}: label files hold values up to 255")
+    if config.channels == 1:
+        raise UserMistake("--channels 1: the auxiliary head has half of it; give at least 2")
+    if config.global_batch % world_size:
+        raise UserMistake(f"--global-batch {config.global_batch} must be a multiple of the {world_size} ranks")
+    if config.model == "upernet" and config.global_batch // (1 if config.bn == "sync" else world_size) < 2:
+        raise UserMistake(
+            "--model upernet normalises one value an image where it pools the whole map; batch norm needs at least 2 "
+            f"images: raise --global-batch {config.global_batch}"
+        )
+    if len(config.ratio) != 2 or not 0 < config.ratio[0] <= config.ratio[1]:
+        raise UserMistake(f"--ratio {','.join(map(str, config.ratio))}: give low,high with 0 < low <= high")
+    if config.test == "whole" and (config.window or config.stride):
+        raise UserMistake("--window and --stride belong to --test slide")
+    crop = _pair("crop", config.crop, published.crop, 32)
+    scale = _pair("scale", config.scale, published.scale, 0)
+    if scale != (0, 0) and not scale[0] >= scale[1] >= 1:
+        raise UserMistake(f"--scale {scale[0]},{scale[1]}: give the long edge first, or 0,0 to keep each image's size")
+    window = _pair("window", config.window, crop, 32)
+    stride = _pair("stride", config.stride, (max(window[0] * 2 // 3, 1), max(window[1] * 2 // 3, 1)), 1)
+    schedule = published.schedule if config.schedule == "protocol" else config.schedule
+    return Plan(
+        config.steps or SCHEDULES[schedule], Geometry(crop, scale, (config.ratio[0], config.ratio[1])),
+        config.channels or published.channels, window if config.test == "slide" else None, stride,
+    )  # fmt: skip
+
+
+def task_name(config: SegmentConfig, plan: Plan, layout: str) -> str:
+    """What tables of published figures call this run; of another length or data, what it is instead."""
+    published = PUBLISHED[config.model]
+    data = {"voc": "VOC12", "cityscapes": "Cityscapes"}.get(layout, "own data")
+    name = f"{data} {'FCN' if config.model == 'fcn' else 'UPerNet'}"
+    lengths = {steps: key for key, steps in SCHEDULES.items()}
+    usual = plan.steps == SCHEDULES[published.schedule] and config.model == "fcn"
+    return name if usual else f"{name} {lengths.get(plan.steps, f'{plan.steps} steps')}"

@@ -138,14 +138,15 @@ def swin_by_detectron2(arrays, images):
         block = 0
         while f"layers.{layer}.blocks.{block}.norm1.weight" in arrays:
             name = f"layers.{layer}.blocks.{block}"
-            # A layer that is one window wide has nothing to shift.
-            shift = 3 if block % 2 and x.shape[1] > window else 0
+            # Even where the map is one window, which torchvision, timm and transformers then leave unshifted.
+            shift = 3 if block % 2 else 0
             x = x + attention(norm(x, f"{name}.norm1"), f"{name}.attn", count, shift)
             x = x + linear(F.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")), f"{name}.mlp.fc2")
             block += 1
         if f"layers.{layer}.downsample.reduction.weight" in arrays:
+            name = f"layers.{layer}.downsample"
             corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-            x = linear(norm(torch.cat(corners, -1), f"layers.{layer}.downsample.norm"), f"layers.{layer}.downsample.reduction")
+            x = linear(norm(torch.cat(corners, -1), f"{name}.norm"), f"{name}.reduction")
     return norm(x, "norm3").mean(dim=(1, 2))
 
 

@@ -254,12 +254,15 @@ def write_onnx(loaded: LoadedBackbone, path: Path, image_size: int) -> None:
 
 
 _PREPARE = "import torch\nimages = torch.zeros(1, 3, {size}, {size})  # normalised as below\n"
+_INPUT = (
+    "RGB in 0..1, minus mean (0.485, 0.456, 0.406), divided by std (0.229, 0.224, 0.225), channels first, as `images`."
+)
 
 
 def usage_torchvision(arch: str) -> str:
     """Code that loads the export with torchvision."""
     head = "head" if arch == "swin-t" else "fc"
-    return (
+    return _PREPARE + (
         "import torchvision\nfrom safetensors.torch import load_file\n"
         f"model = torchvision.models.{TORCHVISION_NAMES[arch]}()\nmodel.{head} = torch.nn.Identity()\n"
         "model.load_state_dict(load_file('{out}'))\nfeatures = model.eval()(images)"
@@ -269,7 +272,7 @@ def usage_torchvision(arch: str) -> str:
 def usage_timm(arch: str) -> str:
     """Code that loads the export with timm."""
     size = ", img_size={size}" if arch == "swin-t" else ""
-    return (
+    return _PREPARE + (
         f"import timm\nname = '{TIMM_NAMES[arch]}'\n"
         f"model = timm.create_model(name, num_classes=0{size}, checkpoint_path='{{out}}')\n"
         "features = model.eval()(images)"
@@ -278,7 +281,7 @@ def usage_timm(arch: str) -> str:
 
 def usage_hf(arch: str) -> str:
     """Code that loads the export with transformers."""
-    return (
+    return _PREPARE + (
         "from transformers import AutoModel\nmodel = AutoModel.from_pretrained('{out}').eval()\n"
         "features = model(images).pooler_output.flatten(1)"
     )
@@ -286,46 +289,68 @@ def usage_hf(arch: str) -> str:
 
 def usage_onnx(arch: str) -> str:
     """Code that runs the export."""
-    return (
+    return _PREPARE + (
         "import onnxruntime\nsession = onnxruntime.InferenceSession('{out}')\n"
         "features, feature_map = session.run(None, {{'images': images.numpy()}})"
     )
 
 
+_DETECTRON2_INPUT = (
+    "RGB in 0..255 minus mean (123.675, 116.28, 103.53), divided by std (58.395, 57.12, 57.375), channels first: "
+    "detectron2 does so with the settings above, which are not its defaults (BGR and other statistics)."
+)
+_DETECTRON2_SWIN = """\
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import SwinTransformer
+backbone = SwinTransformer(
+    embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7, drop_path_rate=0.0, out_indices=(3,)
+)
+DetectionCheckpointer(backbone).load("{out}")
+# Larger than 224 px: where the last map is a single window, detectron2 shifts it and others do not.
+images = torch.zeros(1, 3, 448, 448)  # normalised as below
+features = backbone.eval()(images)["p3"].mean(dim=(2, 3))
+# A detector takes out_indices=(0, 1, 2, 3), of whose norms the file has norm3 alone, and in its lazy config
+#   model.input_format = dataloader.train.mapper.image_format = dataloader.test.mapper.image_format = "RGB"
+#   model.pixel_mean = [123.675, 116.28, 103.53]; model.pixel_std = [58.395, 57.12, 57.375]
+"""
+
+
 def usage_detectron2(arch: str) -> str:
     """The settings with which detectron2 computes the same features."""
-    common = (
-        "# detectron2 config: cfg.MODEL.WEIGHTS = '{out}'; cfg.INPUT.FORMAT = 'RGB'\n"
-        "# cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]; cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]\n"
-    )
     if arch == "swin-t":
-        return (
-            common
-            + "# backbone: detectron2.modeling.SwinTransformer(embed_dim=96, depths=(2, 2, 6, 2), ...)\n"
-            + ("# the exported final LayerNorm is norm3; norm0 to norm2 start fresh")
-        )
+        return _DETECTRON2_SWIN
     depth = 50 if arch == "resnet50-2x" else int(arch.removeprefix("resnet"))
-    lines = f"# cfg.MODEL.RESNETS.DEPTH = {depth}; .STRIDE_IN_1X1 = False; .NORM = 'SyncBN'\n"
-    if arch in BASIC_BLOCKS:
-        lines += "# cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64\n"
-    if arch == "resnet50-2x":
-        lines += "# cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 128\n"
-    return common + lines.rstrip()
+    width = "RES2_OUT_CHANNELS = 64" if arch in BASIC_BLOCKS else f"WIDTH_PER_GROUP = {128 if '2x' in arch else 64}"
+    return f"""\
+from detectron2.config import get_cfg
+cfg = get_cfg()
+cfg.MODEL.WEIGHTS = "{{out}}"
+cfg.MODEL.RESNETS.DEPTH = {depth}
+cfg.MODEL.RESNETS.{width}
+cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False  # the stride is on the 3x3 convolution; the default is for MSRA's models
+cfg.INPUT.FORMAT = "RGB"
+cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+# To fine-tune all layers as the papers do; the frozen batch norm of the defaults reads the file as well.
+cfg.MODEL.RESNETS.NORM = "SyncBN"
+cfg.MODEL.BACKBONE.FREEZE_AT = 0"""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One export format: its file ending ("" for a folder), who writes it, how it is used."""
+    """One export format: its file ending ("" for a folder), who writes it, how it is used, what images it takes."""
 
     ending: str
     write: Callable[[LoadedBackbone, Path, int], None]
     usage: Callable[[str], str]
+    images: str = _INPUT
 
 
 TARGETS: dict[str, Target] = {
     "torchvision": Target(".safetensors", write_torchvision, usage_torchvision),
     "timm": Target(".safetensors", write_timm, usage_timm),
-    "detectron2": Target(".pkl", write_detectron2, usage_detectron2),
+    "detectron2": Target(".pkl", write_detectron2, usage_detectron2, _DETECTRON2_INPUT),
     "hf": Target("", write_hf, usage_hf),
     "onnx": Target(".onnx", write_onnx, usage_onnx),
 }
@@ -354,8 +379,8 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
         out.parent.mkdir(parents=True, exist_ok=True)
         kind.write(loaded, temporary, image_size)
         parameters = sum(p.numel() for p in loaded.encoder.parameters())
-        code = _PREPARE + kind.usage(loaded.arch)
-        text = model_card(loaded, target, code.format(out=out.name, size=image_size), parameters)
+        code = kind.usage(loaded.arch).format(out=out.name, size=image_size)
+        text = model_card(loaded, target, code, kind.images, parameters)
         if out.is_dir():
             shutil.rmtree(out)
         os.replace(temporary, out)

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tools.evaluations import Measurement, describe, measurements, read_results
 from train.backbone_io import LoadedBackbone, version
-
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -19,14 +18,14 @@ def _json(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def evaluations(loaded: LoadedBackbone) -> list[dict[str, Any]]:
-    """The result files of `train/evaluate.py` beside a checkpoint, by name."""
+def evaluations(loaded: LoadedBackbone) -> list[Measurement]:
+    """What `train/evaluate.py` measured, by the result files beside a checkpoint."""
     if loaded.source.folder is not None:
-        paths = sorted(loaded.source.folder.glob("eval-*.json"))
+        results = read_results(loaded.source.folder.glob("eval-*.json"))
     else:
         origin = Path(loaded.source.origin)
-        paths = sorted(origin.parent.glob(f"{origin.stem}.eval-*.json"))
-    return [found for found in map(_json, paths) if found.get("protocol")]
+        results = read_results(origin.parent.glob(f"{origin.stem}.eval-*.json"))
+    return [each for name, facts in results.items() for each in measurements(name, facts)]
 
 
 def last_rows(folder: Path | None) -> dict[str, dict[str, Any]]:
@@ -55,17 +54,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _score_lines(loaded: LoadedBackbone) -> list[str]:
     lines = []
-    for result in evaluations(loaded):
-        name = result["protocol"] + (" (untrained baseline)" if result.get("untrained") else "")
-        if "top1" in result:
-            more = "".join(f", {detail} {result[detail]}" for detail in ("recipe", "k") if detail in result)
-            lines.append(
-                f"| {name}{more} | top-1 {100 * result['top1']:.2f}% | {result.get('val_images', '?')} images, data "
-                f"{str(result.get('val_data_hash', '?'))[:12]} |"
-            )
-        else:
-            figures = ", ".join(f"{key} {value:.4g}" for key, value in result.get("metrics", {}).items())
-            lines.append(f"| {name} | {figures or 'see its result file'} | |")
+    for each in evaluations(loaded):
+        facts = each.facts
+        name = f"{each.protocol} {each.task}".strip() + (" (untrained baseline)" if each.untrained else "")
+        recipe = f", recipe {facts['recipe']}" if "recipe" in facts else ""
+        where = f"{facts['val_images']} images, " if "val_images" in facts else ""
+        lines.append(
+            f"| {name}{recipe} | {describe(each.figures) or f'see {each.file}'} | {where}data "
+            f"{str(facts.get('val_data_hash', '?'))[:12]} |"
+        )
     rows = last_rows(loaded.source.folder)
     if "knn" in rows:
         row = rows["knn"]
@@ -77,13 +74,14 @@ def _score_lines(loaded: LoadedBackbone) -> list[str]:
     return lines
 
 
-def model_card(loaded: LoadedBackbone, target: str, usage: str, parameters: int) -> str:
+def model_card(loaded: LoadedBackbone, target: str, usage: str, images: str, parameters: int) -> str:
     """Markdown text of the card.
 
     Args:
         loaded: the backbone that was exported.
         target: export format.
         usage: code that loads the exported file.
+        images: what images it takes.
         parameters: trainable parameters of the backbone.
     """
     run = _json(loaded.source.folder / "config.json") if loaded.source.folder is not None else {}
@@ -115,7 +113,7 @@ def model_card(loaded: LoadedBackbone, target: str, usage: str, parameters: int)
         usage.strip(),
         "```",
         "",
-        f"Input: RGB in 0..1, minus mean {_IMAGENET_MEAN}, divided by std {_IMAGENET_STD}, channels first.",
+        f"Input: {images}",
         "",
         "## Scores",
         "",

@@ -14,7 +14,7 @@ import pytest
 from models.methods import METHODS
 from tools import charts, report
 from tools.evaluations import NAMES, PROTOCOLS
-from tools.published import DATA_IMAGES, PUBLISHED, candidates, differences
+from tools.published import DATA_IMAGES, PUBLISHED, candidates, differences, nearest_task
 from train.config import resolve
 from train.errors import UserMistake
 
@@ -167,7 +167,7 @@ def test_every_evaluation_stands_beside_its_published_figure(tmp_path: Path) -> 
     write_results(folder, "semi", share=12811 / 1_281_167, top1=0.2, top5=0.4, epochs=50, global_batch=256)
     metrics = {"box_ap": 0.3, "box_ap50": 0.5, "mask_ap": 0.25}
     write_results(folder, "detect", task="COCO Mask R-CNN C4 1x", metrics=metrics)
-    write_results(folder, "segment", task="Cityscapes UPerNet 40k", miou=0.5)
+    write_results(folder, "segment", task="own data UPerNet 60 steps", miou=0.5)
     page = report.render([report.read_run(folder)])
     _, _, here, untrained, published, apart = shown(page, "linear")
     assert "top-1 61.7" in here and "eval-linear.json" in here and "top-1 10.0" in untrained
@@ -180,7 +180,9 @@ def test_every_evaluation_stands_beside_its_published_figure(tmp_path: Path) -> 
     assert "top-1 20.0" in shown(page, "semi 1%")[2] and "nothing for this method" in shown(page, "semi 1%")[4]
     assert "box AP 39.8, box AP50 59.8" in shown(page, "detect COCO Mask R-CNN C4 1x")[4]
     assert "box AP 30.0" in shown(page, "detect COCO Mask R-CNN C4 1x")[2]
-    assert "mIoU 78.1" in shown(page, "segment Cityscapes UPerNet 40k")[4]
+    assert "mIoU 78.1" in shown(page, "segment own data UPerNet 60 steps")[4]
+    apart = shown(page, "segment own data UPerNet 60 steps")[5]
+    assert "task: Cityscapes UPerNet 40k there, own data UPerNet 60 steps here" in apart
 
 
 def test_the_online_knn_is_shown_with_its_start(tmp_path: Path) -> None:
@@ -238,6 +240,14 @@ def test_nearest_published_schedule() -> None:
     assert differences(row, config) == ["image size: 224 there, 128 here"]
     config = run_config("regioncl-m", "resnet50", 200, "--region.lower", "2")
     assert differences(row, config) == ["changed from recipe regioncl-m: region.lower 2, not 0"]
+
+
+def test_tasks_are_matched_by_their_words() -> None:
+    tasks = ["COCO RetinaNet FPN 1x", "COCO Mask R-CNN FPN 1x", "COCO Mask R-CNN FPN 2x", "VOC12 FCN"]
+    assert nearest_task("COCO Mask R-CNN FPN 2x", tasks) == "COCO Mask R-CNN FPN 2x"
+    assert nearest_task("COCO Mask R-CNN FPN 60 steps", tasks) == "COCO Mask R-CNN FPN 1x"
+    assert nearest_task("own data FCN 20 steps", tasks) == "VOC12 FCN"
+    assert nearest_task("something else", tasks) == nearest_task("x", []) == ""
 
 
 def test_ablations_are_told_apart() -> None:

@@ -86,7 +86,7 @@ def describe(figures: Mapping[str, float]) -> str:
 def differences(row: Published, measured: Measurement) -> list[str]:
     """What differs between the evaluation of a published figure and ours, in words."""
     facts = measured.facts
-    found = []
+    found = [] if row.task == measured.task else [f"task: {row.task} there, {measured.task} here"]
     images = facts.get("val_images")
     if row.protocol in ("linear", "knn", "fewshot", "semi") and images != _IMAGENET_VAL:
         found.append(f"measured on: {row.data}'s validation images there, {images or '?'} other images here")

@@ -16,6 +16,8 @@ _TABLE = Path(__file__).with_name("published.csv")
 DATA_IMAGES = {"ImageNet-1K": 1_281_167, "ImageNet-100": 126_689}
 """Training images of the data sets that published backbones were trained on."""
 _COMPARED_APART = ("arch", "epochs", "image_size", "global_batch")
+_WORDY = ("detect", "segment")
+"""Protocols whose tasks are words, so that one can be like another."""
 _NO_DIFFERENCE = ("augment.implementation",)
 """Which code computes a value is no difference of protocol."""
 
@@ -108,7 +110,7 @@ def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str 
     Args:
         config: the run's `config.json`.
         protocol: protocol whose figures are wanted.
-        task: its variant, empty where it has none.
+        task: its variant, empty where it has none; of a detector or segmenter the most similar one counts.
         method: whose figures; the run's own method when empty.
 
     Returns:
@@ -116,9 +118,11 @@ def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str 
     """
     recipe = config.get("recipe", {})
     method = method or config.get("run", {}).get("method", "")
-    asked = (method, protocol, task, _trained_on(config.get("data_images")))
-    rows = [row for row in PUBLISHED if (row.method, row.protocol, row.task, row.data) == asked]
+    asked = (method, protocol, _trained_on(config.get("data_images")))
+    rows = [row for row in PUBLISHED if (row.method, row.protocol, row.data) == asked]
     rows = [row for row in rows if all(_flag_fits(config, flag, values) for flag, values in row.flags.items())]
+    wanted = nearest_task(task, [row.task for row in rows]) if protocol in _WORDY else task
+    rows = [row for row in rows if row.task == wanted]
     rows = [row for row in rows if row.arch == recipe.get("arch")] or [
         row for row in rows if row.arch in ("resnet50", "swin-t")
     ]
@@ -127,6 +131,16 @@ def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str 
     epochs = recipe.get("epochs", 0)
     nearest = min({row.epochs for row in rows}, key=lambda schedule: (abs(schedule - epochs), schedule))
     return [row for row in rows if row.epochs == nearest]
+
+
+def nearest_task(task: str, tasks: Sequence[str]) -> str:
+    """The one of `tasks` that shares most words with `task`, the first of equals; empty where none shares any."""
+
+    def shared(other: str) -> int:
+        return len(set(task.split()) & set(other.split()))
+
+    best = task if task in tasks else max(tasks, key=shared, default="")
+    return best if best and shared(best) else ""
 
 
 def differences(row: Published, config: Mapping[str, Any]) -> list[str]:

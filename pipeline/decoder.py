@@ -44,7 +44,7 @@ JOB = np.dtype(
         ("status", "<i4"),
         ("width", "<i4"),
         ("height", "<i4"),
-        ("reserved", "<i4"),
+        ("decoder", "<i4"),
     ]
 )
 PACKED = np.dtype(
@@ -65,7 +65,8 @@ PACKED = np.dtype(
         ("rows", "<i8"),
     ]
 )
-CHECK_CRC, WHOLE_IMAGE, REFUSE_ROTATED = 1, 2, 4
+CHECK_CRC, WHOLE_IMAGE, REFUSE_ROTATED, LIBJPEG_ONLY = 1, 2, 4, 8
+LIBJPEG, BASELINE = range(2)
 OK, DAMAGED, UNSUPPORTED, CHECKSUM, UNREADABLE, TOO_LARGE = range(6)
 _REASONS = {
     DAMAGED: "damaged or not a JPEG",

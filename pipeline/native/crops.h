@@ -13,7 +13,7 @@ namespace regatta {
 enum Kind : int32_t { kRandom = 0, kCenter = 1, kWhole = 2 };
 enum Interpolation : int32_t { kBilinear = 0, kBicubic = 1 };
 
-// How one view is cut; the memory layout is shared with pipeline/native_build.py.
+// How one view is cut; the memory layout is shared with pipeline/decoder.py.
 struct ViewSpec {
   int32_t size;           // side in pixels
   int32_t kind;           // Kind

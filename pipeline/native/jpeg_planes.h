@@ -15,18 +15,10 @@
 
 #include <jerror.h>
 
+#include "jpeg_common.h"
 #include "resize.h"
 
 namespace regatta {
-
-enum Status : int32_t {
-  kOk = 0,
-  kDamaged = 1,      // not a JPEG, or its data is damaged
-  kUnsupported = 2,  // a JPEG of a kind that only the general path in Python serves (CMYK, arithmetic coding, rotated)
-  kChecksum = 3,     // the bytes are not those that were packed
-  kUnreadable = 4,   // the file cannot be read
-  kTooLarge = 5,     // more pixels than allowed
-};
 
 constexpr int kMaxScans = 500;  // a progressive file of more scans is made to burn time
 
@@ -54,29 +46,6 @@ inline void on_progress(j_common_ptr info) {
   if (info->is_decompressor && reinterpret_cast<j_decompress_ptr>(info)->input_scan_number > kMaxScans) on_error(info);
 }
 
-// The EXIF orientation in an APP1 segment, 1 where there is none.
-inline int exif_orientation(const uint8_t* data, size_t size) {
-  if (size < 14 || std::memcmp(data, "Exif\0\0", 6) != 0) return 1;
-  const uint8_t* tiff = data + 6;
-  size -= 6;
-  const bool little = tiff[0] == 'I';
-  auto half = [&](size_t at) -> uint32_t {
-    return little ? tiff[at] | tiff[at + 1] << 8 : tiff[at] << 8 | tiff[at + 1];
-  };
-  auto whole = [&](size_t at) -> uint32_t {
-    return little ? half(at) | half(at + 2) << 16 : half(at) << 16 | half(at + 2);
-  };
-  const size_t directory = whole(4);
-  if (directory + 2 > size) return 1;
-  const size_t entries = half(directory);
-  for (size_t entry = 0; entry < entries; ++entry) {
-    const size_t at = directory + 2 + entry * 12;
-    if (at + 12 > size) return 1;
-    if (half(at) == 0x0112) return static_cast<int>(half(at + 8));
-  }
-  return 1;
-}
-
 // One thread's decompressor and the planes of the image it decoded last.
 class PlaneDecoder {
  public:
@@ -98,6 +67,7 @@ class PlaneDecoder {
 
   // Parse the header; fills width, height and color.
   int32_t open(const uint8_t* data, size_t size, int64_t max_pixels, bool refuse_rotated) {
+    width = height = 0;
     if (!created_ || size == 0) return kDamaged;
     if (setjmp(errors_.jump)) {
       jpeg_abort_decompress(&info_);

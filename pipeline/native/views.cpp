@@ -14,6 +14,7 @@
 
 #include "crc32.h"
 #include "crops.h"
+#include "jpeg_baseline.h"
 #include "jpeg_planes.h"
 #include "resize.h"
 
@@ -23,9 +24,12 @@ enum Flags : uint32_t {
   kCheckCrc = 1,       // compare the record with `crc` first
   kWholeImage = 2,     // decode to the end, to notice damage below the crops
   kRefuseRotated = 4,  // leave images with an EXIF orientation to the general path
+  kLibjpegOnly = 8,    // for tests and measurements
 };
 
-// One image; the memory layout is shared with pipeline/native_build.py.
+enum Decoder : int32_t { kLibjpeg = 0, kBaseline = 1 };
+
+// One image; the memory layout is shared with pipeline/decoder.py.
 struct Job {
   const uint8_t* data;  // the record, or null to read `path`
   uint64_t size;
@@ -37,7 +41,7 @@ struct Job {
   int32_t status;  // Status, written here
   int32_t width;   // written where the header could be read
   int32_t height;
-  int32_t reserved;
+  int32_t decoder;  // Decoder that made the pixels, written where status is kOk
 };
 
 // What takes an image's views on the thread that made them, while they are in its nearest cache. `views` are written
@@ -48,7 +52,8 @@ struct Finish {
 };
 
 struct Scratch {
-  PlaneDecoder decoder;
+  BaselineDecoder baseline;
+  PlaneDecoder general;
   ResizeScratch resize;
   std::vector<uint8_t> file;
   std::vector<uint8_t> planes[3];
@@ -102,8 +107,56 @@ void draw_boxes(Scratch& own, const ViewSpec* specs, int32_t views, uint64_t see
     own.boxes[view] = draw_crop(specs[view], seed, epoch, index, height, width);
 }
 
-int32_t run_job(Job& job, const ViewSpec* specs, int32_t views, uint8_t* const* outs, uint64_t seed, uint32_t epoch,
-                int64_t max_pixels) {
+// The smallest region with all boxes in it.
+Region region_of(const std::vector<Box>& boxes) {
+  Region region{INT64_MAX, 0, INT64_MAX, 0};
+  for (const Box& box : boxes) {
+    region.top = std::min(region.top, box.top);
+    region.left = std::min(region.left, box.left);
+    region.bottom = std::max(region.bottom, box.top + box.height);
+    region.right = std::max(region.right, box.left + box.width);
+  }
+  return region;
+}
+
+// What a job's views are cut from, for both decoders.
+struct Cut {
+  const ViewSpec* specs;
+  int32_t views;
+  uint8_t* const* outs;
+  uint64_t seed;
+  uint32_t epoch;
+  int64_t max_pixels;
+};
+
+bool run_baseline(Job& job, const uint8_t* data, size_t size, Scratch& own, const Cut& cut) {
+  BaselineDecoder& decoder = own.baseline;
+  if (!decoder.open(data, size, cut.max_pixels, job.flags & kRefuseRotated)) return false;
+  draw_boxes(own, cut.specs, cut.views, cut.seed, cut.epoch, job.index, decoder.height, decoder.width);
+  if (!decoder.decode(region_of(own.boxes), job.flags & kWholeImage, current_level())) return false;
+  job.width = decoder.width;
+  job.height = decoder.height;
+  job.decoder = kBaseline;
+  write_views(own, decoder.planes, decoder.color, cut.specs, cut.views, job.slot, cut.outs);
+  return true;
+}
+
+int32_t run_general(Job& job, const uint8_t* data, size_t size, Scratch& own, const Cut& cut) {
+  PlaneDecoder& decoder = own.general;
+  const int32_t opened = decoder.open(data, size, cut.max_pixels, job.flags & kRefuseRotated);
+  job.width = decoder.width;
+  job.height = decoder.height;
+  if (opened != kOk) return opened;
+  draw_boxes(own, cut.specs, cut.views, cut.seed, cut.epoch, job.index, job.height, job.width);
+  const int32_t decoded =
+      decoder.decode(static_cast<int>(region_of(own.boxes).bottom), job.flags & kWholeImage);
+  if (decoded != kOk) return decoded;
+  job.decoder = kLibjpeg;
+  write_views(own, decoder.planes, decoder.color, cut.specs, cut.views, job.slot, cut.outs);
+  return kOk;
+}
+
+int32_t run_job(Job& job, const Cut& cut) {
   Scratch& own = scratch();
   const uint8_t* data = job.data;
   size_t size = job.size;
@@ -114,17 +167,8 @@ int32_t run_job(Job& job, const ViewSpec* specs, int32_t views, uint8_t* const* 
     size = static_cast<size_t>(used);
   }
   if ((job.flags & kCheckCrc) && crc32(data, size) != job.crc) return kChecksum;
-  const int32_t opened = own.decoder.open(data, size, max_pixels, job.flags & kRefuseRotated);
-  job.width = own.decoder.width;
-  job.height = own.decoder.height;
-  if (opened != kOk) return opened;
-  draw_boxes(own, specs, views, seed, epoch, job.index, job.height, job.width);
-  int64_t last_row = 0;
-  for (const Box& box : own.boxes) last_row = std::max(last_row, box.top + box.height);
-  const int32_t decoded = own.decoder.decode(static_cast<int>(last_row), job.flags & kWholeImage);
-  if (decoded != kOk) return decoded;
-  write_views(own, own.decoder.planes, own.decoder.color, specs, views, job.slot, outs);
-  return kOk;
+  if (!(job.flags & kLibjpegOnly) && run_baseline(job, data, size, own, cut)) return kOk;
+  return run_general(job, data, size, own, cut);
 }
 
 // This thread's own views, room for one image.
@@ -143,22 +187,18 @@ uint8_t* const* own_views(Scratch& own, const ViewSpec* specs, int32_t views) {
 struct Work {
   Job* jobs;
   int32_t count;
-  const ViewSpec* specs;
-  int32_t views;
-  uint8_t* const* outs;
-  uint64_t seed;
-  uint32_t epoch;
-  int64_t max_pixels;
-  const Finish* finish;  // null where the views go to `outs`
+  Cut cut;
+  const Finish* finish;  // null where the views go to `cut.outs`
   std::atomic<int32_t> next{0};
 
   int32_t run_and_finish(Job& job) {
-    uint8_t* const* const own = own_views(scratch(), specs, views);
+    Cut own = cut;
+    own.outs = own_views(scratch(), cut.specs, cut.views);
     const int32_t slot = job.slot;
     job.slot = 0;
-    const int32_t status = run_job(job, specs, views, own, seed, epoch, max_pixels);
+    const int32_t status = run_job(job, own);
     job.slot = slot;
-    if (status == kOk) finish->call(finish->context, slot, own);
+    if (status == kOk) finish->call(finish->context, slot, own.outs);
     return status;
   }
 
@@ -166,8 +206,7 @@ struct Work {
   void drain() {
     for (int32_t at = next.fetch_add(1); at < count; at = next.fetch_add(1)) {
       try {
-        jobs[at].status = finish ? run_and_finish(jobs[at])
-                                 : run_job(jobs[at], specs, views, outs, seed, epoch, max_pixels);
+        jobs[at].status = finish ? run_and_finish(jobs[at]) : run_job(jobs[at], cut);
       } catch (const std::bad_alloc&) {
         jobs[at].status = kTooLarge;
       }
@@ -284,13 +323,13 @@ REGATTA_API void rg_pool_close(void* pool) { delete static_cast<Pool*>(pool); }
 // job says why in `status`, and the rows of failed jobs keep what was in them.
 REGATTA_API int32_t rg_decode(void* pool, Job* jobs, int32_t count, const ViewSpec* specs, int32_t views,
                               uint8_t* const* outs, uint64_t seed, uint32_t epoch, int64_t max_pixels) {
-  return decode_all(pool, {jobs, count, specs, views, outs, seed, epoch, max_pixels, nullptr});
+  return decode_all(pool, {jobs, count, {specs, views, outs, seed, epoch, max_pixels}, nullptr});
 }
 
 // The same, but every image's views go to `finish` instead, on the thread that made them.
 REGATTA_API int32_t rg_decode_finish(void* pool, Job* jobs, int32_t count, const ViewSpec* specs, int32_t views,
                                      const Finish* finish, uint64_t seed, uint32_t epoch, int64_t max_pixels) {
-  return decode_all(pool, {jobs, count, specs, views, nullptr, seed, epoch, max_pixels, finish});
+  return decode_all(pool, {jobs, count, {specs, views, nullptr, seed, epoch, max_pixels}, finish});
 }
 
 // What a batch of a packed file needs beside its sample numbers; prepared and kept by pipeline/ffcv_loader.py.
@@ -334,9 +373,9 @@ REGATTA_API int32_t rg_packed_batch(uint64_t call_address, uint64_t file, uint64
                 0,
                 0};
   }
-  return decode_all(call.pool, {jobs, static_cast<int32_t>(count), call.specs, static_cast<int32_t>(call.views),
-                                call.outs + turn * call.views, call.seed, static_cast<uint32_t>(call.epoch),
-                                call.max_pixels, call.finish ? call.finish + turn : nullptr});
+  const regatta::Cut cut{call.specs, static_cast<int32_t>(call.views), call.outs + turn * call.views, call.seed,
+                         static_cast<uint32_t>(call.epoch), call.max_pixels};
+  return decode_all(call.pool, {jobs, static_cast<int32_t>(count), cut, call.finish ? call.finish + turn : nullptr});
 }
 
 // The same views from pixels that the general path decoded: uint8 (height, width, 3), contiguous.

@@ -274,6 +274,11 @@ def draw(profile: Profile | str, seed: int, epoch: int, index: np.ndarray, view:
         ValueError: for an unknown profile or a view that it does not have.
     """
     profile = get_profile(profile)
+    return params_from_table(profile, draw_table(profile, seed, epoch, index, view))
+
+
+def draw_table(profile: Profile, seed: int, epoch: int, index: np.ndarray, view: int) -> np.ndarray:
+    """The parameters of `draw` as their (B, 14) float32 table alone, with the columns of `COLUMNS`."""
     if not 0 <= view < profile.num_views:
         raise ValueError(
             f"the profile has {profile.num_views} views; choose view 0 to {profile.num_views - 1}, not {view}"
@@ -292,7 +297,7 @@ def draw(profile: Profile | str, seed: int, epoch: int, index: np.ndarray, view:
     table[:, COLUMN["sigma"]] = low + (high - low) * rest[:, 2]
     first = COLUMN["order0"]
     table[:, first : first + 4] = JITTER_ORDERS[(rest[:, 0] * len(JITTER_ORDERS)).astype(np.int64)]
-    return params_from_table(profile, table)
+    return table
 
 
 def params_from_table(profile: Profile | str, table: np.ndarray) -> AugmentParams:

@@ -14,7 +14,8 @@ from .native_build import try_load
 
 COLUMNS = 14
 """Floats in a row of parameters; the library is asked whether it agrees."""
-_OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
+"""What the library can write, and its number for each."""
 
 
 @cache
@@ -69,15 +70,13 @@ def augment(
     loaded = library()
     if loaded is None:
         raise RuntimeError("the native augmentation could not be built; see the message before")
-    if dtype not in (*_OUTPUTS, torch.float16):
+    if dtype not in OUTPUTS:
         raise ValueError(f"the native augmentation gives float32, bfloat16, float16 or uint8, not {dtype}")
     batch, channels, height, width = images.shape
     assert images.dtype == torch.uint8 and channels == 3 and table.shape == (batch, COLUMNS)
     images = images.contiguous(memory_format=torch.channels_last)
     table = table.contiguous()
-    # float16 is nobody's choice on a CPU: converted afterwards rather than once more in C++.
-    made = torch.float32 if dtype == torch.float16 else dtype
-    result = torch.empty((batch, 3, height, width), dtype=made, memory_format=torch.channels_last)
+    result = torch.empty((batch, 3, height, width), dtype=dtype, memory_format=torch.channels_last)
 
     def work(first: int, count: int) -> int:
         scratch = torch.empty(loaded.regatta_augment_scratch(height, width), dtype=torch.uint8)
@@ -89,7 +88,7 @@ def augment(
             table.data_ptr() + first * COLUMNS * 4,
             int(gray_first),
             radius,
-            _OUTPUTS[made],
+            OUTPUTS[dtype],
             result.data_ptr() + first * height * width * 3 * result.element_size(),
             scratch.data_ptr(),
             lanes,
@@ -106,4 +105,4 @@ def augment(
         raise ValueError(f"this processor has no registers of {lanes} floats; use lanes=0")
     if status:
         raise ValueError(f"cannot augment images of {height} x {width} px with a blur of {radius} px to each side")
-    return result.to(dtype)
+    return result

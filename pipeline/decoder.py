@@ -197,6 +197,27 @@ class ViewDecoder:
         jobs = self._jobs(index, index, np.arange(len(index)))
         self.repair(epoch, index, self._native_pass(epoch, jobs, index, outs), outs)
 
+    def hand_over(self, epoch: int, index: np.ndarray, finish: int) -> np.ndarray:
+        """Decode a batch whose views compiled code takes, image by image, on the thread that made them.
+
+        Args:
+            epoch: epoch number.
+            index: (B,) int64 samples.
+            finish: address of a `Finish` of native/views.cpp.
+
+        Returns:
+            (B,) status of each; nothing was handed over where it is not `OK`.
+        """
+        assert self._library is not None
+        jobs = self._jobs(index, index, np.arange(len(index)))
+        keep_alive = self._store.fill(jobs, index)
+        self._library.rg_decode_finish(
+            self.pool, jobs.ctypes.data, len(jobs), self.specs.ctypes.data, len(self.specs), finish,
+            self._seed & _LOW_64, epoch, MAX_PIXELS,
+        )  # fmt: skip
+        del keep_alive
+        return jobs["status"]
+
     def probe(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read samples to their end, for their views' sake but not for their pixels.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from . import augment
 from .geometry import validate_view
 from .interface import Batch, PipelineConfig, PipelineStats
 from .rng import SLOT_SUBSTITUTE, integers, philox
@@ -106,6 +107,14 @@ class EpochPipeline:
         self._epoch, self._first_step = 0, 0
         self._stats = PipelineStats()
         self._running: Iterator[Batch] | None = None
+        self.profile = augment.get_profile(config.augment) if config.augment else None
+        if self.profile is not None and len(config.views) > self.profile.num_views:
+            raise ValueError(
+                f"the augmentation profile {config.augment} has {self.profile.num_views} views, but "
+                f"{len(config.views)} were asked for; choose another profile"
+            )
+        # Set by a subclass that delivers views with the profile applied; otherwise it is applied to its batches here.
+        self.augments_itself = False
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -131,12 +140,20 @@ class EpochPipeline:
                 self._stats.wait_s += time.perf_counter() - started
                 if batch is None:
                     return
+                if self.profile is not None and not self.augments_itself:
+                    self._augment(batch)
                 self._stats.images += len(batch.index)
                 yield batch
                 # A second name for the batch would keep its buffers from being used again.
                 del batch
         finally:
             running.close()  # type: ignore[attr-defined]
+
+    def _augment(self, batch: Batch) -> None:
+        assert self.profile is not None
+        for number, (name, view) in enumerate(batch.views.items()):
+            params = augment.draw(self.profile, self.config.seed, self._epoch, batch.index.numpy(), number)
+            batch.views[name] = augment.apply(view, params.to(view.device, non_blocking=True), self.config.dtype)
 
     def _stop_running(self) -> None:
         running, self._running = self._running, None

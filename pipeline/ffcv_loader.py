@@ -24,6 +24,7 @@ from ffcv.traversal_order.base import TraversalOrder
 
 from .decoder import JOB, MAX_PIXELS, PACKED, ViewDecoder, native_library
 from .epoch import EpochPipeline
+from .host_augment import HostAugmenter, augments_on_host
 from .interface import Batch, PipelineConfig
 from .prefetch import HostBatch, HostBuffers, decoding_threads, deliver_batches
 from .stores import PackedStore
@@ -101,7 +102,10 @@ class FfcvPipeline(EpochPipeline):
         threads = decoding_threads(config.workers)
         self.decoder = ViewDecoder(self.store, config.views, config.seed, self.plan.population, threads, self.note_bad)
         rows = self.plan.slice.batch_per_device
-        self._buffers = HostBuffers(config.views, rows, config.device.type == "cuda", keep=_RING + 6)
+        self.augments_itself = augments_on_host(config, self.decoder)
+        self._augmenter = HostAugmenter(config, self.decoder, rows, _RING) if self.augments_itself else None
+        dtype = config.dtype if self.augments_itself else torch.uint8
+        self._buffers = HostBuffers(config.views, rows, config.device.type == "cuda", _RING + 6, dtype)
         self._sets: list[list[np.ndarray]] = [[] for _ in range(_RING)]
         self._outs = np.zeros((_RING, len(config.views)), dtype=np.uint64)
         self._jobs = np.zeros((_RING, rows), dtype=JOB)
@@ -134,14 +138,20 @@ class FfcvPipeline(EpochPipeline):
         call["offsets"], call["sizes"] = self._offsets.ctypes.data, self._sizes.ctypes.data
         call["checksums"] = 0 if self._checksums is None else self._checksums.ctypes.data
         call["jobs"], call["outs"] = self._jobs.ctypes.data, self._outs.ctypes.data
+        call["finish"] = 0 if self._augmenter is None else self._augmenter.finishes.ctypes.data
         call["ring"], call["rows"] = _RING, self._jobs.shape[1]
         return call
 
-    def _arm(self, turn: int) -> None:
-        """Give the ring's place `turn` buffers that nobody uses."""
+    def _arm(self, number: int, epoch: int, batches: list[np.ndarray]) -> None:
+        """Give batch `number` of the epoch, where there is one, its place in the ring and buffers that nobody uses."""
+        turn = number % _RING
         self._sets[turn] = []
+        if number >= len(batches):
+            return
         self._sets[turn] = self._buffers.take()
         self._outs[turn] = [array.ctypes.data for array in self._sets[turn]]
+        if self._augmenter is not None:
+            self._augmenter.plan(turn, epoch, batches[number], self._sets[turn])
 
     def _decoded(self, epoch: int, batches: list[np.ndarray]) -> Iterator[HostBatch]:
         filled = [batch for batch in batches if len(batch)]
@@ -149,8 +159,8 @@ class FfcvPipeline(EpochPipeline):
         samples = np.concatenate(filled) if filled else np.zeros(0, dtype=np.int64)
         self._order.rows = np.stack([samples, numbers], axis=1).astype(np.int64)
         self._call["epoch"] = epoch
-        for turn in range(_RING):
-            self._arm(turn)
+        for number in range(_RING):
+            self._arm(number, epoch, batches)
         iterator = iter(self._loader) if filled else None
         try:
             for number, index in enumerate(batches):
@@ -161,8 +171,8 @@ class FfcvPipeline(EpochPipeline):
                 next(iterator)
                 turn = number % _RING
                 arrays, status = self._sets[turn], self._jobs["status"][turn, : len(index)].copy()
-                self._arm(turn)
-                self.decoder.repair(epoch, index, status, arrays)
+                self._arm(number + _RING, epoch, batches)
+                (self._augmenter or self.decoder).repair(epoch, index, status, arrays)
                 yield index, arrays
                 del arrays
         finally:

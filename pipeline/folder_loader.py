@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import numpy as np
+import torch
 
 from .decoder import ViewDecoder
 from .epoch import EpochPipeline
+from .host_augment import HostAugmenter, augments_on_host
 from .interface import Batch, PipelineConfig
 from .prefetch import HostBatch, HostBuffers, decoding_threads, deliver_batches, prefetch
 from .stores import open_store
@@ -36,14 +38,18 @@ class FolderPipeline(EpochPipeline):
             self.note_bad,
             native=decoder == "native",
         )
-        self._buffers = HostBuffers(config.views, self.plan.slice.batch_per_device, config.device.type == "cuda")
+        rows = self.plan.slice.batch_per_device
+        self.augments_itself = augments_on_host(config, self.decoder)
+        self._views = HostAugmenter(config, self.decoder, rows) if self.augments_itself else self.decoder
+        dtype = config.dtype if self.augments_itself else torch.uint8
+        self._buffers = HostBuffers(config.views, rows, config.device.type == "cuda", dtype=dtype)
 
     def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
         """Generate the batches whose sample indices are given, in order."""
 
         def work(index: np.ndarray) -> HostBatch:
             arrays = self._buffers.take()
-            self.decoder.decode(epoch, index, arrays)
+            self._views.decode(epoch, index, arrays)
             return index, arrays
 
         with closing(deliver_batches(self.config, self.labels, prefetch(work, batches))) as delivered:  # type: ignore[type-var]

@@ -54,6 +54,8 @@ class PipelineConfig:
         population: sorted sample indices to draw from; None is all of them.
         shard_window: how many blocks are mixed with one another in the "sharded" order.
         block_size: samples in a block of the "sharded" order, for stores without shards.
+        augment: name of the augmentation profile that the views are to be delivered with; "" delivers uint8 crops.
+        dtype: of augmented views.
     """
 
     data: str
@@ -69,6 +71,8 @@ class PipelineConfig:
     population: np.ndarray | None = None
     shard_window: int = 16
     block_size: int = 256
+    augment: str = ""
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -76,7 +80,8 @@ class Batch:
     """One rank's part of a global batch.
 
     Attributes:
-        views: name -> uint8 (B, 3, S, S) on the device, channels-last in memory, owned by the receiver.
+        views: name -> (B, 3, S, S) on the device, channels-last in memory, owned by the receiver: uint8 crops, or
+            augmented and normalised in the config's dtype where it names a profile.
         index: (B,) int64 on the CPU: the sample that the order asked for. Its draws are keyed by this index even where
             a damaged record made another sample's pixels take its place.
         label: (B,) int64 on the CPU, -1 where there is none; for probes only.

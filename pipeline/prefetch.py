@@ -46,15 +46,28 @@ class HostBuffers:
     steady running neither allocates nor copies.
 
     Args:
-        views: the arrays of a set, uint8 (rows, size, size, 3) each.
+        views: the arrays of a set, (rows, size, size, 3) each.
         rows: images of a full batch.
         pinned: page-locked memory, for asynchronous copies to a CUDA device.
         keep: how many sets are kept; further ones are made and forgotten where a receiver hoards batches.
+        dtype: of the arrays; numpy has no bfloat16, whose bits are kept as int16.
+
+    Attributes:
+        made: sets made so far.
     """
 
-    def __init__(self, views: Sequence[ViewSpec], rows: int, pinned: bool, keep: int = DEPTH + 6):
+    def __init__(
+        self,
+        views: Sequence[ViewSpec],
+        rows: int,
+        pinned: bool,
+        keep: int = DEPTH + 6,
+        dtype: torch.dtype = torch.uint8,
+    ):
         self._shapes = [(rows, spec.size, spec.size, 3) for spec in views]
         self._pinned, self._keep = pinned, keep
+        self._dtype = torch.int16 if dtype == torch.bfloat16 else dtype
+        self.made = 0
         self._sets: list[list[np.ndarray]] = []
         self._unused = _references([np.empty(0) for _ in views])
 
@@ -63,7 +76,8 @@ class HostBuffers:
         for arrays in self._sets:
             if _references(arrays) == self._unused:
                 return list(arrays)
-        made = [torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned).numpy() for shape in self._shapes]
+        made = [torch.empty(shape, dtype=self._dtype, pin_memory=self._pinned).numpy() for shape in self._shapes]
+        self.made += 1
         if len(self._sets) < self._keep:
             self._sets.append(made)
         return list(made)
@@ -117,7 +131,7 @@ def prefetch(work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH) -> 
 
 
 HostBatch = tuple[np.ndarray, list[np.ndarray]]
-"""Sample indices (B,) and per view a uint8 array of at least B rows."""
+"""Sample indices (B,) and per view an array of at least B rows, as `HostBuffers` makes them."""
 
 
 def deliver_batches(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBatch]) -> Iterator[Batch]:
@@ -129,9 +143,10 @@ def deliver_batches(config: PipelineConfig, labels: np.ndarray, ready: Iterator[
 
 def _tensors(config: PipelineConfig, index: np.ndarray, arrays: list[np.ndarray]) -> dict[str, torch.Tensor]:
     """The filled rows of the arrays as (B, 3, S, S) tensors, channels-last without a copy."""
+    filled = [torch.from_numpy(array[: len(index)]) for array in arrays]
     return {
-        spec.name: torch.from_numpy(array[: len(index)]).permute(0, 3, 1, 2)
-        for spec, array in zip(config.views, arrays, strict=True)
+        spec.name: (rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows).permute(0, 3, 1, 2)
+        for spec, rows in zip(config.views, filled, strict=True)
     }
 
 

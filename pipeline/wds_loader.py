@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from .decoder import CHECK_CRC, ViewDecoder
 from .epoch import EpochPipeline
+from .host_augment import HostAugmenter, augments_on_host
 from .interface import Batch, PipelineConfig
 from .prefetch import HostBatch, HostBuffers, decoding_threads, deliver_batches, prefetch
 from .shards import INDEX_NAME, ShardIndex, expand_braces, parse_index
@@ -364,7 +366,11 @@ class WebDatasetPipeline(EpochPipeline):
         except BaseException:
             self.store.files.close()
             raise
-        self._buffers = HostBuffers(config.views, self.plan.slice.batch_per_device, config.device.type == "cuda")
+        rows = self.plan.slice.batch_per_device
+        self.augments_itself = augments_on_host(config, self.decoder)
+        self._views = HostAugmenter(config, self.decoder, rows) if self.augments_itself else self.decoder
+        dtype = config.dtype if self.augments_itself else torch.uint8
+        self._buffers = HostBuffers(config.views, rows, config.device.type == "cuda", dtype=dtype)
 
     def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
         """Generate the batches whose sample indices are given, in order."""
@@ -372,7 +378,7 @@ class WebDatasetPipeline(EpochPipeline):
 
         def work(index: np.ndarray) -> HostBatch:
             arrays = self._buffers.take()
-            self.decoder.decode(epoch, index, arrays)
+            self._views.decode(epoch, index, arrays)
             return index, arrays
 
         with closing(deliver_batches(self.config, self.labels, prefetch(work, batches))) as delivered:  # type: ignore[type-var]

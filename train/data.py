@@ -48,6 +48,12 @@ def _build(config: Config, settings: PipelineConfig, quiet: bool = True) -> Pipe
         raise UserMistake(str(reason)) from None
 
 
+def _augmented_by_loader(config: Config, runtime: Runtime) -> str:
+    """The profile that the loader applies: on a CPU its threads do it ahead of the step; a GPU does it itself."""
+    wanted = config.recipe.augment.implementation in ("auto", "native")
+    return config.recipe.augment.profile if runtime.device.type == "cpu" and wanted else ""
+
+
 @dataclass
 class RunData:
     """All pipelines of a run.
@@ -99,6 +105,8 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
             order=config.run.order,
             drop_last=True,
             population=population,
+            augment=_augmented_by_loader(config, runtime),
+            dtype=runtime.dtype,
         ),
         quiet=False,
     )

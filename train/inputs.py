@@ -106,6 +106,8 @@ class InputBuilder:
 
     def _augment(self, batch: Batch, name: str, number: int, epoch: int) -> Tensor:
         config = self.config
+        if batch.views[name].dtype != torch.uint8:
+            return batch.views[name]  # the loader has augmented it
         params = augment.draw(
             augment.PROFILES[config.recipe.augment.profile], config.run.seed, epoch, batch.index.numpy(), number
         )

@@ -12,7 +12,7 @@
 // plane is a third of the work), and the flip comes where it is cheapest (everything else is pointwise or symmetric).
 // Gray before jitter is another matter and is kept: jitter clamps, and greys have no hue.
 //
-// A plain C interface; allocates nothing; any number of threads may call it, each with scratch of its own.
+// A plain C interface; any number of threads may call it. Nothing is allocated but each thread's scratch, once.
 
 // Pixels are finite and their zeros need no sign, so comparisons may become plain minima and maxima; nothing here has
 // to agree bit for bit with another program.
@@ -25,13 +25,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #define INLINE static inline __attribute__((always_inline))
 
 // Columns of a parameter row, as in pipeline/augment.py.
 enum Column { FLIP, JITTER, GRAY, BLUR, SOLARIZE, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, SIGMA = ORDER + 4, COLUMNS };
 enum Operation { DO_BRIGHTNESS, DO_CONTRAST, DO_SATURATION, DO_HUE };
-enum Output { AS_FLOAT, AS_BFLOAT16, AS_UINT8 };
+enum Output { AS_FLOAT, AS_BFLOAT16, AS_UINT8, AS_HALF };
+
+constexpr size_t bytes_of(int output) { return output == AS_FLOAT ? 4 : output == AS_UINT8 ? 1 : 2; }
 
 constexpr float LUMA_RED = 0.299f, LUMA_GREEN = 0.587f, LUMA_BLUE = 0.114f;
 constexpr float SCALE[3] = {1 / (255 * 0.229f), 1 / (255 * 0.224f), 1 / (255 * 0.225f)};
@@ -68,6 +71,7 @@ namespace plain {
 }  // namespace plain
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
 #define HAS_WIDE_LANES
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
@@ -156,13 +160,13 @@ EXPORT size_t regatta_augment_scratch(int height, int width) {
 //
 // images: uint8, interleaved RGB, contiguous. table: count rows of float. gray_first: the profile greys before it
 // jitters. radius: taps on each side of the blur's centre, less than height and width. output: 0 float, 1 bfloat16,
-// both normalised; 2 uint8, rounded to grey levels. out: count images of the same shape. scratch: as many bytes as
+// 3 half, normalised; 2 uint8, rounded to grey levels. out: count images of the same shape. scratch: as many bytes as
 // regatta_augment_scratch says. lanes: 16, 8 or 4 floats in a register, 0 for the most there are. Returns 0; 1 for
 // arguments that make no sense; 2 for lanes that this processor does not have.
 EXPORT int regatta_augment(const uint8_t* images, int64_t count, int height, int width, const float* table, int gray_first,
                            int radius, int output, void* out, void* scratch, int lanes) {
     if (height < 1 || width < 1 || count < 0 || radius < 0 || radius > MAX_RADIUS) return 1;
-    if (radius >= height || radius >= width || output < AS_FLOAT || output > AS_UINT8) return 1;
+    if (radius >= height || radius >= width || output < AS_FLOAT || output > AS_HALF) return 1;
     const AugmentOne augment_one = choose(lanes);
     if (augment_one == nullptr) return 2;
     // Aligned to a cache line; the 32 floats more in the scratch are for this.
@@ -174,6 +178,32 @@ EXPORT int regatta_augment(const uint8_t* images, int64_t count, int height, int
         augment_one(images + n * values, height, width, recipe, output, out, n * values, aligned);
     }
     return 0;
+}
+
+// What becomes of the images of a batch; the memory layout is shared with pipeline/host_augment.py.
+struct BatchPlan {
+    const int32_t* sizes;        // (views): side of a view in pixels
+    const int32_t* radii;        // (views): taps on each side of its blur's centre
+    const float* const* tables;  // (views): (rows, COLUMNS)
+    void* const* outs;           // (views): (rows, size, size, 3) of the output's type
+    int32_t views, gray_first, output, reserved;
+};
+
+EXPORT int32_t regatta_augment_plan_bytes() { return sizeof(BatchPlan); }
+
+// Augments all views of one image into row `slot` of the outputs: a Finish of native/views.cpp, so that views are
+// augmented on the thread that decoded them while they are in its cache.
+EXPORT void regatta_augment_image(const void* batch, int32_t slot, const uint8_t* const* views) {
+    static thread_local std::vector<char> scratch;
+    const BatchPlan& plan = *static_cast<const BatchPlan*>(batch);
+    for (int32_t view = 0; view < plan.views; ++view) {
+        const int32_t size = plan.sizes[view];
+        const size_t needed = regatta_augment_scratch(size, size), values = (size_t)size * size * 3;
+        if (scratch.size() < needed) scratch.resize(needed);
+        char* out = static_cast<char*>(plan.outs[view]) + bytes_of(plan.output) * values * slot;
+        regatta_augment(views[view], 1, size, size, plan.tables[view] + (size_t)slot * COLUMNS, plan.gray_first,
+                        plan.radii[view], plan.output, out, scratch.data(), 0);
+    }
 }
 
 }  // extern "C"

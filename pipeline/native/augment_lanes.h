@@ -4,6 +4,9 @@
 typedef float Lanes __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t LaneIndex __attribute__((vector_size(LANES * 4)));
 typedef uint8_t Bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+// As many bytes or halves as there are lanes, for conversions in registers.
+typedef uint8_t LaneBytes __attribute__((vector_size(LANES)));
+typedef uint16_t LaneHalves __attribute__((vector_size(LANES * 2)));
 
 struct Pixels {
     Lanes red, green, blue;
@@ -60,6 +63,18 @@ INLINE Pixels gray(const Pixels& p) {
     return {grey, grey, grey};
 }
 
+// Sixteen bytes to as many floats. Compilers take the bytes apart one by one, so the widening is spelled out.
+INLINE void widen(const Bytes16& bytes, float* to) {
+#if LANES == 16
+    store(to, (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)bytes)));
+#elif LANES == 8
+    store(to, (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32((__m128i)bytes)));
+    store(to + 8, (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128((__m128i)bytes, 8))));
+#else
+    for (int i = 0; i < 16; ++i) to[i] = (float)bytes[i];
+#endif
+}
+
 // Sixteen interleaved pixels to three runs of sixteen floats.
 INLINE void load_16(const uint8_t* pixels, float* red, float* green, float* blue) {
     const Bytes16 a = *(const Bytes16*)pixels, b = *(const Bytes16*)(pixels + 16), c = *(const Bytes16*)(pixels + 32);
@@ -69,12 +84,9 @@ INLINE void load_16(const uint8_t* pixels, float* red, float* green, float* blue
     const Bytes16 green_c = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30};
     const Bytes16 blue_ab = {2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0};
     const Bytes16 blue_c = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31};
-    const Bytes16 r = __builtin_shuffle(__builtin_shuffle(a, b, red_ab), c, red_c);
-    const Bytes16 g = __builtin_shuffle(__builtin_shuffle(a, b, green_ab), c, green_c);
-    const Bytes16 bl = __builtin_shuffle(__builtin_shuffle(a, b, blue_ab), c, blue_c);
-    for (int i = 0; i < 16; ++i) red[i] = (float)r[i];
-    for (int i = 0; i < 16; ++i) green[i] = (float)g[i];
-    for (int i = 0; i < 16; ++i) blue[i] = (float)bl[i];
+    widen(__builtin_shuffle(__builtin_shuffle(a, b, red_ab), c, red_c), red);
+    widen(__builtin_shuffle(__builtin_shuffle(a, b, green_ab), c, green_c), green);
+    widen(__builtin_shuffle(__builtin_shuffle(a, b, blue_ab), c, blue_c), blue);
 }
 
 // One row of bytes to three planes; what is past the width, up to whole vectors, becomes 0.
@@ -221,11 +233,20 @@ INLINE void write(const Lanes value, void* out, size_t offset) {
         // To nearest, ties to even; there are no infinities or NaNs here.
         const LaneIndex bits = (LaneIndex)value;
         const LaneIndex rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16;
-        uint16_t* to = (uint16_t*)out + offset;
-        for (int lane = 0; lane < LANES; ++lane) to[lane] = (uint16_t)rounded[lane];
+        const LaneHalves halves = __builtin_convertvector(rounded, LaneHalves);
+        std::memcpy((uint16_t*)out + offset, &halves, sizeof halves);
+    } else if (OUTPUT == AS_HALF) {
+        // To nearest, ties to even, by integers: not every processor converts. Nothing here is too large for a half.
+        const LaneIndex bits = (LaneIndex)value, magnitude = bits & 0x7FFFFFFF;
+        const LaneIndex normal = (magnitude - 0x38000000 + 0x0FFF + ((magnitude >> 13) & 1)) >> 13;
+        // Below 2^-14 adding a half rounds at the right place: the sum's last bit is a half's least.
+        const LaneIndex tiny = (LaneIndex)((Lanes)magnitude + 0.5f) - 0x3F000000;
+        const LaneIndex rounded = (magnitude < 0x38800000 ? tiny : normal) | ((bits >> 16) & 0x8000);
+        const LaneHalves halves = __builtin_convertvector(rounded, LaneHalves);
+        std::memcpy((uint16_t*)out + offset, &halves, sizeof halves);
     } else {
-        uint8_t* to = (uint8_t*)out + offset;
-        for (int lane = 0; lane < LANES; ++lane) to[lane] = (uint8_t)(int)(value[lane] + 0.5f);
+        const LaneBytes bytes = __builtin_convertvector(__builtin_convertvector(value + 0.5f, LaneIndex), LaneBytes);
+        std::memcpy((uint8_t*)out + offset, &bytes, sizeof bytes);
     }
 }
 
@@ -250,7 +271,7 @@ INLINE void store_row(const float* const rows[3], int width, const Recipe& recip
     interleave(finished(p, recipe.solarize, normalise), result);
     uint32_t held[3 * LANES];
     for (int j = 0; j < 3; ++j) write<OUTPUT>(result[j], held, j * LANES);
-    constexpr size_t BYTES = OUTPUT == AS_FLOAT ? 4 : OUTPUT == AS_BFLOAT16 ? 2 : 1;
+    constexpr size_t BYTES = bytes_of(OUTPUT);
     for (int i = 0; i < count; ++i) {
         const int pixel = recipe.flip ? count - 1 - i : i;
         std::memcpy((char*)out + BYTES * (offset + 3 * (x + i)), (const char*)held + BYTES * 3 * pixel, BYTES * 3);
@@ -303,6 +324,8 @@ void augment_one(const uint8_t* image, int height, int width, Recipe& recipe, in
         augment_as<AS_FLOAT>(image, height, width, recipe, out, out_offset, scratch);
     } else if (output == AS_BFLOAT16) {
         augment_as<AS_BFLOAT16>(image, height, width, recipe, out, out_offset, scratch);
+    } else if (output == AS_HALF) {
+        augment_as<AS_HALF>(image, height, width, recipe, out, out_offset, scratch);
     } else {
         augment_as<AS_UINT8>(image, height, width, recipe, out, out_offset, scratch);
     }

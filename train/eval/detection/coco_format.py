@@ -82,7 +82,7 @@ def _check_annotation(path: Path, entry: dict[str, Any], images: dict[int, Any],
         raise UserMistake(f"{name} has category {entry.get('category_id')}, which the file does not list; add it there")
     box = entry.get("bbox")
     finite = isinstance(box, list) and all(isinstance(side, int | float) and math.isfinite(side) for side in box)
-    if not finite or len(box) != 4:
+    if not finite or len(entry["bbox"]) != 4:
         raise UserMistake(f"{name} has the box {box}; it must be four finite numbers: x, y, width, height")
 
 

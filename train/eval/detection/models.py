@@ -120,8 +120,8 @@ class OneStage(Detector):
     """RetinaNet.
 
     Losses are divided by a moving average of the anchors with an object, which the state dict keeps: per image and over
-    all ranks, so that it does not depend on how many share the batch. With two images on each rank that is detectron2's,
-    which counts one rank's anchors alone.
+    all ranks, so that it does not depend on how many share the batch. With two images on each rank that is
+    detectron2's, which counts one rank's anchors alone.
     """
 
     positives: Tensor

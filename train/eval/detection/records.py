@@ -98,8 +98,8 @@ def inside(boxes: np.ndarray, width: int, height: int) -> tuple[np.ndarray, np.n
     """
     limits = np.array([width, height, width, height], dtype=np.float32)
     cut = np.clip(boxes.astype(np.float32).reshape(-1, 4), 0, limits)
-    full: np.ndarray = ((cut[:, 2:] - cut[:, :2]) > 1e-5).all(axis=1)
-    return cut, full
+    sides = cut[:, 2:] - cut[:, :2]
+    return cut, np.all(sides > 1e-5, axis=1)
 
 
 def check_same_classes(train: DetectionData, val: DetectionData) -> None:

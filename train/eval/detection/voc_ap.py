@@ -23,6 +23,7 @@ def interpolated(recall: np.ndarray, precision: np.ndarray, rule: str) -> float:
             "area": the area under that envelope (VOC 2010 on).
     """
     if rule == "11 points":
+        # Some of these lie a rounding error above the tenth that they stand for, in detectron2 as well.
         best = [precision[recall >= level].max(initial=0.0) for level in np.arange(0.0, 1.1, 0.1)]
         return float(np.mean(best))
     envelope = np.maximum.accumulate(precision[::-1])[::-1]

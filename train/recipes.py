@@ -245,8 +245,10 @@ def lewel_b_400() -> Made:
     return recipe, _model("lewel-b", momentum_norm="own")
 
 
-def _small(made: Made, epochs: int, image_size: int, **model: Any) -> Made:
-    """ResNet-18 on small images with AdamW at 1e-3: learns within minutes on a small data set."""
+def _small(
+    made: Made, epochs: int, image_size: int, *, lr: float = 1e-3, warmup_epochs: int = 0, **model: Any
+) -> Made:  # fmt: skip
+    """ResNet-18 on small images with AdamW: learns within minutes on a small data set."""
     recipe, config = made
     recipe = replace(
         recipe,
@@ -254,19 +256,28 @@ def _small(made: Made, epochs: int, image_size: int, **model: Any) -> Made:
         image_size=image_size,
         epochs=epochs,
         global_batch=64,
-        optim=OptimConfig(kind="adamw", lr=1e-3, lr_reference_batch=0, weight_decay=1e-4, exclude="1d"),
-        schedule=ScheduleConfig(decay="cosine-step"),
+        optim=OptimConfig(kind="adamw", lr=lr, lr_reference_batch=0, weight_decay=1e-4, exclude="1d"),
+        schedule=ScheduleConfig(decay="cosine-step", warmup_epochs=warmup_epochs),
         bn=replace(recipe.bn, group_size=16) if recipe.bn.mode == "group" or recipe.bn.group_size else recipe.bn,
         ema=EmaConfig(0.99, recipe.ema.schedule),
     )
     return recipe, replace(config, **model)
 
 
+def moco_v2_small() -> Made:
+    """MoCo v2 for small data sets.
+
+    At 1e-3 from the first step its embeddings fall onto 2 to 7 directions within an epoch and stay there for tens; with a
+    queue of thousands, old keys are told from fresh ones by how far the encoder has moved. `effective_rank` shows it.
+    """
+    return _small(moco_v2(), 32, 64, lr=3e-4, warmup_epochs=4, queue_size=256, temperature=0.1)
+
+
 RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
     "moco-v2": ("moco-v2", moco_v2),
     "moco-v2-800ep": ("moco-v2", lambda: moco_v2(800)),
     "moco-v2-symmetric-800ep": ("moco-v2", moco_v2_symmetric),
-    "moco-v2-small": ("moco-v2", lambda: _small(moco_v2(), 32, 64, queue_size=4096, temperature=0.1)),
+    "moco-v2-small": ("moco-v2", moco_v2_small),
     "regioncl-m": ("regioncl-m", regioncl_m),
     "regioncl-m-100ep": ("regioncl-m", lambda: regioncl_m(100)),
     "regioncl-m-800ep": ("regioncl-m", lambda: regioncl_m(800)),

@@ -267,8 +267,8 @@ def _small(
 def moco_v2_small() -> Made:
     """MoCo v2 for small data sets.
 
-    At 1e-3 from the first step its embeddings fall onto 2 to 7 directions within an epoch and stay there for tens; with a
-    queue of thousands, old keys are told from fresh ones by how far the encoder has moved. `effective_rank` shows it.
+    At 1e-3 from the first step its embeddings fall onto 2 to 7 directions within an epoch and stay there for tens; with
+    a queue of thousands, old keys are told from fresh ones by how far the encoder has moved. `effective_rank` shows it.
     """
     return _small(moco_v2(), 32, 64, lr=3e-4, warmup_epochs=4, queue_size=256, temperature=0.1)
 

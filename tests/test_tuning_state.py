@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+import train.eval.linear
+import train.eval.semi
+from train.backbone_io import build_encoder, save_backbone
 from train.errors import CheckpointFailed, Stopped, UserMistake
 from train.eval.tuning_state import TuningCheckpoints, TuningState, fingerprint, seed_step, state_folder
+from train.evaluate import main
 from train.runtime import Runtime
 
 SETTINGS = {"lr": 0.1, "seed": 3, "crop": (8, 8)}
@@ -138,3 +144,75 @@ def test_fingerprints_follow_the_values_and_steps_have_their_own_draws() -> None
         draws.add(torch.rand(1).item())
     assert len(draws) == 4
     assert state_folder(Path("a.b/eval-segment.json")) == Path("a.b/eval-segment.state")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Classification protocols
+
+
+class Killed(Exception):
+    pass
+
+
+class Killer:
+    """Lets the first `saves` checkpoints be written, then dies as a process would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+        original = TuningCheckpoints.save
+
+        def save(checkpoints: TuningCheckpoints, state: TuningState) -> None:
+            nonlocal saves
+            original(checkpoints, state)
+            saves -= 1
+            if saves == 0:
+                raise Killed
+
+        monkeypatch.setattr(TuningCheckpoints, "save", save)
+
+
+def outcome(result: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What a run says and the bytes of its last state."""
+    document = json.loads(result.read_text())
+    for name in ("seconds", "settings", "list"):
+        document.pop(name, None)
+    newest = max(state_folder(result).glob("step_*"))
+    return document, {path.name: path.read_bytes() for path in newest.iterdir()}
+
+
+FLAGS = {
+    "linear": ["--recipe", "moby", "--lrs", "0.1,1", "--head-bn", "yes", "--epochs", "3", "--global-batch", "16"],
+    "fewshot": ["--recipe", "simsiam", "--fraction", "0.5", "--epochs", "3", "--global-batch", "8"],
+    "semi": ["--fraction", "0.5", "--epochs", "3", "--global-batch", "8", "--eval-every", "1"],
+}
+
+
+@pytest.mark.parametrize("protocol", FLAGS)
+def test_a_stopped_protocol_goes_on_exactly(protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    save_backbone(build_encoder("resnet18"), tmp_path / "r18.safetensors", arch="resnet18")
+    command = [protocol, "--checkpoint", str(tmp_path / "r18.safetensors"), "--loader", "synthetic", "--data", "32",
+               "--val-data", "16", "--image-size", "32", *FLAGS[protocol]]  # fmt: skip
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    with monkeypatch.context() as patch:
+        for module in (train.eval.linear, train.eval.semi):
+            patch.setattr(module, "discard_state", lambda result, runtime: None)
+        assert main([*command, "--output", str(whole)]) == 0
+        with patch.context() as inner:
+            Killer(inner, 2)
+            with pytest.raises(Killed):
+                main([*command, "--output", str(parts)])
+        assert not parts.exists() and state_folder(parts).is_dir()
+        steps = json.loads((max(state_folder(parts).glob("step_*")) / "state.json").read_text())["step"]
+        assert main([*command, "--output", str(parts)]) == 0
+        assert outcome(whole) == outcome(parts)
+        assert steps * 3 == 2 * json.loads((max(state_folder(whole).glob("step_*")) / "state.json").read_text())["step"]
+    # without what it left off at, the end would be another: so the comparison above can fail
+    shutil.rmtree(state_folder(parts))
+    with monkeypatch.context() as patch:
+        Killer(patch, 2)
+        with pytest.raises(Killed):
+            main([*command, "--output", str(parts)])
+    assert main([*command, "--output", str(parts), "--seed", "1"]) == 2
+    assert main([*command, "--output", str(parts), "--resume", "never"]) == 0
+    assert not state_folder(parts).exists(), "a finished run leaves its result alone"

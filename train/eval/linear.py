@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,10 +32,12 @@ from .session import (
     open_session,
     parse_config,
     percent,
+    result_path,
     table,
     warn_of_bad,
 )
 from .splits import source_names
+from .tuning_state import TuningCheckpoints, TuningState, discard_state, fingerprint, state_folder
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,9 @@ class LinearConfig(EvalConfig):
     head_bn: Literal["recipe", "yes", "no"] = flag("recipe", "BatchNorm1d after the linear layer")
     eval_every: int = flag(1, "epochs between validations; the last epoch always has one")
     real_labels: str = flag("", "ImageNet-ReaL label file (real.json), for its top-1")
+    resume: Literal["auto", "never"] = flag(
+        "auto", "auto continues a run that was stopped from its last whole epoch, kept beside the result"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,6 +173,8 @@ def train_heads(
     recipe: LinearRecipe,
     lrs: Sequence[float],
     after_epoch: Callable[[int], None] = lambda epoch: None,
+    optimizer: torch.optim.Optimizer | None = None,
+    first_epoch: int = 0,
 ) -> None:
     """Train every head with cross-entropy at its own learning rate.
 
@@ -177,11 +185,13 @@ def train_heads(
         epochs: passes.
         recipe: optimizer and schedule.
         lrs: peak learning rate of each head.
-        after_epoch: called with the number of epochs done, 1 to `epochs`.
+        after_epoch: called with the number of epochs done, `first_epoch` + 1 to `epochs`.
+        optimizer: that of a run which goes on, from `head_optimizer`; None makes a fresh one.
+        first_epoch: epochs already done.
     """
-    optimizer = head_optimizer(heads, recipe, lrs)
-    step = 0
-    for epoch in range(epochs):
+    optimizer = optimizer or head_optimizer(heads, recipe, lrs)
+    step = first_epoch * steps_per_epoch
+    for epoch in range(first_epoch, epochs):
         heads.train()
         for features, labels in batches(epoch):
             factor = lr_factor(recipe, epochs, step, steps_per_epoch)
@@ -269,6 +279,24 @@ def choose_recipe(config: LinearConfig, method: str) -> tuple[str, LinearRecipe]
     return name, recipe
 
 
+def head_records(lrs: Sequence[float], state: TuningState) -> list[HeadRecord]:
+    """The validation figures that a run has recorded, one record a head."""
+    histories = state.record["history"]
+    return [
+        HeadRecord(lr, [(epoch, Accuracy(**figures)) for epoch, figures in history])
+        for lr, history in zip(lrs, histories, strict=True)
+    ]
+
+
+def common_settings(session: Session, population: np.ndarray, val_hash: str) -> dict[str, Any]:
+    """What decides the outcome of any classification run: backbone, images, their size, seed and precision."""
+    return {
+        "arch": session.arch, "backbone": fingerprint(session.encoder), "image_size": session.image_size,
+        "images": hashlib.sha256(population.astype(np.int64).tobytes()).hexdigest(), "val_data": val_hash,
+        "seed": session.config.seed, "dtype": str(session.runtime.dtype),
+    }  # fmt: skip
+
+
 def batch_for(recipe_batch: int, wanted: int, images: int, world_size: int) -> int:
     """The global batch: as wanted or the recipe's, but no more than the images, and a multiple of the ranks.
 
@@ -311,8 +339,10 @@ def probe(
     val, val_hash = session.features_of(config.val_data)
     facts = {"recipe": name, "recipe_source": recipe.source, "val_data_hash": val_hash,
              "val_images": len(val.labels)}  # fmt: skip
-    solve = _solve_exactly if recipe.optimizer == "lbfgs" else _train_by_steps
-    records, more = solve(session, config, recipe, population, val)
+    if recipe.optimizer == "lbfgs":
+        records, more = _solve_exactly(session, config, recipe, population, val)
+    else:
+        records, more = _train_by_steps(session, config, recipe, population, val, val_hash)
     return records, {**facts, **more}
 
 
@@ -339,7 +369,8 @@ def _solve_exactly(
 
 
 def _train_by_steps(
-    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features
+    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features,
+    val_hash: str,
 ) -> tuple[list[HeadRecord], dict[str, Any]]:  # fmt: skip
     runtime, views = session.runtime, linear_views(session.image_size)
     if population is None:
@@ -360,19 +391,33 @@ def _train_by_steps(
         )
         width = val.features.shape[1]
         heads = LinearHeads(width, classes, len(lrs), recipe.batch_norm, config.seed).to(runtime.device)
-        records = [HeadRecord(lr, []) for lr in lrs]
+        state = TuningState(heads, head_optimizer(heads, recipe, lrs), record={"history": [[] for _ in lrs]})
+        settings = {
+            "recipe": dataclasses.asdict(recipe), "lrs": lrs, "epochs": epochs, "global_batch": batch,
+            "eval_every": config.eval_every, "real_labels": config.real_labels, "classes": classes,
+            "data": pipeline.data_hash, **common_settings(session, population, val_hash),
+        }  # fmt: skip
+        checkpoints = TuningCheckpoints(
+            state_folder(result_path(session)), settings, runtime, config.resume == "auto"
+        )  # fmt: skip
+        checkpoints.restore(state)
 
         def validate(done: int) -> None:
-            if done % config.eval_every and done != epochs:
-                return
-            heads.eval()
-            with torch.no_grad():
-                for record, logits in zip(records, heads(val.features), strict=True):
-                    record.history.append((done, accuracy(logits, val.labels, real)))
-            best = max(records, key=lambda record: record.history[-1][1].top1)
-            session.say(f"epoch {done}/{epochs}: top-1 {percent(best.history[-1][1].top1)} at lr {best.lr:g}")
+            if done % config.eval_every == 0 or done == epochs:
+                heads.eval()
+                with torch.no_grad():
+                    for history, logits in zip(state.record["history"], heads(val.features), strict=True):
+                        history.append([done, dataclasses.asdict(accuracy(logits, val.labels, real))])
+                best = max(head_records(lrs, state), key=lambda record: record.history[-1][1].top1)
+                session.say(f"epoch {done}/{epochs}: top-1 {percent(best.history[-1][1].top1)} at lr {best.lr:g}")
+            state.step = done * len(pipeline)
+            checkpoints.save(state)
 
-        train_heads(heads, epoch_features(session, pipeline), len(pipeline), epochs, recipe, lrs, validate)
+        train_heads(
+            heads, epoch_features(session, pipeline), len(pipeline), epochs, recipe, lrs, validate, state.optimizer,
+            state.step // len(pipeline),
+        )  # fmt: skip
+        records = head_records(lrs, state)
         warn_of_bad(session, config.data, pipeline)
         facts = {"data_hash": pipeline.data_hash, "train_images": len(population), "classes": classes,
                  "global_batch": batch, "epochs": epochs, "batch_norm": recipe.batch_norm,
@@ -395,6 +440,7 @@ def report(session: Session, records: list[HeadRecord], facts: dict[str, Any]) -
     if len(rows) > 1:
         session.say("the best row was chosen on the validation images")
     session.write({**facts, "results": rows, "best": best, "top1": best["top1"], "top5": best["top5"]})
+    discard_state(result_path(session), session.runtime)
 
 
 def run(argv: Sequence[str]) -> int:

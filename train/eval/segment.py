@@ -19,7 +19,7 @@ from .segmentation.network import build_segmenter, require_resnet
 from .segmentation.protocol import PUBLISHED, Plan, SegmentConfig, make_plan, task_name
 from .segmentation.training import Trainer, make_optimizer, train, validate
 from .session import ProtocolSession, open_protocol, parse_config, percent, result_path, table
-from .tuning_state import TuningCheckpoints, TuningState, fingerprint, state_folder
+from .tuning_state import TuningCheckpoints, TuningState, discard_state, fingerprint, state_folder
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ def report(session: ProtocolSession, result: dict[str, Any]) -> None:
         f"{result['val_images']} images"
     )
     session.write(result)
+    discard_state(result_path(session), session.runtime)
 
 
 def run(argv: Sequence[str]) -> int:

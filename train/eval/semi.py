@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from ..errors import UserMistake
 from .accuracy import Accuracy, accuracy
 from .features import center_view, extract_features, pool
 from .fewshot import labelled_subset
-from .linear import HeadRecord, batch_for
+from .linear import HeadRecord, batch_for, common_settings, head_records
 from .session import (
     EvalConfig,
     Session,
@@ -30,9 +31,11 @@ from .session import (
     open_session,
     parse_config,
     percent,
+    result_path,
     table,
     warn_of_bad,
 )
+from .tuning_state import TuningCheckpoints, TuningState, discard_state, state_folder
 
 # Peak learning rates (backbone, classifier) of LEWEL's recipe at batch 256, for 1% and for 10% of the labels.
 PUBLISHED_LRS = {0.01: (1e-4, 1.0), 0.1: (0.01, 0.1)}
@@ -56,6 +59,9 @@ class SemiConfig(EvalConfig):
     global_batch: int = flag(0, "images of a step over all ranks; 0: 256, or fewer where there are fewer images")
     bn: Literal["sync", "plain"] = flag("sync", "batch norm over the global batch, or over each rank's part")
     eval_every: int = flag(10, "epochs between validations; the last epoch always has one")
+    resume: Literal["auto", "never"] = flag(
+        "auto", "auto continues a run that was stopped from its last whole epoch, kept beside the result"
+    )
 
 
 def learning_rates(config: SemiConfig, images: int, total: int, batch: int) -> tuple[float, float]:
@@ -136,6 +142,12 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
     try:
         classes = class_count(train.labels[population], val.labels)
         lrs = learning_rates(config, len(population), train.num_samples, batch)
+        settings = {
+            "lrs": lrs, "weight_decay": config.weight_decay, "epochs": config.epochs, "global_batch": batch,
+            "bn": config.bn, "eval_every": config.eval_every, "classes": classes, "data": train.data_hash,
+            "world_size": session.runtime.world_size if config.bn == "plain" else None,
+            **common_settings(session, population, val.data_hash),
+        }  # fmt: skip
         encoder = convert_batch_norm(session.encoder, config.bn)
         model = Classifier(encoder, encoder.feature_dim, classes, config.seed).to(session.runtime.device)  # type: ignore
         optimizer = torch.optim.SGD(
@@ -148,15 +160,23 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
             f"semi: {len(population)} images, {classes} classes, {config.epochs} epochs of {len(train)} steps of "
             f"{batch}, lr {lrs[0]:g} backbone, {lrs[1]:g} classifier"
         )
-        record = HeadRecord(lrs[1], [])
-        for epoch in range(config.epochs):
+        checkpoints = TuningCheckpoints(
+            state_folder(result_path(session)), settings, session.runtime, config.resume == "auto"
+        )  # fmt: skip
+        state = TuningState(model, optimizer, scaler, record={"history": [[]]})
+        checkpoints.restore(state)
+        for epoch in range(state.step // len(train), config.epochs):
             factor = 0.1 ** sum(epoch >= milestone * config.epochs / EPOCHS for milestone in MILESTONES)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             fine_tune_epoch(session, model, optimizer, scaler, train, epoch)
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-                record.history.append((epoch + 1, _validate(session, model, val)))
-                session.say(f"epoch {epoch + 1}/{config.epochs}: top-1 {percent(record.history[-1][1].top1)}")
+                found = _validate(session, model, val)
+                state.record["history"][0].append([epoch + 1, dataclasses.asdict(found)])
+                session.say(f"epoch {epoch + 1}/{config.epochs}: top-1 {percent(found.top1)}")
+            state.step = (epoch + 1) * len(train)
+            checkpoints.save(state)
+        record = head_records([lrs[1]], state)[0]
         warn_of_bad(session, config.data, train)
         return record, {
             "data_hash": train.data_hash, "val_data_hash": val.data_hash, "train_images": len(population),
@@ -181,4 +201,5 @@ def run(argv: Sequence[str]) -> int:
             str(row["best_epoch"]),
         ]]))  # fmt: skip
         session.write({**more, **facts, "results": [row], "top1": row["top1"], "top5": row["top5"]})
+        discard_state(result_path(session), session.runtime)
     return 0

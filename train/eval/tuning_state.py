@@ -12,6 +12,8 @@ an epoch or every so many steps:
         state.step += 1
         if state.step % config.checkpoint_every == 0:
             checkpoints.save(state)
+    ...  # write the result
+    discard_state(result, runtime)
 
 With deterministic kernels the continued run is then byte-identical with one that was not stopped, at equal world size.
 The files and their guarantees are those of `train/checkpoint.py`.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +72,12 @@ class TuningState:
 def state_folder(result: Path) -> Path:
     """Where the checkpoints of a protocol lie: `eval-NAME.state` beside its result `eval-NAME.json`."""
     return result.with_name(f"{result.stem}.state")
+
+
+def discard_state(result: Path, runtime: Runtime) -> None:
+    """Remove the checkpoints of a run whose result is written, so that the next one may have other settings."""
+    if runtime.is_main:
+        shutil.rmtree(state_folder(result), ignore_errors=True)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from models.collectives import rank, world
 from models.resnet import ResNetTrunk
 
 DROPOUT = 0.1
@@ -27,12 +28,29 @@ class ConvNormRelu(nn.Sequential):
         )  # fmt: skip
 
 
+class ChannelDropout(nn.Module):
+    """Drops whole channels of (B, C, h, w) with probability 0.1 in training and scales the others up.
+
+    What is dropped is drawn for the global batch and then sliced: with PyTorch's generator seeded alike on all ranks,
+    a rank's samples lose the channels that they would lose in one process.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The features, some channels zeroed in training mode."""
+        if not self.training:
+            return features
+        rows = features.shape[0]
+        drawn = torch.rand(rows * world(), features.shape[1], device=features.device)
+        kept = (drawn[rank() * rows : (rank() + 1) * rows] >= DROPOUT).to(features.dtype) / (1 - DROPOUT)
+        return features * kept[:, :, None, None]
+
+
 class Classifier(nn.Module):
     """Drops whole channels, then classifies each position: (B, C, h, w) -> logits (B, classes, h, w)."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.dropout = nn.Dropout2d(DROPOUT)
+        self.dropout = ChannelDropout()
         self.conv = nn.Conv2d(channels, classes, 1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def take_step(trainer: Trainer, state: TuningState, batch: TrainBatch) -> Tensor
     """One optimizer step; returns this rank's loss, detached. Nothing here waits for the device."""
     config, runtime, network = trainer.config, trainer.runtime, state.model
     assert isinstance(network, Segmenter)
-    seed_step(config.seed, state.step, runtime.rank)
+    seed_step(config.seed, state.step, 0)  # alike on all ranks: dropout is drawn for the global batch
     for group in state.optimizer.param_groups:
         group["lr"] = trainer.plan.lr_at(state.step, config.lr)
     images, labels = batch.tensors(config.seed, runtime.device)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .collectives import world
+from .ops.batch_norm_act import batch_norm_act, move_running_statistics
+from .ops.norm_kernels import operator_chosen
 
 MODES = ("group", "sync", "plain")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -127,18 +129,51 @@ class _ViewsBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, ...); updates running statistics in training mode."""
         self._check_input_dim(input)
+        if operator_chosen() and self.fusible(input):
+            return self.forward_fused(input, None, relu=False)
         # As (N, C, L, 1) a column tensor with channels innermost is channels-last, for which there are fast kernels.
         x = input.unsqueeze(-1) if input.ndim == 3 else input
         if not self._uses_batch_statistics:
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         else:
-            if x.shape[0] % self.views:
-                raise ValueError(f"{x.shape[0]} rows are not {self.views} stacked views of equal size")
             y = self._normalise(x)
         return y.squeeze(-1) if input.ndim == 3 else y
 
     def _normalise(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _local_groups(self, rows: int) -> int | None:
+        """Equal parts of the rows that have statistics of their own; None where other ranks have a part in them."""
+        raise NotImplementedError
+
+    def fusible(self, x: Tensor) -> bool:
+        """Whether `forward_fused` can serve: a map (N, C, H, W) and statistics of this rank's images alone."""
+        return x.ndim == 4 and self._uses_batch_statistics and self._local_groups(x.shape[0]) is not None
+
+    def forward_fused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """Batch norm of (N, C, H, W), sum with a residual of its shape, and ReLU, as one operator."""
+        groups = self._local_groups(x.shape[0])
+        assert groups is not None
+        y, mean, variance = batch_norm_act(
+            x, self.weight, self.bias, groups=groups, eps=self.eps, residual=residual, relu=relu
+        )
+        if self.training and self.running_mean is not None:
+            count = x.numel() // (groups * x.shape[1])
+            self._move_by_views(mean, variance, count)
+        return y
+
+    def _move_by_views(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Running statistics take a step for each view, from (groups, C) means and biased variances over `count`."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        if self.momentum is not None:
+            move_running_statistics(
+                self.running_mean, self.running_var, self.num_batches_tracked, mean, variance,
+                count, self.views, self.momentum,
+            )  # fmt: skip
+            return
+        unbiased = variance * (count / (count - 1))
+        for means, variances in zip(mean.chunk(self.views), unbiased.chunk(self.views), strict=True):
+            self._update_running(means.mean(0), variances.mean(0))
 
     def _normalise_whole(self, x: Tensor) -> Tensor:
         """PyTorch's batch norm over all rows."""
@@ -194,9 +229,13 @@ class GroupBatchNorm(_ViewsBatchNorm):
             )
         return rows // size
 
+    def _local_groups(self, rows: int) -> int:
+        if rows % self.views:
+            raise ValueError(f"{rows} rows are not {self.views} stacked views of equal size")
+        return self._groups_per_view(rows // self.views) * self.views
+
     def _normalise(self, x: Tensor) -> Tensor:
-        per_view = self._groups_per_view(x.shape[0] // self.views)
-        groups = per_view * self.views
+        groups = self._local_groups(x.shape[0])
         if x.numel() // (groups * x.shape[1]) < 2:
             raise ValueError("batch norm needs more than one value per channel in a group; use larger groups")
         if groups == 1:
@@ -331,7 +370,13 @@ class SyncBatchNorm(_ViewsBatchNorm):
     PyTorch's `nn.SyncBatchNorm` refuses CPU tensors and makes the host wait in every layer; this one does neither.
     """
 
+    def _local_groups(self, rows: int) -> int | None:
+        if rows % self.views:
+            raise ValueError(f"{rows} rows are not {self.views} stacked views of equal size")
+        return self.views if world() == 1 else None
+
     def _normalise(self, x: Tensor) -> Tensor:
+        self._local_groups(x.shape[0])  # refuses rows that are not whole views
         if self.views == 1:
             return self._normalise_one(x)
         return torch.cat([self._normalise_one(part) for part in x.chunk(self.views)])
@@ -342,6 +387,22 @@ class SyncBatchNorm(_ViewsBatchNorm):
         y, mean, variance = _sync_batch_norm(x, self)
         self._update_running(mean, variance)
         return y
+
+
+def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(x) + residual), as one operator where that was chosen (`ops/norm_kernels.py`) and the norm can.
+
+    Args:
+        norm: a batch norm, converted or PyTorch's own; PyTorch's own is never fused.
+        x: (N, C, H, W).
+        residual: of the same shape, or None for no sum.
+    """
+    if operator_chosen() and isinstance(norm, _ViewsBatchNorm) and norm.fusible(x):
+        return norm.forward_fused(x, residual, relu=True)
+    y: Tensor = norm(x)
+    if residual is not None:
+        y += residual
+    return F.relu(y, inplace=True)
 
 
 def _replacement(old: _BatchNorm, mode: str, group_size: int) -> _BatchNorm:

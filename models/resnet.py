@@ -7,11 +7,35 @@ from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
+from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
+from torchvision.models.resnet import ResNet
 
+from .norm import norm_relu
 from .swin import SwinTrunk
 
 ConvInit = Literal["fan_out", "fan_in", "torch"]
+
+
+class BasicBlock(TorchvisionBasicBlock):
+    """torchvision's block, with batch norm, residual sum and ReLU in one call so that they can be one operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H/stride, W/stride)."""
+        out = self.conv2(norm_relu(self.bn1, self.conv1(x)))
+        identity = x if self.downsample is None else self.downsample(x)
+        return norm_relu(self.bn2, out, identity)
+
+
+class Bottleneck(TorchvisionBottleneck):
+    """The same for the block of three convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H/stride, W/stride)."""
+        out = norm_relu(self.bn1, self.conv1(x))
+        out = self.conv3(norm_relu(self.bn2, self.conv2(out)))
+        identity = x if self.downsample is None else self.downsample(x)
+        return norm_relu(self.bn3, out, identity)
 
 
 class ResNetTrunk(ResNet):
@@ -20,7 +44,7 @@ class ResNetTrunk(ResNet):
     `state_dict` keys are torchvision's own less `fc.weight` and `fc.bias`, so the weights load there and back.
 
     Args:
-        block: torchvision's residual block.
+        block: residual block.
         layers: blocks in each of the four stages.
         width_per_group: width of the 3x3 convolution of a bottleneck, 64 is the usual one, 128 the "2x" network.
         conv_init: initialisation of the convolutions, see `initialise_convolutions`.
@@ -47,7 +71,7 @@ class ResNetTrunk(ResNet):
 
     def forward_stages(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of layer3 (B, C/2, S/16, S/16) and layer4 (B, C, S/32, S/32) for images (B, 3, S, S)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # S/4
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))  # S/4
         middle = self.layer3(self.layer2(self.layer1(x)))
         return middle, self.layer4(middle)
 

@@ -4,6 +4,7 @@
 // variable serves as shared memory. A barrier or shuffle parks a fiber until every fiber that takes part has come.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

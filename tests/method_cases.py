@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from models.methods import METHODS
 from models.methods.base import Method, StepInputs
-from models.resnet import BACKBONES, ResNetTrunk, initialise_convolutions
+from models.resnet import BACKBONES, BasicBlock, ResNetTrunk, initialise_convolutions
 from models.swin import SwinTrunk
 
 SIZE, BATCH, GROUP = 64, 8, 4  # pixels; images of a global batch; images of a batch-norm group

@@ -14,7 +14,7 @@ import torch
 from models.ops import box_pool, masked_pool, pool_kernels
 from models.ops.box_pool import box_pool_backward_definition, box_pool_definition
 from models.ops.masked_pool import masked_pool_backward_definition, masked_pool_definition
-from models.ops.nvrtc import Nvrtc, cached_cubin, find_nvrtc, nvrtc_candidates
+from models.ops.nvrtc import Nvrtc, cached_cubin, find_nvrtc, nvrtc_candidates, read_source
 from models.ops.pool_kernels import KERNELS, SOURCE, PoolKernels, kernels_for, set_pool_kernel, why_not
 from tests.cuda_host import HostModule
 from tools.benchmarking import check_twice_eager
@@ -249,7 +249,7 @@ def test_source_compiles_for_gpus(capability):
     nvrtc = nvrtc_or_skip()
     for feature, weight, vector, maps in (("BFloat16", "Float32", 8, 2), ("Float16", "Float16", 1, 8)):
         options = [f"-DFEATURE={feature}", f"-DWEIGHT={weight}", f"-DVECTOR={vector}", f"-DMAPS={maps}"]
-        cubin = nvrtc.compile(SOURCE.read_text(), SOURCE.name, capability, options)
+        cubin = nvrtc.compile(read_source(SOURCE), SOURCE.name, capability, options)
         assert cubin[:4] == b"\x7fELF" and all(kernel.encode() in cubin for kernel in KERNELS)
 
 
@@ -266,8 +266,8 @@ def test_source_compiles_for_volta_with_cuda_12():
         pytest.skip("CUDA 12's NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
     # Another process, so that two versions of the compiler never meet in one.
     code = (
-        "import sys; from pathlib import Path; from models.ops.nvrtc import Nvrtc\n"
-        "source = Path(sys.argv[2]).read_text()\n"
+        "import sys; from pathlib import Path; from models.ops.nvrtc import Nvrtc, read_source\n"
+        "source = read_source(Path(sys.argv[2]))\n"
         "for kind in ('Float16', 'Float32'):\n"
         "    options = [f'-DFEATURE={kind}', '-DWEIGHT=Float32', '-DVECTOR=4', '-DMAPS=2']\n"
         "    print(len(Nvrtc(sys.argv[1]).compile(source, 'masked_pool.cu', (7, 0), options)))\n"

@@ -116,9 +116,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regatta" / "kernels"
 
 
+def read_source(path: Path) -> str:
+    """A source with the headers beside it (`#include "name.h"`) put in place of their includes."""
+    lines = path.read_text().splitlines(keepends=True)
+    names = [line.split('"')[1] if line.startswith('#include "') else "" for line in lines]
+    return "".join(path.with_name(n).read_text() if n else line for n, line in zip(names, lines, strict=True))
+
+
 def cached_cubin(nvrtc: Nvrtc, source: Path, capability: tuple[int, int], options: Sequence[str]) -> bytes:
     """Machine code from the cache, or compiled and put there; keyed by source, options, capability and compiler."""
-    text = source.read_text()
+    text = read_source(source)
     key = hashlib.sha256(repr((text, tuple(options), capability, nvrtc.version)).encode()).hexdigest()
     path = cache_folder() / f"{source.stem}-{key[:32]}.cubin"
     try:

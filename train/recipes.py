@@ -270,7 +270,12 @@ def moco_v2_small() -> Made:
     At 1e-3 from the first step its embeddings fall onto 2 to 7 directions within an epoch and stay there for tens; with
     a queue of thousands, old keys are told from fresh ones by how far the encoder has moved. `effective_rank` shows it.
     """
-    return _small(moco_v2(), 32, 64, lr=3e-4, warmup_epochs=4, queue_size=256, temperature=0.1)
+    return _gentle(moco_v2(), queue_size=256, temperature=0.1)
+
+
+def _gentle(made: Made, **model: Any) -> Made:
+    """The settings of `moco_v2_small`, so that methods compare at equal optimizer, schedule and images seen."""
+    return _small(made, 32, 64, lr=3e-4, warmup_epochs=4, **model)
 
 
 RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
@@ -301,12 +306,15 @@ RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
     "byol-paper-100ep": ("byol", lambda: byol_paper(100)),
     "byol-paper-300ep": ("byol", lambda: byol_paper(300)),
     "byol-paper-1000ep": ("byol", lambda: byol_paper(1000)),
+    "byol-small": ("byol", lambda: _gentle(byol_paper(100), hidden_dim=1024)),
     "care": ("care", care),
     "care-200ep": ("care", lambda: care(200)),
     "care-400ep": ("care", lambda: care(400)),
     "care-800ep": ("care", lambda: care(800)),
+    "care-small": ("care", lambda: _gentle(care(), hidden_dim=1024, t_bn_group_size=16)),
     "lewel-m": ("lewel-m", lewel_m),
     "lewel-m-100ep": ("lewel-m", lambda: lewel_m(100)),
+    "lewel-m-small": ("lewel-m", lambda: _gentle(lewel_m(), queue_size=256, temperature=0.1)),
     "lewel-b": ("lewel-b", lewel_b),
     "lewel-b-100ep": ("lewel-b", lambda: lewel_b(100)),
     "lewel-b-400ep": ("lewel-b", lewel_b_400),

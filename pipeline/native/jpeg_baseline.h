@@ -20,16 +20,20 @@ constexpr size_t kLongestMcu = kMaxBlocksInMcu * 64 * 31 / 8 + 1;
 
 // Place of each coefficient in the layout of inverse_dct, for groups of `lanes` blocks.
 struct CoefficientOrder {
-  uint8_t place[3][64];
+  uint8_t place[3][64];  // by the binary logarithm of `lanes`
   CoefficientOrder() {
     int row = 0, column = 0;
     for (int k = 0; k < 64; ++k) {
-      for (int wide = 0; wide < 3; ++wide) place[wide][k] = static_cast<uint8_t>((row << wide) * 8 + column);
+      for (int shift = 0; shift < 3; ++shift) place[shift][k] = static_cast<uint8_t>((row << shift) * 8 + column);
+      // The zigzag runs up and to the right on even diagonals, down and to the left on odd ones.
       const bool up = (row + column) % 2 == 0;
-      if (up) {
-        if (column == 7) ++row; else if (row == 0) ++column; else --row, ++column;
+      int& forward = up ? column : row;
+      int& backward = up ? row : column;
+      if (forward == 7) {
+        ++backward;
       } else {
-        if (row == 7) ++column; else if (column == 0) ++row; else ++row, --column;
+        ++forward;
+        if (backward > 0) --backward;
       }
     }
   }
@@ -48,15 +52,22 @@ class BaselineDecoder {
     return static_cast<int64_t>(width) * height <= max_pixels && prepare_tables();
   }
 
+  // Whether there is an inverse DCT for this processor; libjpeg's is faster than what a compiler makes of plain C++.
+  static bool usable(int32_t level) {
+#if REGATTA_X86
+    static const bool has_shifts = __builtin_cpu_supports("bmi2") != 0;
+    return level >= kAvx2 && has_shifts;
+#else
+    (void)level;
+    return false;
+#endif
+  }
+
   // Decode what `region` needs; with `whole` read on to the end, so that damage anywhere is noticed. False leaves the
   // file to libjpeg.
   bool decode(const Region& region, bool whole, int32_t level) {
     lay_out(region, level);
-    if (!find_segments(whole)) return false;
-#if REGATTA_X86
-    if (level >= kAvx2 && __builtin_cpu_supports("bmi2")) return decode_rows_bmi2(whole, level);
-#endif
-    return decode_rows(whole, level);
+    return find_segments(whole) && decode_rows(whole, level);
   }
 
   Plane planes[3];
@@ -96,22 +107,20 @@ class BaselineDecoder {
   struct UnitBlock {
     const DcTable* dc;
     const AcTable* ac;
-    int component;
-    int column, step;   // of blocks: in unit 0 and from unit to unit
-    int16_t* row;       // coefficients of its row of blocks
-    uint8_t* last;      // number of the last coefficient of each block there
+    int32_t* predictor;  // the last DC coefficient of its component
+    int column, step;    // of blocks: in unit 0 and from unit to unit
+    int16_t* row;        // coefficients of its row of blocks
   };
 
   // What a component keeps of one row of units.
   struct Strip {
     int columns = 0;  // of blocks, whole groups
     std::vector<int16_t> coefficients;
-    std::vector<uint8_t> last;
     alignas(64) int16_t quantizer[64];
   };
 
   void lay_out(const Region& region, int32_t level) {
-    lane_shift_ = level == kAvx512 ? 2 : level == kAvx2 ? 1 : 0;
+    lane_shift_ = level == kAvx512 ? 2 : 1;
     const int lanes = 1 << lane_shift_;
     static const CoefficientOrder order;
     order_ = order.place[lane_shift_];
@@ -130,18 +139,16 @@ class BaselineDecoder {
       strip.columns = ((last_unit_ - first_unit_) * component.h + lanes - 1) / lanes * lanes;
       const size_t blocks = static_cast<size_t>(strip.columns) * component.v;
       if (strip.coefficients.size() < blocks * 64) strip.coefficients.resize(blocks * 64);
-      if (strip.last.size() < blocks) strip.last.resize(blocks);
       for (int k = 0; k < 64; ++k)
         strip.quantizer[order.place[0][k]] = static_cast<int16_t>(header_.quantizer[component.quantizer][k]);
       for (int v = 0; v < component.v; ++v)
         for (int h = 0; h < component.h; ++h)
           blocks_[block_count_++] = {&dc_[component.dc],
                                      &ac_[component.ac],
-                                     c,
+                                     &predictor_[c],
                                      h,
                                      component.h,
-                                     strip.coefficients.data() + static_cast<size_t>(v) * strip.columns * 64,
-                                     strip.last.data() + static_cast<size_t>(v) * strip.columns};
+                                     strip.coefficients.data() + static_cast<size_t>(v) * strip.columns * 64};
       prepare_plane(c);
     }
   }
@@ -194,63 +201,66 @@ class BaselineDecoder {
     return static_cast<int64_t>(starts_.size()) - 1 == (units + interval - 1) / interval;
   }
 
-  REGATTA_INLINE bool decode_rows_inline(bool whole, int32_t level) {
+  REGATTA_BMI2 bool decode_rows(bool whole, int32_t level) {
     BitReader reader;
     reader.next = coded_.data();
     size_t segment = 0;
-    const uint8_t* segment_end = coded_.data() + starts_[1];
     int until_restart = header_.restart_interval ? header_.restart_interval : -1;
-    int32_t predictor[3] = {0, 0, 0};
     const int stop = whole ? units_high_ : last_row_;
+    for (int c = 0; c < 3; ++c) predictor_[c] = 0;
     for (int row = 0; row < stop; ++row) {
       const bool row_wanted = row >= first_row_ && row < last_row_;
-      if (row_wanted)
-        for (int c = 0; c < header_.components; ++c) {
-          Strip& strip = strips_[c];
-          std::memset(strip.coefficients.data(), 0,
-                      static_cast<size_t>(strip.columns) * header_.component[c].v * 64 * sizeof(int16_t));
-        }
+      if (row_wanted) clear_strips();
       for (int unit = 0; unit < units_wide_; ++unit) {
         if (until_restart == 0) {
           if (!at_end(reader, segment)) return false;
           ++segment;
           reader = BitReader();
           reader.next = coded_.data() + starts_[segment];
-          segment_end = coded_.data() + starts_[segment + 1];
-          predictor[0] = predictor[1] = predictor[2] = 0;
+          for (int c = 0; c < 3; ++c) predictor_[c] = 0;
           until_restart = header_.restart_interval;
         }
         --until_restart;
-        if (reader.next > segment_end + 8) return false;
+        if (reader.next > coded_.data() + starts_[segment + 1] + 8) return false;
         const bool wanted = row_wanted && unit >= first_unit_ && unit < last_unit_;
-        for (int b = 0; b < block_count_; ++b) {
-          const UnitBlock& block = blocks_[b];
-          int16_t* to = trash_.data();
-          const int column = (unit - first_unit_) * block.step + block.column;
-          if (wanted)
-            to = block.row + ((static_cast<ptrdiff_t>(column) >> lane_shift_) << (6 + lane_shift_)) +
-                 ((column & ((1 << lane_shift_) - 1)) << 3);
-          int32_t difference;
-          if (!decode_dc(reader, *block.dc, difference)) return false;
-          predictor[block.component] += difference;
-          if (predictor[block.component] != static_cast<int16_t>(predictor[block.component])) return false;
-          to[0] = static_cast<int16_t>(predictor[block.component]);
-          const int last = decode_ac(reader, *block.ac, order_, to);
-          if (last < 0) return false;
-          if (wanted) block.last[column] = static_cast<uint8_t>(last);
-        }
+        if (!decode_unit(reader, unit - first_unit_, wanted)) return false;
       }
       if (row_wanted) transform_row(row, level);
     }
-    return whole ? at_end(reader, segment) && segment + 2 == starts_.size() : reader.next <= segment_end + 8;
+    if (whole) return at_end(reader, segment) && segment + 2 == starts_.size();
+    return reader.next <= coded_.data() + starts_[segment + 1] + 8;
   }
 
-  bool decode_rows(bool whole, int32_t level) { return decode_rows_inline(whole, level); }
-#if REGATTA_X86
-  __attribute__((target("bmi,bmi2"))) bool decode_rows_bmi2(bool whole, int32_t level) {
-    return decode_rows_inline(whole, level);
+  // The blocks of one unit, into the strips or, where it is not wanted, only to know where the next one begins.
+  REGATTA_INLINE bool decode_unit(BitReader& reader, int unit, bool wanted) {
+    const int shift = lane_shift_;
+    const uint8_t* const order = order_;
+    int16_t* const trash = trash_.data();
+    const UnitBlock* const end = blocks_ + block_count_;
+    for (const UnitBlock* block = blocks_; block < end; ++block) {
+      int16_t* to = trash;
+      if (wanted) {
+        const int column = unit * block->step + block->column;
+        to = block->row + ((column >> shift) << (6 + shift)) + ((column & ((1 << shift) - 1)) << 3);
+      }
+      int32_t difference;
+      if (!decode_dc(reader, *block->dc, difference)) return false;
+      const int32_t level = *block->predictor + difference;
+      if (level != static_cast<int16_t>(level)) return false;
+      *block->predictor = level;
+      to[0] = static_cast<int16_t>(level);
+      if (!decode_ac(reader, *block->ac, order, to)) return false;
+    }
+    return true;
   }
-#endif
+
+  void clear_strips() {
+    for (int c = 0; c < header_.components; ++c) {
+      Strip& strip = strips_[c];
+      std::memset(strip.coefficients.data(), 0,
+                  static_cast<size_t>(strip.columns) * header_.component[c].v * 64 * sizeof(int16_t));
+    }
+  }
 
   // Whether less than a byte of the segment is left, and none of the next was taken.
   bool at_end(const BitReader& reader, size_t segment) const {
@@ -283,6 +293,7 @@ class BaselineDecoder {
   TableSlot dc_slot_[4], ac_slot_[4];
   UnitBlock blocks_[kMaxBlocksInMcu];
   int block_count_ = 0;
+  int32_t predictor_[3] = {};
   Strip strips_[3];
   std::vector<int16_t> trash_;
   std::vector<uint8_t> coded_;

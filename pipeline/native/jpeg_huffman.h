@@ -15,9 +15,16 @@
 namespace regatta {
 
 #define REGATTA_INLINE inline __attribute__((always_inline))
+#if REGATTA_X86
+#define REGATTA_BMI2 __attribute__((target("bmi,bmi2")))  // shifts by any register
+#else
+#define REGATTA_BMI2
+#endif
 
-constexpr int kAcBits = 12;  // of a lookup for AC coefficients
+constexpr int kAcBits = 10;  // of a lookup for AC coefficients
 constexpr int kDcBits = 9;
+constexpr int kTurns = 3;                    // lookups from one refill to the next
+constexpr unsigned kMostDropped = 56 / kTurns;  // bits of a lookup
 
 inline uint64_t load_big_endian(const uint8_t* from) {
   uint64_t value;
@@ -43,13 +50,18 @@ struct BitReader {
     bits <<= number;
     count -= number;
   }
-  // The `size` bits in front as a T.81 F.2.2.1 value, size 0..15.
-  REGATTA_INLINE int32_t value(unsigned size) const {
-    const int32_t raw = static_cast<int32_t>((bits >> 1) >> (63 - size));
-    // Without a leading one bit it stands for a negative number.
-    return static_cast<int64_t>(bits) < 0 || size == 0 ? raw : raw - (1 << size) + 1;
-  }
 };
+
+// The number that the last bits of `raw` stand for, as many as `ones` has (T.81 F.2.2.1): without a leading one bit it
+// is negative. Written for a conditional move: the sign is a coin toss, which no processor predicts.
+REGATTA_INLINE int32_t signed_value(uint64_t raw, uint32_t ones) {
+  const int32_t value = static_cast<int32_t>(raw) & static_cast<int32_t>(ones);
+  const int32_t negative = value - static_cast<int32_t>(ones);
+  return 2 * value < static_cast<int32_t>(ones) ? negative : value;
+}
+REGATTA_INLINE uint64_t rotate_left(uint64_t bits, unsigned number) {
+  return bits << (number & 63) | bits >> (-number & 63);
+}
 
 // Code lengths and symbols: by lookup for codes of up to `kBits` bits, by comparison for longer ones.
 template <int kBits>
@@ -95,25 +107,27 @@ struct CodeTable {
   }
 };
 
-// What a lookup of AC coefficients finds, packed into 64 bits: bits to drop, steps through the block, the steps to the
-// one coefficient and to the other, their values. A lone coefficient is followed by a zero, which is where it belongs.
+// What a lookup of AC coefficients finds. A lone coefficient is followed by a zero, which is where it belongs. In bytes,
+// because a load each is cheaper than shifting them out of a word.
 struct AcEntry {
   static constexpr unsigned kEnds = 64;     // among the steps: the block ends here
   static constexpr unsigned kSingle = 128;  // among the steps: needs decoding symbol by symbol
 
-  static uint64_t pack(unsigned drop, unsigned steps, unsigned first, int32_t first_value, unsigned second,
-                       int32_t second_value) {
-    return drop | steps << 8 | first << 16 | static_cast<uint64_t>(second) << 24 |
-           static_cast<uint64_t>(static_cast<uint16_t>(first_value)) << 32 |
-           static_cast<uint64_t>(static_cast<uint16_t>(second_value)) << 48;
-  }
+  uint8_t drop;          // bits that are used up
+  uint8_t steps;         // through the block
+  uint8_t first;         // steps to the first coefficient
+  uint8_t second;        // and to the second
+  uint16_t ones;         // as many ones as the first one's value has bits
+  uint8_t first_bits;    // bits of the first one, code and value
+  int8_t second_value;
 };
+static_assert(sizeof(AcEntry) == 8);
 
 constexpr uint8_t kEndOfBlock = 0x00, kSixteenZeros = 0xF0;
 
 struct AcTable {
   CodeTable<kAcBits> codes;
-  uint64_t entry[1 << kAcBits];
+  AcEntry entry[1 << kAcBits];
 
   bool build(const HuffmanCodes& given) {
     if (!codes.build(given)) return false;
@@ -122,37 +136,42 @@ struct AcTable {
   }
 
  private:
-  // A coefficient that `available` bits in front of `bits` hold whole: how many bits it takes, 0 where it does not fit.
-  unsigned coefficient(uint64_t bits, unsigned available, unsigned& run, int32_t& value) const {
-    const uint32_t found = codes.entry[bits >> (64 - kAcBits)];
-    const unsigned length = found >> 8, size = found & 15;
-    if (found == 0 || size == 0 || length + size > available) return 0;
-    run = (found >> 4) & 15;
-    BitReader rest;
-    rest.bits = bits << length;
-    value = rest.value(size);
-    return length + size;
+  AcEntry describe(uint32_t at) const {
+    const uint32_t found = codes.entry[at];
+    const unsigned bits = (found >> 8) + (found & 15), size = found & 15;
+    AcEntry entry{};
+    if (found && (found & 0xFF) == kEndOfBlock) {
+      entry.drop = static_cast<uint8_t>(bits);
+      entry.steps = AcEntry::kEnds;
+      return entry;
+    }
+    if (size == 0 || bits > kMostDropped) {
+      entry.steps = AcEntry::kSingle;
+      return entry;
+    }
+    entry.drop = entry.first_bits = static_cast<uint8_t>(bits);
+    entry.first = (found >> 4) & 15;
+    entry.steps = entry.second = entry.first + 1;
+    entry.ones = static_cast<uint16_t>((1 << size) - 1);
+    if (bits < kAcBits) add_second(entry, (at << bits) & ((1 << kAcBits) - 1));
+    return entry;
   }
 
-  // Bits of an end-of-block code in front, 0 where there is none within `available` bits.
-  unsigned end_of_block(uint64_t bits, unsigned available) const {
-    const uint32_t found = codes.entry[bits >> (64 - kAcBits)];
-    return found && (found & 0xFF) == kEndOfBlock && found >> 8 <= available ? found >> 8 : 0;
-  }
-
-  uint64_t describe(uint32_t at) const {
-    const uint64_t bits = static_cast<uint64_t>(at) << (64 - kAcBits);
-    if (const unsigned end = end_of_block(bits, kAcBits)) return AcEntry::pack(end, AcEntry::kEnds, 0, 0, 0, 0);
-    unsigned run = 0, second_run = 0;
-    int32_t value = 0, second_value = 0;
-    const unsigned used = coefficient(bits, kAcBits, run, value);
-    if (used == 0) return AcEntry::pack(0, AcEntry::kSingle, 0, 0, 0, 0);
-    const unsigned left = kAcBits - used;
-    if (const unsigned end = end_of_block(bits << used, left))
-      return AcEntry::pack(used + end, AcEntry::kEnds + run + 1, run, value, run + 1, 0);
-    if (const unsigned more = coefficient(bits << used, left, second_run, second_value))
-      return AcEntry::pack(used + more, run + second_run + 2, run, value, run + 1 + second_run, second_value);
-    return AcEntry::pack(used, run + 1, run, value, run + 1, 0);
+  // What follows a coefficient, where the lookup's bits hold all of it.
+  void add_second(AcEntry& entry, uint32_t rest) const {
+    const uint32_t found = codes.entry[rest];
+    const unsigned code = found >> 8, size = found & 15, used = entry.drop + code + size;
+    if (found == 0 || used > kAcBits) return;
+    if ((found & 0xFF) == kEndOfBlock) {
+      entry.steps += AcEntry::kEnds;
+    } else if (size > 0) {
+      entry.second += (found >> 4) & 15;
+      entry.steps = entry.second + 1;
+      entry.second_value = static_cast<int8_t>(signed_value(rest >> (kAcBits - code - size), (1u << size) - 1));
+    } else {
+      return;
+    }
+    entry.drop = static_cast<uint8_t>(used);
   }
 };
 
@@ -165,14 +184,13 @@ REGATTA_INLINE bool decode_dc(BitReader& reader, const DcTable& table, int32_t& 
   if (found == 0) return false;
   reader.drop(found >> 8);
   const unsigned size = found & 15;
-  difference = reader.value(size);
+  difference = signed_value(rotate_left(reader.bits, size), (1u << size) - 1);
   reader.drop(size);
   return true;
 }
 
 // One symbol of AC coefficients; false for what no encoder writes. `steps` becomes 64 where the block ends.
-template <typename Order>
-inline bool decode_single(BitReader& reader, const AcTable& table, const Order& order, int16_t* block, unsigned& k) {
+inline bool decode_single(BitReader& reader, const AcTable& table, const uint8_t* order, int16_t* block, unsigned& k) {
   reader.refill();
   const uint32_t found = table.codes.find(reader.bits);
   if (found == 0) return false;
@@ -185,40 +203,41 @@ inline bool decode_single(BitReader& reader, const AcTable& table, const Order& 
   if (size == 0 && symbol != kSixteenZeros) return false;
   k += run + 1;
   if (k > 64) return false;
-  if (size) block[order[k - 1]] = static_cast<int16_t>(reader.value(size));
+  if (size) block[order[k - 1]] = static_cast<int16_t>(signed_value(rotate_left(reader.bits, size), (1u << size) - 1));
   reader.drop(size);
   return true;
 }
 
+REGATTA_INLINE int16_t first_value(const BitReader& reader, const AcEntry& entry) {
+  return static_cast<int16_t>(signed_value(rotate_left(reader.bits, entry.first_bits), entry.ones));
+}
+
 // The AC coefficients of a block into `block`, whose AC part must be zero; `order` maps their number to their place.
-// Returns the number of the last coefficient that was coded, at least 0; negative for damage.
-template <typename Order>
-REGATTA_INLINE int decode_ac(BitReader& reader, const AcTable& table, const Order& order, int16_t* block) {
+// False for damage.
+REGATTA_INLINE bool decode_ac(BitReader& reader, const AcTable& table, const uint8_t* order, int16_t* block) {
   unsigned k = 1;
   for (;;) {
     reader.refill();
-    uint64_t entry;
+    const AcEntry* entry;
     unsigned after;
-    for (int turn = 0; turn < 56 / kAcBits; ++turn) {
-      entry = table.entry[reader.bits >> (64 - kAcBits)];
-      after = k + ((entry >> 8) & 0xFF);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      entry = &table.entry[reader.bits >> (64 - kAcBits)];
+      after = k + entry->steps;
       if (after >= 64) goto edge;
-      block[order[k + ((entry >> 16) & 0xFF)]] = static_cast<int16_t>(entry >> 32);
-      block[order[k + ((entry >> 24) & 0xFF)]] = static_cast<int16_t>(entry >> 48);
-      reader.drop(entry & 63);
+      block[order[k + entry->first]] = first_value(reader, *entry);
+      block[order[k + entry->second]] = entry->second_value;
+      reader.drop(entry->drop);
       k = after;
     }
     continue;
   edge:
     if (after >= 64 + k && after < 128) {  // the block ends, and before its last place
-      block[order[k + ((entry >> 16) & 0xFF)]] = static_cast<int16_t>(entry >> 32);
-      reader.drop(entry & 63);
-      return static_cast<int>(after) - 64 - 1;
+      block[order[k + entry->first]] = first_value(reader, *entry);
+      reader.drop(entry->drop);
+      return true;
     }
-    const unsigned before = k;
-    if (!decode_single(reader, table, order, block, k)) return -1;
-    if (k == 64) return 63;  // an upper bound will do
-    (void)before;
+    if (!decode_single(reader, table, order, block, k)) return false;
+    if (k == 64) return true;
   }
 }
 

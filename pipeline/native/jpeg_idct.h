@@ -4,7 +4,6 @@
 // 13 bits of fraction in the factors, 2 kept between the passes, each pass rounded once.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -16,8 +15,6 @@ constexpr int kDctBits = 13, kPassBits = 2;
 // Factors times 2^13, named after their first digits.
 constexpr int16_t kF0298 = 2446, kF0390 = 3196, kF0541 = 4433, kF0765 = 6270, kF0899 = 7373, kF1175 = 9633;
 constexpr int16_t kF1501 = 12299, kF1847 = 15137, kF1961 = 16069, kF2053 = 16819, kF2562 = 20995, kF3072 = 25172;
-
-inline int lanes_of(int32_t level) { return level == kAvx512 ? 4 : level == kAvx2 ? 2 : 1; }
 
 #if REGATTA_X86
 namespace idct_avx2 {
@@ -81,61 +78,15 @@ REGATTA_AVX512 inline void inverse_dct_4(const int16_t* coefficients, const int1
 }
 #endif
 
-// Sixteen-bit results of the vector code: sums wrap, descaled values saturate.
-inline int32_t wrap16(int32_t value) { return static_cast<int16_t>(value); }
-inline int32_t saturate16(int32_t value) { return std::clamp(value, -32768, 32767); }
-
-// One pass over eight numbers that lie `stride` apart.
-template <int kShift>
-inline void one_pass_scalar(int16_t* at, ptrdiff_t stride) {
-  int32_t in[8];
-  for (int i = 0; i < 8; ++i) in[i] = at[i * stride];
-  const int32_t rounding = 1 << (kShift - 1);
-  // Sums of products are taken modulo 2^32, as the vector code does.
-  auto sum = [](int32_t a, int32_t x, int32_t b, int32_t y) {
-    return static_cast<uint32_t>(a * x) + static_cast<uint32_t>(b * y);
-  };
-  const uint32_t even3 = sum(in[2], kF0541 + kF0765, in[6], kF0541);
-  const uint32_t even2 = sum(in[2], kF0541, in[6], kF0541 - kF1847);
-  const uint32_t even0 = static_cast<uint32_t>(wrap16(in[0] + in[4])) * (1 << kDctBits) + rounding;
-  const uint32_t even1 = static_cast<uint32_t>(wrap16(in[0] - in[4])) * (1 << kDctBits) + rounding;
-  const int32_t s73 = wrap16(in[7] + in[3]), s51 = wrap16(in[5] + in[1]);
-  const uint32_t z3 = sum(s73, kF1175 - kF1961, s51, kF1175);
-  const uint32_t z4 = sum(s73, kF1175, s51, kF1175 - kF0390);
-  const uint32_t odd[4] = {
-      sum(in[7], kF0298 - kF0899, in[1], -kF0899) + z3,
-      sum(in[5], kF2053 - kF2562, in[3], -kF2562) + z4,
-      sum(in[5], -kF2562, in[3], kF3072 - kF2562) + z3,
-      sum(in[7], -kF0899, in[1], kF1501 - kF0899) + z4,
-  };
-  const uint32_t even[4] = {even0 + even3, even1 + even2, even1 - even2, even0 - even3};
-  for (int i = 0; i < 4; ++i) {
-    at[i * stride] = static_cast<int16_t>(saturate16(static_cast<int32_t>(even[i] + odd[3 - i]) >> kShift));
-    at[(7 - i) * stride] = static_cast<int16_t>(saturate16(static_cast<int32_t>(even[i] - odd[3 - i]) >> kShift));
-  }
-}
-
-inline void inverse_dct_scalar(const int16_t* coefficients, const int16_t* quantizer, uint8_t* out, ptrdiff_t pitch) {
-  int16_t block[64];
-  for (int i = 0; i < 64; ++i) block[i] = static_cast<int16_t>(coefficients[i] * quantizer[i]);
-  for (int column = 0; column < 8; ++column) one_pass_scalar<kDctBits - kPassBits>(block + column, 8);
-  for (int row = 0; row < 8; ++row) {
-    one_pass_scalar<kDctBits + kPassBits + 3>(block + row * 8, 1);
-    for (int column = 0; column < 8; ++column)
-      out[row * pitch + column] = static_cast<uint8_t>(std::clamp(block[row * 8 + column] + 128, 0, 255));
-  }
-}
-
-// The samples of `lanes_of(level)` blocks side by side, from coefficients laid out row of blocks by row of blocks.
+// The samples of blocks side by side, four with AVX-512 and two with AVX2: coefficients and `out` as in inverse_dct_4.
 inline void inverse_dct(int32_t level, const int16_t* coefficients, const int16_t* quantizer, uint8_t* out,
                         ptrdiff_t pitch) {
 #if REGATTA_X86
   if (level == kAvx512) return inverse_dct_4(coefficients, quantizer, out, pitch);
-  if (level == kAvx2) return inverse_dct_2(coefficients, quantizer, out, pitch);
+  return inverse_dct_2(coefficients, quantizer, out, pitch);
 #else
-  (void)level;
+  (void)level, (void)coefficients, (void)quantizer, (void)out, (void)pitch;
 #endif
-  inverse_dct_scalar(coefficients, quantizer, out, pitch);
 }
 
 }  // namespace regatta

@@ -16,6 +16,8 @@
 #include <cstring>
 #include <vector>
 
+#include "crops.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define REGATTA_X86 1

@@ -131,6 +131,7 @@ struct Cut {
 
 bool run_baseline(Job& job, const uint8_t* data, size_t size, Scratch& own, const Cut& cut) {
   BaselineDecoder& decoder = own.baseline;
+  if (!BaselineDecoder::usable(current_level())) return false;
   if (!decoder.open(data, size, cut.max_pixels, job.flags & kRefuseRotated)) return false;
   draw_boxes(own, cut.specs, cut.views, cut.seed, cut.epoch, job.index, decoder.height, decoder.width);
   if (!decoder.decode(region_of(own.boxes), job.flags & kWholeImage, current_level())) return false;

@@ -99,6 +99,29 @@ def test_bench_ops_refuses_a_wrong_operator(monkeypatch, tmp_path):
         bench_ops.main("--device cpu --ops box_pool --batch 2 --channels 8 --rounds 1 --no-csv".split())
 
 
+NORM = "--device cpu --ops batch_norm_act --batch 4 --norm-channels 8 --norm-grid 5 --norm-groups 2 --rounds 1".split()
+
+
+def test_bench_ops_measures_fused_batch_norm(tmp_path, capsys):
+    path = tmp_path / "ops.csv"
+    assert bench_ops.main([*NORM, "--output", str(path)]) == 0
+    names = ("eager", "eager, one group", "definition", "definition, one group")
+    assert {row["contender"] for row in rows_of(path)} == {f"batch_norm_act: {name}" for name in names}
+    assert "batch_norm_act (definition) " in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(ValueError, match="--batch 4 is not a multiple of --norm-groups 3"):
+        bench_ops.main([*NORM, "--norm-groups", "3"])
+
+
+def test_bench_ops_refuses_a_wrong_fused_batch_norm(monkeypatch):
+    original = bench_ops.norm_relu
+    monkeypatch.setattr(
+        bench_ops, "norm_relu",
+        lambda *inputs: original(*inputs) * (1.1 if bench_ops.norm_kernels.operator_chosen() else 1.0),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="batch_norm_act, definition"):
+        bench_ops.main([*NORM, "--no-csv"])
+
+
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_augment_contenders_do_the_work(name):
     module, build = CONTENDERS[name]
@@ -125,6 +148,25 @@ def test_bench_step_at_a_tiny_size(tmp_path, capsys):
     run_bench_step(tmp_path / "step.csv", "--contenders", *FEW)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("bottleneck: ours") and "x official port" in last and "longest part" in last
+
+
+def test_bench_step_tries_levers_alone_and_together(tmp_path):
+    path, levers = tmp_path / "step.csv", ["one-group", "shared-forward", "shared-forward+one-group"]
+    assert bench_step.main([*STEP, "--output", str(path), "--contenders", *FEW[:1], "--try", *levers]) == 0
+    contenders = {row["contender"] for row in rows_of(path) if row["metric"] == "throughput"}
+    assert {"ours + one-group", "ours + shared-forward", "ours + shared-forward + one-group"} < contenders
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--try", "norm-kernel+graph"], "--try graph needs a CUDA device"),
+        (["--method", "moco-v2", "--try", "shared-forward"], "moco-v2 swaps no regions"),
+    ],
+)
+def test_bench_step_refuses_levers_that_are_not_there(flags, message):
+    with pytest.raises(ValueError, match=message):
+        bench_step.main([*STEP, "--no-csv", *flags])
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Measure the operators and the augmentation against what one would use instead.
 
-`python tools/bench_ops.py [--ops box_pool masked_pool queue_contrast augment]`
+`python tools/bench_ops.py [--ops box_pool masked_pool batch_norm_act queue_contrast augment]`
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops import box_pool, masked_pool, pool_kernels, queue_contrast
+from models.norm import GroupBatchNorm, norm_relu
+from models.ops import batch_norm_act, box_pool, masked_pool, norm_kernels, pool_kernels, queue_contrast
 from models.ops.box_pool import box_masks, box_pool_definition
 from models.ops.masked_pool import masked_pool_definition
 from models.ops.queue_contrast import queue_contrast_definition
@@ -38,7 +39,7 @@ from tools.benchmarking import (
 )
 from tools.projection import GPUS
 
-OPS = ("box_pool", "masked_pool", "queue_contrast", "augment")
+OPS = ("box_pool", "masked_pool", "batch_norm_act", "queue_contrast", "augment")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -100,15 +101,17 @@ class _Differentiated:
     """A contender's forward, and forward with backward, under the implementation it needs."""
 
     def __init__(
-        self, contender: tuple[str, Callable[..., Tensor]], inputs: Sequence[Tensor], wanted: Sequence[Tensor]
-    ) -> None:
+        self, contender: tuple[str, Callable[..., Tensor]], inputs: Sequence[Tensor], wanted: Sequence[Tensor],
+        choose: Callable[[str], None] = pool_kernels.set_pool_kernel,
+    ) -> None:  # fmt: skip
         self.mode, self.function = contender
+        self.choose = choose
         self.inputs, self.wanted = inputs, list(wanted)
         with torch.no_grad():
             self.grad = torch.ones_like(self.forward())
 
     def forward(self) -> Tensor:
-        pool_kernels.set_pool_kernel(self.mode)
+        self.choose(self.mode)
         return self.function(*self.inputs)
 
     def forward_only(self) -> None:
@@ -130,6 +133,14 @@ def _measure_pool(
         for ours, plain, truth in zip(call.both(), eager, exact, strict=True):
             if contender.startswith(("definition", "CUDA")):
                 check_twice_eager(f"{name}, {contender}", ours, plain, truth)
+    _time_passes(report, name, setting, calls, bytes_moved, options)
+
+
+def _time_passes(
+    report: Report, name: str, setting: str, calls: dict[str, _Differentiated], bytes_moved: tuple[int, int],
+    options: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Time forward alone and with backward, with the bandwidth that the bytes moved at least then mean."""
     passes: dict[str, list[Callable[[], object]]] = {
         "forward": [call.forward_only for call in calls.values()],
         "forward+backward": [call.both for call in calls.values()],
@@ -189,6 +200,69 @@ def bench_masked_pool(report: Report, options: argparse.Namespace) -> None:
     pooled = options.batch * options.masks * options.channels * features.element_size()
     setting = f"{_setting(options)}, {options.groups} groups of {options.masks} masks"
     _measure_pool(report, "masked_pool", setting, calls, exact, (size + pooled, 3 * size + 2 * pooled), options)
+
+
+def bench_norm(report: Report, options: argparse.Namespace) -> None:
+    """Batch norm, residual sum and ReLU of a training step, statistics by groups and over the whole batch."""
+    shape = (options.batch, options.norm_channels, options.norm_grid, options.norm_grid)
+    generator = torch.Generator().manual_seed(5)
+    x, residual, cotangent = (
+        torch.randn(shape, generator=generator).to(report.device, DTYPES[options.dtype])
+        .contiguous(memory_format=torch.channels_last) for _ in range(3)
+    )  # fmt: skip
+    maps = (x.requires_grad_(), residual.requires_grad_())
+    calls: dict[str, _Differentiated] = {}
+    try:
+        for groups, suffix in ((options.norm_groups, ""), (1, ", one group")):
+            norm = GroupBatchNorm(shape[1]).to(report.device)
+            norm.group_size = options.batch // groups
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+            several = {}
+            for name, contender in _norm_contenders(norm, report.device, options.compile).items():
+                call = _Differentiated(contender, maps, (*maps, norm.weight, norm.bias), norm_kernels.set_norm_kernel)
+                call.grad = cotangent  # a gradient of ones would come out as zeros
+                several[name] = call
+            _check_norm(several, norm, groups, cotangent)
+            calls |= {f"{name}{suffix}": call for name, call in several.items()}
+        size = x.numel() * x.element_size()
+        # Forward reads x twice and the residual, and writes y; backward reads x and the gradient twice, and writes two.
+        setting = f"{' x '.join(map(str, shape))}, {options.dtype}, channels-last, {options.norm_groups} groups"
+        _time_passes(report, "batch_norm_act", setting, calls, (4 * size, 10 * size), options)
+    finally:
+        norm_kernels.set_norm_kernel("auto")
+
+
+def _norm_contenders(
+    norm: GroupBatchNorm, device: torch.device, compiled: bool
+) -> dict[str, tuple[str, Callable[..., Tensor]]]:
+    """Name -> (implementation for `set_norm_kernel`, function of map and residual)."""
+    block = partial(norm_relu, norm)
+    contenders: dict[str, tuple[str, Callable[..., Tensor]]] = {
+        "eager": ("auto", block), "definition": ("definition", block),
+    }  # fmt: skip
+    if device.type == "cuda":
+        contenders["CUDA kernel"] = ("cuda", block)
+    if compiled:
+        contenders["eager, compiled"] = ("auto", torch.compile(lambda x, residual: norm_relu(norm, x, residual)))
+    return contenders
+
+
+def _check_norm(
+    calls: Mapping[str, _Differentiated], norm: GroupBatchNorm, groups: int, cotangent: Tensor
+) -> None:
+    """Refuse one of ours whose result or gradients err more than twice as much as eager's."""
+    eager = calls["eager"].both()
+    maps = calls["eager"].inputs
+    for name in [name for name in calls if not name.startswith("eager")]:
+        ours = calls[name].both()
+        leaves = [t.detach().double().requires_grad_() for t in (*maps, norm.weight, norm.bias)]
+        x, residual, weight, bias = leaves
+        norm_kernels.set_norm_kernel("definition")
+        y = batch_norm_act(x, weight, bias, groups=groups, eps=norm.eps, residual=residual)[0]
+        y = y * (ours[0] > 0)  # where rounding decides what the ReLU passes, float64 must not decide otherwise
+        exact = (y, *torch.autograd.grad(y, leaves, cotangent.double()))
+        for result, plain, truth in zip(ours, eager, exact, strict=True):
+            check_twice_eager(f"batch_norm_act, {name}", result, plain, truth)
 
 
 def bench_queue(report: Report, options: argparse.Namespace) -> None:
@@ -271,7 +345,8 @@ def _setting(options: argparse.Namespace) -> str:
 def conclusion(report: Report) -> str:
     """One line: how ours compares with the fastest other way, operator by operator, and the share of bandwidth."""
     parts = []
-    for op, ours in (("box_pool", "definition"), ("masked_pool", "definition"), ("queue_contrast", "by blocks")):
+    definitions = [(op, "definition") for op in ("box_pool", "masked_pool", "batch_norm_act")]
+    for op, ours in (*definitions, ("queue_contrast", "by blocks")):
         times = _times(report, op, "forward+backward")
         others = {name: value for name, value in times.items() if name in ("eager", "materialised")}
         chosen = "CUDA kernel" if "CUDA kernel" in times else ours
@@ -308,7 +383,7 @@ def _bandwidth_share(report: Report) -> str:
 
 
 BENCHES = {
-    "box_pool": bench_box_pool, "masked_pool": bench_masked_pool,
+    "box_pool": bench_box_pool, "masked_pool": bench_masked_pool, "batch_norm_act": bench_norm,
     "queue_contrast": bench_queue, "augment": bench_augment,
 }  # fmt: skip
 
@@ -322,6 +397,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--grid", type=int, default=7, help="cells a side of the feature map")
     parser.add_argument("--groups", type=int, default=1, help="channel groups of masked_pool; LEWEL has 4")
     parser.add_argument("--masks", type=int, default=2, help="masks of each group; LEWEL-B has 64")
+    parser.add_argument("--norm-channels", type=int, default=256, help="channels of batch_norm_act's map")
+    parser.add_argument("--norm-grid", type=int, default=56, help="cells a side of batch_norm_act's map")
+    parser.add_argument("--norm-groups", type=int, default=8, help="groups of images of batch_norm_act")
     parser.add_argument("--queue", type=int, default=65536, help="keys in the queue")
     parser.add_argument("--size", type=int, default=224, help="side of an augmented view in pixels")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bf16 on CUDA, fp32 on CPU")
@@ -332,6 +410,8 @@ def main(argv: Sequence[str]) -> int:
     device = choose_device(options.device)
     if min(options.batch, options.grid, options.size - 7, options.queue) < 1 or options.channels % options.groups:
         raise ValueError("sizes must be positive (--size at least 8) and --channels a multiple of --groups")
+    if "batch_norm_act" in options.ops and (options.norm_groups < 1 or options.batch % options.norm_groups):
+        raise ValueError(f"--batch {options.batch} is not a multiple of --norm-groups {options.norm_groups}")
     options.dtype = ("bf16" if device.type == "cuda" else "fp32") if options.dtype == "auto" else options.dtype
     options.compile = device.type == "cuda" if options.compile is None else options.compile
     report = Report("bench_ops", device)

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.methods import METHODS
 from models.methods.base import Method, StepInputs
 from models.methods.moco_v2 import MoCoV2
+from models.ops.norm_kernels import set_norm_kernel
 from models.ops.pool_kernels import set_pool_kernel
 from pipeline.interface import PipelineConfig
 from pipeline.synthetic import SyntheticPipeline
@@ -48,7 +49,15 @@ from train.optim import build_optimizer
 from train.runtime import Runtime, start
 
 PORTED = ("regioncl-m", "moco-v2")
-ATTEMPTS = ("trunk", "graph", "pool-kernel")
+ATTEMPTS = {
+    "trunk": "heads and trunks compiled",
+    "graph": "forward and backward as a CUDA graph",
+    "pool-kernel": "mask pooling by CUDA kernels",
+    "norm-kernel": "batch norm, residual sum and ReLU of the trunks as one operator with CUDA kernels",
+    "shared-forward": "queries and region-swapped views in one forward pass",
+    "one-group": "batch-norm statistics over the whole batch: what groups cost",
+}
+ON_CUDA = {"graph", "pool-kernel", "norm-kernel"}
 TOTAL_STEPS = 100_000
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -62,12 +71,15 @@ class OurStep:
         compile_parts: "" for none, "heads" as `--compile` does, "trunk" for heads and trunks.
         graph: forward and backward as a CUDA graph.
         pool_kernel: as `set_pool_kernel`.
+        norm_kernel: as `set_norm_kernel`.
     """
 
     def __init__(
-        self, config: Config, runtime: Runtime, compile_parts: str = "", graph: bool = False, pool_kernel: str = "auto"
-    ) -> None:
-        self.config, self.runtime, self.pool_kernel = config, runtime, pool_kernel
+        self, config: Config, runtime: Runtime, compile_parts: str = "", graph: bool = False,
+        pool_kernel: str = "auto", norm_kernel: str = "auto",
+    ) -> None:  # fmt: skip
+        self.config, self.runtime = config, runtime
+        self.pool_kernel, self.norm_kernel = pool_kernel, norm_kernel
         self.method: Method = build_method(config, runtime)
         self.builder = InputBuilder(config, self.method, runtime, feature_grid(self.method, config.recipe.image_size))
         if compile_parts:
@@ -104,6 +116,7 @@ class OurStep:
     def __call__(self) -> None:
         """Take the next step."""
         set_pool_kernel(self.pool_kernel)
+        set_norm_kernel(self.norm_kernel)
         step = self.state.step
         take_step(self.job, self.state, step, [self.inputs[step % len(self.inputs)]])
         self.state.step += 1
@@ -166,7 +179,9 @@ def port_options(dtype: torch.dtype, compiled: bool) -> dict[str, PortOptions]:
     return contenders
 
 
-def configure(options: argparse.Namespace, batch: int, group_size: int | None, precision: str) -> Config:
+def configure(
+    options: argparse.Namespace, batch: int, group_size: int | None, precision: str, shared_forward: bool = False
+) -> Config:
     """The run configuration of the benchmark.
 
     Args:
@@ -174,6 +189,7 @@ def configure(options: argparse.Namespace, batch: int, group_size: int | None, p
         batch: images a step.
         group_size: BN group; None keeps the recipe's where it divides the batch, else the whole batch.
         precision: as `--precision`.
+        shared_forward: as `--region.shared-forward`.
 
     Raises:
         ValueError: flags that the trainer refuses.
@@ -184,6 +200,8 @@ def configure(options: argparse.Namespace, batch: int, group_size: int | None, p
         flags += [name, str(value)] if value else []
     if options.queue and hasattr(METHODS[options.method].Config(), "queue_size"):
         flags += ["--queue-size", str(options.queue)]
+    if shared_forward:
+        flags += ["--region.shared-forward", "true"]
     try:
         config = resolve(flags)
         size = config.recipe.bn.group_size if group_size is None else group_size
@@ -214,14 +232,77 @@ def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
     for name, ours_runtime in {"ours, fp32": fp32, f"ours, {str(runtime.dtype)[6:]}": runtime}.items():
         if name == "ours, fp32" or ours_runtime.dtype is not torch.float32:
             _compare_losses(name, _our_losses(config, ours_runtime, source.inputs), expected, ours_runtime.dtype)
+    for names in options.attempt:
+        if "trunk" not in names:  # whose compilation takes longer than a check on other shapes is worth
+            tried = attempted_step(names, options, runtime, config.recipe.global_batch, 0, "")
+            _compare_losses(_label(names), _losses(tried, source.inputs), expected, runtime.dtype)
     for name, port in port_options(runtime.dtype, False).items():
         if name != "official port" and _wanted(options, name):
             _compare_losses(name, port_losses(port), expected, port.amp or torch.float32)
 
 
+def attempted_step(
+    names: frozenset[str], options: argparse.Namespace, runtime: Runtime, batch: int, group_size: int | None,
+    compile_parts: str,
+) -> OurStep:  # fmt: skip
+    """Our step with what `--try` named.
+
+    Args:
+        names: of `ATTEMPTS`.
+        options: parsed flags.
+        runtime: device and precision.
+        batch: images a step.
+        group_size: BN group, as for `configure`.
+        compile_parts: what is compiled unless the trunk is to be.
+    """
+    group_size = 0 if "one-group" in names else group_size
+    return OurStep(
+        configure(options, batch, group_size, options.precision, "shared-forward" in names),
+        runtime,
+        "trunk" if "trunk" in names else compile_parts,
+        graph="graph" in names,
+        pool_kernel="cuda" if "pool-kernel" in names else "auto",
+        norm_kernel="cuda" if "norm-kernel" in names else "auto",
+    )
+
+
+def _label(names: frozenset[str]) -> str:
+    return "ours + " + " + ".join(name for name in ATTEMPTS if name in names)
+
+
+def parse_attempt(text: str) -> frozenset[str]:
+    """Names joined by "+", as `--try` takes them.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown one.
+    """
+    names = frozenset(text.split("+"))
+    unknown = names - set(ATTEMPTS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is unknown; choose from {', '.join(ATTEMPTS)}")
+    return names
+
+
+def check_attempts(options: argparse.Namespace) -> None:
+    """Refuse what the device or the method does not have, before anything is built.
+
+    Raises:
+        ValueError: naming it.
+    """
+    names = frozenset().union(*options.attempt)
+    if choose_device(options.device).type != "cuda" and names & ON_CUDA:
+        raise ValueError(f"--try {min(names & ON_CUDA)} needs a CUDA device; leave it out on the CPU")
+    if "shared-forward" in names and not hasattr(METHODS[options.method].Config(), "region"):
+        raise ValueError(f"--try shared-forward: {options.method} swaps no regions; choose a regioncl method")
+
+
 def _our_losses(config: Config, runtime: Runtime, inputs: list[StepInputs]) -> list[float]:
     """Losses of our step on each of the inputs in turn, from fresh weights."""
-    ours = OurStep(config, runtime)
+    return _losses(OurStep(config, runtime), inputs)
+
+
+def _losses(ours: OurStep, inputs: list[StepInputs]) -> list[float]:
+    """Losses of a fresh step on each of the inputs in turn."""
     ours.inputs = inputs
     losses = []
     for _ in inputs:
@@ -249,13 +330,8 @@ def build_contenders(options: argparse.Namespace, runtime: Runtime) -> dict[str,
     if options.compile:
         ours["ours"] = OurStep(config, runtime, "heads")
     heads = "heads" if options.compile else ""
-    tried = {
-        "trunk": lambda: OurStep(config, runtime, "trunk"),
-        "graph": lambda: OurStep(config, runtime, heads, graph=True),
-        "pool-kernel": lambda: OurStep(config, runtime, heads, pool_kernel="cuda"),
-    }
-    for name in options.attempt:
-        ours[f"ours + {name}"] = tried[name]()
+    for names in options.attempt:
+        ours[_label(names)] = attempted_step(names, options, runtime, options.batch, None, heads)
     contenders: dict[str, Callable[[], None]] = {}
     first = ours["ours, not compiled"]
     first.prepare()
@@ -428,14 +504,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="as in training")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                         help="contenders with compiled heads; none: on CUDA only")  # fmt: skip
-    parser.add_argument("--try", dest="attempt", nargs="*", default=[], choices=ATTEMPTS,
-                        help="contenders with what is off by default")  # fmt: skip
+    described = "; ".join(f"{name}: {text}" for name, text in ATTEMPTS.items())
+    parser.add_argument("--try", dest="attempt", nargs="*", default=[], type=parse_attempt, metavar="NAME[+NAME]",
+                        help=f"contenders with what is off by default, alone or joined by +. {described}")  # fmt: skip
     parser.add_argument("--contenders", nargs="*", default=[], help="which variants of the port to run; all when empty")
     parser.add_argument("--ours-only", action="store_true", help="leave the ported step out")
     parser.add_argument("--profile", action="store_true", help="time the parts of a step")
     add_common_flags(parser)
     options = cli.parse(parser, argv)
     options.compile = choose_device(options.device).type == "cuda" if options.compile is None else options.compile
+    check_attempts(options)
     precision = torch.get_float32_matmul_precision()
     try:
         with start(configure(options, options.batch, None, options.precision)) as runtime:
@@ -446,6 +524,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(str(reason)) from None
     finally:
         torch.set_float32_matmul_precision(precision)
+        set_pool_kernel("auto")
+        set_norm_kernel("auto")
     return 0
 
 

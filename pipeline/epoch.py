@@ -11,7 +11,7 @@ from . import augment
 from .geometry import validate_view
 from .interface import Batch, PipelineConfig, PipelineStats
 from .rng import SLOT_SUBSTITUTE, integers, philox
-from .sampling import RankSlice, global_order, sharded_order
+from .sampling import RankSlice, global_order, sharded_order, sharded_windows
 
 ORDERS = ("global", "sharded", "sequential")
 SUBSTITUTE_ATTEMPTS = 64
@@ -80,7 +80,17 @@ class EpochPlan:
         Without `drop_last` the last batch is smaller and, with fewer samples left than ranks, empty on some of them:
         every rank takes the same number of steps.
         """
-        picked = self.slice.select(self.order(epoch), first_step, self.config.drop_last)
+        return self._by_step(self.order(epoch), first_step)
+
+    def windows(self, epoch: int, first_step: int = 0) -> list[np.ndarray]:
+        """For each sample of `batches` the number of its window in the "sharded" order."""
+        config = self.config
+        numbers = sharded_windows(self.population, config.seed, epoch, self.block_sizes, config.shard_window)
+        return self._by_step(numbers, first_step)
+
+    def _by_step(self, values: np.ndarray, first_step: int) -> list[np.ndarray]:
+        """This rank's part of what belongs to the epoch's positions, step by step."""
+        picked = self.slice.select(values, first_step, self.config.drop_last)
         size = self.slice.batch_per_device
         return [picked[step * size : (step + 1) * size] for step in range(max(self.steps - first_step, 0))]
 

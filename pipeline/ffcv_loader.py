@@ -27,6 +27,7 @@ from .epoch import EpochPipeline
 from .host_augment import HostAugmenter, augments_on_host
 from .interface import Batch, PipelineConfig
 from .prefetch import HostBatch, HostBuffers, decoding_threads, deliver_batches
+from .read_ahead import WindowReader, window_reader
 from .stores import PackedStore
 
 _AHEAD = 2  # batches that wait in FFCV's queue
@@ -60,9 +61,9 @@ class ViewsOperation(Operation):
     It never raises: how each image fared is in the job rows, which the consumer reads. Its own output is a mark only.
     """
 
-    def __init__(self, function: Callable[..., int], call_address: int):
+    def __init__(self, function: Callable[..., int], call_address: int, file_address: int):
         super().__init__()
-        self._function, self._call_address = function, call_address
+        self._function, self._call_address, self._file_address = function, call_address, file_address
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         """One byte per image: the views go to buffers that the consumer owns."""
@@ -72,10 +73,11 @@ class ViewsOperation(Operation):
     def generate_code(self) -> Callable[..., np.ndarray]:
         """The function that FFCV compiles and calls once per batch."""
         decode_batch, call_address = self._function, np.uint64(self._call_address)
+        file_address = np.uint64(self._file_address)  # our mapping, which is advised as the order needs it
 
         def decode(batch_indices, destination, metadata, storage_state):  # type: ignore[no-untyped-def]
             count = np.uint64(len(batch_indices))
-            decode_batch(call_address, storage_state[0].ctypes.data, batch_indices.ctypes.data, count)
+            decode_batch(call_address, file_address, batch_indices.ctypes.data, count)
             return destination[: len(batch_indices)]
 
         return decode
@@ -112,16 +114,18 @@ class FfcvPipeline(EpochPipeline):
         self._sizes = np.ascontiguousarray(self.store.reader.sizes, dtype=np.int64)
         self._offsets = np.ascontiguousarray(self.store.reader.offsets, dtype=np.int64)
         self._call = self._describe_call()
+        self._reader: WindowReader | None = None
         self._order = _GivenOrder(len(self) * rows)
         # FFCV sets torch's thread count to its own worker count, which would slow or crowd training on the CPU; our
         # decoder has its own threads, so the value that changes nothing is given.
         workers = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-        operation = ViewsOperation(library.rg_packed_batch, self._call.ctypes.data)
+        mapped = self.store.reader.data.ctypes.data
+        operation = ViewsOperation(library.rg_packed_batch, self._call.ctypes.data, mapped)
         self._loader = Loader(
             config.data,
             batch_size=rows,
             num_workers=workers,
-            os_cache=True,  # the mapped file; blocks of the sharded order keep its working set small
+            os_cache=True,  # the mapped file; `window_reader` keeps its working set small
             order=self._order,
             drop_last=False,
             batches_ahead=_AHEAD,
@@ -148,6 +152,8 @@ class FfcvPipeline(EpochPipeline):
         self._sets[turn] = []
         if number >= len(batches):
             return
+        if self._reader is not None:
+            self._reader.wait(number)
         self._sets[turn] = self._buffers.take()
         self._outs[turn] = [array.ctypes.data for array in self._sets[turn]]
         if self._augmenter is not None:
@@ -159,10 +165,12 @@ class FfcvPipeline(EpochPipeline):
         samples = np.concatenate(filled) if filled else np.zeros(0, dtype=np.int64)
         self._order.rows = np.stack([samples, numbers], axis=1).astype(np.int64)
         self._call["epoch"] = epoch
-        for number in range(_RING):
-            self._arm(number, epoch, batches)
-        iterator = iter(self._loader) if filled else None
+        self._reader = window_reader(self.plan, self.store, epoch, batches)
+        iterator = None
         try:
+            for number in range(_RING):
+                self._arm(number, epoch, batches)
+            iterator = iter(self._loader) if filled else None
             for number, index in enumerate(batches):
                 if not len(index):
                     yield index, self._buffers.take()
@@ -176,6 +184,8 @@ class FfcvPipeline(EpochPipeline):
                 yield index, arrays
                 del arrays
         finally:
+            if self._reader is not None:
+                self._reader.stop()
             if iterator is not None:
                 _end(iterator)
             self._sets = [[] for _ in range(_RING)]

@@ -13,6 +13,7 @@ from .epoch import EpochPipeline
 from .host_augment import HostAugmenter, augments_on_host
 from .interface import Batch, PipelineConfig
 from .prefetch import HostBatch, HostBuffers, decoding_threads, deliver_batches, prefetch
+from .read_ahead import window_reader
 from .stores import open_store
 
 
@@ -46,14 +47,22 @@ class FolderPipeline(EpochPipeline):
 
     def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
         """Generate the batches whose sample indices are given, in order."""
+        reader = window_reader(self.plan, self.store, epoch, batches)
 
-        def work(index: np.ndarray) -> HostBatch:
+        def work(step: int) -> HostBatch:
+            if reader is not None:
+                reader.wait(step)
             arrays = self._buffers.take()
-            self._views.decode(epoch, index, arrays)
-            return index, arrays
+            self._views.decode(epoch, batches[step], arrays)
+            return batches[step], arrays
 
-        with closing(deliver_batches(self.config, self.labels, prefetch(work, batches))) as delivered:  # type: ignore[type-var]
-            yield from delivered
+        ready = prefetch(work, range(len(batches)))
+        with closing(deliver_batches(self.config, self.labels, ready)) as delivered:  # type: ignore[type-var]
+            try:
+                yield from delivered
+            finally:
+                if reader is not None:
+                    reader.stop()
 
     def close(self) -> None:
         """Stop workers and release buffers; may be called twice."""

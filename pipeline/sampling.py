@@ -54,6 +54,13 @@ def sharded_order(population: np.ndarray, seed: int, epoch: int, block_sizes: np
     return np.concatenate(pieces) if pieces else population[:0]
 
 
+def sharded_windows(population: np.ndarray, seed: int, epoch: int, block_sizes: np.ndarray, window: int) -> np.ndarray:
+    """For each position of `sharded_order` the number of its window, ascending int64; arguments as there."""
+    starts = np.concatenate([[0], np.cumsum(block_sizes)])
+    held = np.diff(np.searchsorted(population, starts))[permutation(seed, len(block_sizes), epoch, 1, SLOT_EPOCH_ORDER)]
+    return np.repeat(np.arange(len(held)) // window, held)
+
+
 @dataclass(frozen=True)
 class RankSlice:
     """Which part of every global batch belongs to one rank."""

@@ -80,6 +80,8 @@ def expected(crops: Pipeline, epoch: int, dtype: torch.dtype) -> list[list[torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_delivered_views_are_those_of_apply(loader, dtype, packed, shards, opened):
+    if loader == "ffcv" and dtype != torch.bfloat16:
+        pytest.skip("FFCV compiles for seconds each time; its dtypes differ in nothing but the buffers")
     data = shards if loader == "webdataset" else packed
     made = opened(loader, data, augment="byol-mocov3", dtype=dtype, drop_last=False)
     assert isinstance(made, EpochPipeline) and made.augments_itself == (loader != "reference")

@@ -2,6 +2,7 @@
 
     python tools/bench_pipeline.py --photos FOLDER      # packs them at 400 px and repeats them to a long epoch
     python tools/bench_pipeline.py --data FILE.beton
+    python tools/bench_pipeline.py --photos FOLDER --memory-share 0.25   # as if a quarter of it fitted into memory
 
 The contenders take turns. Every one of them decodes each image anew, so repeated photos are no easier than others.
 """
@@ -33,10 +34,11 @@ from pipeline.loaders import build_pipeline
 from pipeline.stores import PackedStore, list_images
 from tools import cli
 from tools.benchmarking import Report, Summary, add_common_flags, choose_device, usable_cores
+from tools.pipeline_bounded import bounded_conclusion, measure_bounded
 from tools.pipeline_contenders import crops_transform, dataloader_epoch, moco_v2_transform, stock_ffcv_epoch
 
 CONTENDERS = (
-    "stock-ffcv", "pil-crops", "pil-full", "ffcv", "folder", "dali", "ffcv-augment",
+    "stock-ffcv", "pil-crops", "pil-full", "ffcv", "folder", "dali", "ffcv-augment", "ffcv-augment-bf16",
 )  # fmt: skip
 EXPLAINED = {
     "stock-ffcv": "stock FFCV, one decode per view",
@@ -46,6 +48,7 @@ EXPLAINED = {
     "folder": "ours without FFCV, crops only",
     "dali": "DALI in our order, crops only",
     "ffcv-augment": "ours through FFCV's Loader, whole MoCo v2 augmentation on the CPU",
+    "ffcv-augment-bf16": "ours through FFCV's Loader, whole MoCo v2 augmentation on the CPU, bfloat16",
 }
 METRIC = "throughput"
 
@@ -89,7 +92,7 @@ def check(data: Path, config: PipelineConfig, loaders: Sequence[str]) -> None:
         pipeline.close()
 
 
-def pipeline_epoch(pipeline: Pipeline, device: torch.device, augmented: bool = False) -> Callable[[], int]:
+def pipeline_epoch(pipeline: Pipeline, device: torch.device) -> Callable[[], int]:
     """One epoch of a pipeline, a new one each call; returns how many images were delivered."""
     epoch = 0
 
@@ -99,11 +102,8 @@ def pipeline_epoch(pipeline: Pipeline, device: torch.device, augmented: bool = F
         pipeline.set_epoch(epoch)
         count = 0
         for batch in pipeline:
-            if augmented:
-                for number, view in enumerate(batch.views.values()):
-                    params = augment.draw("mocov2", 0, epoch, batch.index.numpy(), number)
-                    augment.apply(view, params.to(view.device))
             count += len(batch.index)
+            del batch  # its buffers are free for the next
         if device.type == "cuda":
             torch.cuda.synchronize()
         return count
@@ -173,6 +173,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256, help="images of a batch")
     parser.add_argument("--workers", type=int, default=0, help="threads or processes that decode; 0: one a core")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="what to measure")
+    parser.add_argument("--memory-share", type=float, default=0.0, metavar="SHARE",
+                        help="instead, as if only this share of the file fitted into memory; 0: all of it")  # fmt: skip
     add_common_flags(parser)
     parser.set_defaults(rounds=5, max_seconds=600.0)
     return cli.parse(parser, argv)
@@ -184,9 +186,9 @@ def make_contenders(
     """Name -> one epoch, for the contenders that are installed; says which are not."""
     slow, workers = max(options.slow_images, options.batch), config.workers
 
-    def ours(loader: str, augmented: bool = False) -> Callable[[], int]:
-        opened.append(build_pipeline(loader, config))
-        return pipeline_epoch(opened[-1], config.device, augmented)
+    def ours(loader: str, **settings: object) -> Callable[[], int]:
+        opened.append(build_pipeline(loader, replace(config, **settings)))  # type: ignore[arg-type]
+        return pipeline_epoch(opened[-1], config.device)
 
     makers: dict[str, Callable[[], Callable[[], int]]] = {
         "stock-ffcv": lambda: stock_ffcv_epoch(data, options.size, options.batch, workers),
@@ -195,7 +197,8 @@ def make_contenders(
         "ffcv": lambda: ours("ffcv"),
         "folder": lambda: ours("folder"),
         "dali": lambda: ours("dali"),
-        "ffcv-augment": lambda: ours("ffcv", augmented=True),
+        "ffcv-augment": lambda: ours("ffcv", augment="mocov2"),
+        "ffcv-augment-bf16": lambda: ours("ffcv", augment="mocov2", dtype=torch.bfloat16),
     }
     made = {}
     for name in options.contenders:
@@ -211,6 +214,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if (options.data is None) == (options.photos is None):
         raise ValueError("give either --data FILE.beton or --photos FOLDER")
+    if not 0 <= options.memory_share < 1:
+        raise ValueError(f"--memory-share {options.memory_share} is not a share of the file; choose 0.25, say")
     device = choose_device(options.device)
     workers = options.workers or usable_cores()
     report = Report("bench_pipeline", device)
@@ -230,6 +235,15 @@ def main(argv: Sequence[str]) -> int:
         )
         views = tuple(replace(spec, size=options.size) for spec in augment.view_specs("mocov2", options.size))
         config = PipelineConfig(str(data), views, options.batch, workers=workers, device=device)
+        if options.memory_share:
+            data = data.resolve()
+            check(data, config, ["folder"])
+            found = measure_bounded(
+                report, data, config, len(reader), options.memory_share, options.rounds,
+                setting.removesuffix("; warm cache"),
+            )  # fmt: skip
+            report.finish(bounded_conclusion(found), options.output, write=not options.no_csv)
+            return 0
         opened: list[Pipeline] = []
         contenders = make_contenders(options, data, config, opened)
         check(data, config, [name for name in ("ffcv", "folder", "dali") if name in contenders])

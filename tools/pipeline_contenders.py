@@ -77,8 +77,11 @@ def dataloader_epoch(
     return lambda: sum(len(views[0]) for views in loader)
 
 
-def stock_ffcv_epoch(path: Path, size: int, batch: int, workers: int) -> Callable[[], int]:
-    """An epoch of stock FFCV: its own decoder once per view, in random order; returns how many were delivered."""
+def stock_ffcv_epoch(path: Path, size: int, batch: int, workers: int, quasi_random: bool = False) -> Callable[[], int]:
+    """An epoch of stock FFCV: its own decoder once per view, in random order; returns how many were delivered.
+
+    `quasi_random` is what FFCV has for files larger than memory: pages are read into a cache of its own.
+    """
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline.pipeline_spec import PipelineSpec
@@ -90,7 +93,8 @@ def stock_ffcv_epoch(path: Path, size: int, batch: int, workers: int) -> Callabl
 
     threads = torch.get_num_threads()
     loader = Loader(
-        str(path), batch_size=batch, num_workers=workers, order=OrderOption.RANDOM, os_cache=True, drop_last=True,
+        str(path), batch_size=batch, num_workers=workers, os_cache=not quasi_random, drop_last=True,
+        order=OrderOption.QUASI_RANDOM if quasi_random else OrderOption.RANDOM,
         pipelines={"view1": view(), "view2": view(), "image": None, "label": None},
     )  # fmt: skip
     torch.set_num_threads(threads)

@@ -1,0 +1,145 @@
+"""The `sharded` order of a packed file that is larger than memory: windows are read before they are used.
+
+What a rank needs of a window of the order is read as few long sequential reads in the order of the file, one window
+ahead, into the system's page cache, from where the decoder takes it through the mapped file. Two windows are all that
+needs to fit into memory; ranks of one machine share them, so each page is read about once an epoch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from .epoch import EpochPlan
+from .stores import PackedStore, Store
+
+# Reading what lies between two records is cheaper than another read where the gap is shorter than this.
+MAX_GAP = 512 << 10
+PIECE = 4 << 20
+
+
+def extents(offsets: np.ndarray, sizes: np.ndarray, max_gap: int = MAX_GAP) -> np.ndarray:
+    """Stretches of a file that cover some records.
+
+    Args:
+        offsets: (N,) int64, first byte of each record, in any order.
+        sizes: (N,) int64 bytes.
+        max_gap: stretches with fewer bytes between them are joined.
+
+    Returns:
+        (M, 2) int64 first byte and byte behind the last, ascending and apart.
+    """
+    order = np.argsort(offsets, kind="stable")
+    starts = offsets[order]
+    ends = np.maximum.accumulate(starts + sizes[order])
+    apart = np.flatnonzero(starts[1:] - ends[:-1] > max_gap)
+    first, last = np.append(0, apart + 1), np.append(apart, len(starts) - 1)
+    return np.stack([starts[first], ends[last]], axis=1) if len(starts) else np.zeros((0, 2), dtype=np.int64)
+
+
+def advise_random(mapped: np.memmap) -> None:
+    """Tell the system not to read around what is touched in a mapped file: what is needed has been read already."""
+    base = mapped.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+        base.madvise(mmap.MADV_RANDOM)
+
+
+class WindowReader:
+    """Reads the windows of one epoch by a thread of its own, at most one beyond the window that is in use.
+
+    Args:
+        path: the packed file.
+        offsets: (N,) int64, first byte of each record.
+        sizes: (N,) int64 bytes.
+        batches: this rank's samples of each step.
+        windows: of each step, the numbers of the windows its samples belong to, (B,) int64 ascending over the epoch.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        offsets: np.ndarray,
+        sizes: np.ndarray,
+        batches: list[np.ndarray],
+        windows: list[np.ndarray],
+    ):
+        samples = np.concatenate(batches) if batches else np.zeros(0, dtype=np.int64)
+        window_of = np.concatenate(windows) if windows else np.zeros(0, dtype=np.int64)
+        self._windows = np.unique(window_of)  # ascending; positions in this array are what is counted below
+        members = [samples[window_of == window] for window in self._windows]
+        self._extents = [extents(offsets[each], sizes[each]) for each in members]
+        self._last = [int(np.searchsorted(self._windows, each[-1])) if len(each) else -1 for each in windows]
+        self._path = path
+        self._changed = threading.Condition()
+        self._entered, self._read, self._stopped = 0, 0, False
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="regatta-read-ahead", daemon=True)
+        self._thread.start()
+
+    def wait(self, step: int) -> None:
+        """Return when all that this step and those before it need has been read.
+
+        Raises:
+            OSError: the file could not be read.
+        """
+        with self._changed:
+            self._entered = max(self._entered, self._last[step])
+            self._changed.notify_all()
+            while self._read <= self._last[step] and not self._stopped and self._error is None:
+                self._changed.wait()
+            if self._error is not None:
+                raise self._error
+
+    def stop(self) -> None:
+        """End the thread; may be called twice."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with open(self._path, "rb", buffering=0) as file:
+                piece = memoryview(bytearray(PIECE))
+                for number, stretches in enumerate(self._extents):
+                    with self._changed:
+                        while number > self._entered + 1 and not self._stopped:
+                            self._changed.wait()
+                    for start, end in stretches.tolist():
+                        self._read_stretch(file.fileno(), start, end, piece)
+                    with self._changed:
+                        if self._stopped:
+                            return
+                        self._read = number + 1
+                        self._changed.notify_all()
+        except OSError as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _read_stretch(self, descriptor: int, start: int, end: int, piece: memoryview) -> None:
+        while start < end and not self._stopped:
+            count = os.preadv(descriptor, [piece[: min(PIECE, end - start)]], start)
+            if count == 0:
+                return  # a file cut short is the decoder's to report
+            start += count
+
+
+def window_reader(plan: EpochPlan, store: Store, epoch: int, batches: list[np.ndarray]) -> WindowReader | None:
+    """What reads the windows of the rest of an epoch ahead; None for other orders and stores than packed files.
+
+    Args:
+        plan: whose order the batches have.
+        store: where the records are; its mapping is told that it is touched at random.
+        epoch: epoch number.
+        batches: this rank's samples of the last `len(batches)` steps of the epoch.
+    """
+    if plan.config.order != "sharded" or not isinstance(store, PackedStore) or not batches:
+        return None
+    advise_random(store.reader.data)
+    windows = plan.windows(epoch, plan.steps - len(batches))
+    return WindowReader(store.reader.path, store.reader.offsets, store.reader.sizes, batches, windows)

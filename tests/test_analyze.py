@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from models.alignment import AlignmentHead
 from tools.analyze import main
+from tools.report import read_run, render
 from train.backbone_io import save_backbone
 from train.config import resolve
 from train.eval import analysis
@@ -83,14 +85,15 @@ def test_neighbours_and_plane() -> None:
     assert abs(float(plane[:, 0] @ plane[:, 1])) < 1e-4, "axes must be at right angles"
 
 
-@pytest.fixture(scope="module")
-def lewel_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_run(run: Path, *flags: str) -> Path:
     """A run's folder with one checkpoint of an untrained method, as training writes it."""
-    run = tmp_path_factory.mktemp("lewel")
-    config = resolve(["--method", "lewel-b", "--arch", "resnet18", "--image-size", "64", "--bn.group-size", "0"])
+    run.mkdir()
+    config = resolve([*flags, "--image-size", "64", "--bn.group-size", "0"])
     method = build_method(config, Runtime(0, 1, torch.device("cpu"), torch.float32, False))
     (run / "config.json").write_text(json.dumps(config.to_json()))
-    save_backbone(method.encoder, run / "backbone.safetensors", arch="resnet18", method="lewel-b")
+    knn = [{"kind": "knn", "step": step, "epoch": 0, "time_s": 1.0, "k": 20, "top1": 0.3} for step in (0, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in knn))
+    save_backbone(method.encoder, run / "backbone.safetensors", arch=config.recipe.arch, method=config.run.method)
     folder = run / "checkpoints" / "step_00000003"
     folder.mkdir(parents=True)
     state = {name: value.contiguous() for name, value in method.state_dict().items()}
@@ -98,6 +101,24 @@ def lewel_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": digest}}))
     return run
+
+
+@pytest.fixture(scope="module")
+def lewel_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "lewel", "--method", "lewel-b", "--arch", "resnet18")
+
+
+def boxed_images(folder: Path) -> list[str]:
+    """Flags for four images of noise with a box each."""
+    folder.mkdir()
+    images, annotations = [], []
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 60, "height": 40})
+        annotations.append({"image_id": number, "bbox": [10, 10, 30, 20], "iscrowd": 0})
+    (folder / "boxes.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return ["--data", str(folder), "--annotations", str(folder / "boxes.json")]
 
 
 def test_commands_on_backbones(lewel_run: Path, tmp_path: Path) -> None:
@@ -116,17 +137,40 @@ def test_commands_on_methods(lewel_run: Path, tmp_path: Path) -> None:
     common = ["--loader", "synthetic", "--data", "6", "--image-size", "64", "--images", "2", "--maps", "2"]
     assert main(["align", str(lewel_run), *common, "--out", str(out)]) == 0
     assert json.loads(out.with_suffix(".json").read_text())["maps"] == 256
-    images, annotations = [], []
-    for number in range(4):
-        pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": 60, "height": 40})
-        annotations.append({"image_id": number, "bbox": [10, 10, 30, 20], "iscrowd": 0})
-    (tmp_path / "boxes.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    flags = ["--data", str(tmp_path), "--annotations", str(tmp_path / "boxes.json"), "--out", str(tmp_path / "b.png")]
-    assert main(["boxes", str(lewel_run), *flags]) == 0
+    assert main(["boxes", str(lewel_run), *boxed_images(tmp_path / "boxed"), "--out", str(tmp_path / "b.png")]) == 0
     (row,) = json.loads((tmp_path / "b.json").read_text())["curves"][str(lewel_run)]
     assert row["step"] == 3 and row["inside"] > 0 and row["outside"] > 0
+    # The k-NN of the run stands beside its gradients.
+    picture = Image.open(tmp_path / "b.png")
+    assert picture.width > 2 * picture.height
+
+
+def test_swin_and_the_report_of_its_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "swin", "--method", "regioncl-moby")
+    data = ["--loader", "synthetic", "--data", "20", "--images", "2"]
+    assert main(["gradcam", str(run), *data]) == 0
+    assert main(["boxes", str(run), *boxed_images(tmp_path / "boxed"), "--images", "2"]) == 0
+    (row,) = json.loads((run / "analysis-boxes.json").read_text())["curves"][str(run)]
+    assert row["inside"] > 0
+    capfd.readouterr()
+    assert main(["align", str(run), *data]) == 2
+    assert "regioncl-moby, which has no alignment maps" in capfd.readouterr().err
+    (run / "stray.png").write_bytes(b"no picture")
+    (run / "stray.json").write_text('{"analysis": "gradcam"}')
+    page = render([read_run(run)])
+    assert "Grad-CAM" in page and "Gradient inside object boxes" in page
+    for name in ("gradcam", "boxes"):
+        assert base64.b64encode((run / f"analysis-{name}.png").read_bytes()).decode() in page
+
+
+def test_images_without_labels_agree_with_nobody(lewel_run: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    flags = ["--loader", "folder", "--data", str(tmp_path), "--images", "2", "--out", str(tmp_path / "out" / "n.png")]
+    assert main(["neighbours", str(lewel_run), *flags]) == 0
+    found = json.loads((tmp_path / "out" / "n.json").read_text())["neighbours_of_the_same_class"]
+    assert found == {str(lewel_run): None}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Look into backbones: `python tools/analyze.py ANALYSIS RUN_OR_FILE [RUN_OR_FILE …] --data DATA --out PICTURE.png`.
+"""Look into backbones: `python tools/analyze.py ANALYSIS RUN_OR_FILE [RUN_OR_FILE …] --data DATA [--out PICTURE.png]`.
 
 gradcam     where a class's score comes from, backbones side by side on one scale (CARE, figure 4)
-boxes       gradient of the pre-training loss inside object boxes, over a run's checkpoints (RegionCL, figure 4)
-align       alignment maps of a LEWEL run
+boxes       gradient of the pre-training loss inside object boxes and k-NN, over training (RegionCL, figure 4)
+align       alignment maps of LEWEL runs
 neighbours  images and their nearest neighbours
 embedding   features in two dimensions
 """
@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from pipeline import augment
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from tools.cli import make_parser, parse
+from tools.report import read_run
 from train.backbone_io import LoadedBackbone, load
 from train.checkpoint import is_good
 from train.config import Config, resolve
@@ -126,8 +128,14 @@ def _grid(rows: int, columns: int) -> tuple[Any, np.ndarray]:
     return plt.subplots(rows, columns, figsize=(1.5 * columns, 1.6 * rows), squeeze=False, layout="constrained")
 
 
-def _name(path: str) -> str:
-    return Path(path).name or str(path)
+def _names(paths: Sequence[str]) -> list[str]:
+    """What pictures call the backbones: their last names, with the folder above where two are alike."""
+    short = [Path(path).resolve().name for path in paths]
+    return short if len(set(short)) == len(short) else ["/".join(Path(path).resolve().parts[-2:]) for path in paths]
+
+
+def _class(label: int) -> str:
+    return f"class {label}" if label >= 0 else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,11 +168,12 @@ def gradcam(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         images = normalise(pixels.to(_device()))
         maps.append(analysis.grad_cam(each.encoder, logits_of, images, torch.from_numpy(labels[chosen]).to(_device())))
     scaled = analysis.common_scale([each.cpu() for each in maps])
+    names = _names(arguments.checkpoint)
     figure, axes = _grid(len(chosen), 1 + len(maps))
     for row, image in enumerate(pixels):
         _show(axes[row][0], image, f"class {labels[chosen[row]]}")
         for column, heats in enumerate(scaled):
-            _show(axes[row][column + 1], image, _name(arguments.checkpoint[column]) if row == 0 else "")
+            _show(axes[row][column + 1], image, names[column] if row == 0 else "")
             heat = analysis.upsample(heats[row : row + 1], arguments.image_size)[0].numpy()
             axes[row][column + 1].imshow(heat, cmap="jet", alpha=0.5, vmin=0, vmax=1)
     return figure, {"mean_activation": {p: float(s.mean()) for p, s in zip(arguments.checkpoint, scaled, strict=True)}}
@@ -180,7 +189,8 @@ def neighbours(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise UserMistake(f"--data {arguments.data}: one image has no neighbours; give more")
     backbones = _backbones(arguments)
     figure, axes = _grid(len(queries) * len(backbones), shown + 1)
-    shares = {}
+    shares: dict[str, float | None] = {}
+    names = _names(arguments.checkpoint)
     for block, each in enumerate(backbones):
         features = _features(arguments, each.encoder, arguments.data, everything)
         index, cosine = analysis.nearest(features, features[queries], shown + 1)
@@ -191,11 +201,12 @@ def neighbours(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             ]
             strip = axes[block * len(queries) + row]
             pictures = _pixels(arguments, arguments.data, np.array([query, *(i for i, _ in others)]))
-            _show(strip[0], pictures[0], f"{_name(arguments.checkpoint[block])}: class {labels[query]}")
+            _show(strip[0], pictures[0], " ".join(filter(None, (names[block], _class(labels[query])))))
             for column, (i, c) in enumerate(others):
-                _show(strip[column + 1], pictures[column + 1], f"{c:.2f}, class {labels[i]}")
+                _show(strip[column + 1], pictures[column + 1], f"{c:.2f} {_class(labels[i])}")
                 agree.append(labels[i] == labels[query])
-        shares[arguments.checkpoint[block]] = float(np.mean(agree))
+        # Without labels there is nothing to agree on.
+        shares[arguments.checkpoint[block]] = float(np.mean(agree)) if (labels >= 0).all() else None
     return figure, {"neighbours_of_the_same_class": shares}
 
 
@@ -205,11 +216,11 @@ def embedding(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     chosen = _spread(len(labels), max(arguments.images, 3))
     figure, axes = _grid(1, len(arguments.checkpoint))
     figure.set_size_inches(5 * len(arguments.checkpoint), 5)
-    for axis, path, each in zip(axes[0], arguments.checkpoint, _backbones(arguments), strict=True):
+    for axis, name, each in zip(axes[0], _names(arguments.checkpoint), _backbones(arguments), strict=True):
         features = _features(arguments, each.encoder, arguments.data, chosen)
         points = _tsne(features, arguments.seed) if arguments.tsne else analysis.principal_plane(features).numpy()
         axis.scatter(points[:, 0], points[:, 1], c=labels[chosen], cmap="tab10", s=6)
-        axis.set_title(f"{_name(path)}: {'t-SNE' if arguments.tsne else 'principal axes'}", fontsize=8)
+        axis.set_title(f"{name}: {'t-SNE' if arguments.tsne else 'principal axes'}", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
     return figure, {"images": len(chosen)}
@@ -270,7 +281,7 @@ def _boxed_images(arguments: argparse.Namespace) -> tuple[list[Path], list[list[
     return [Path(arguments.data) / images[i]["file_name"] for i in chosen], [boxes[i] for i in chosen]
 
 
-def _whole_views(files: list[Path], size: int, seed: int) -> list[Tensor]:
+def _whole_views(files: Sequence[Path], size: int, seed: int) -> list[Tensor]:
     """Two uint8 views (n, 3, S, S) of whole images squeezed to the square: no crop and no flip, so that boxes hold."""
     try:
         pictures = [Image.open(file).convert("RGB").resize((size, size), Image.Resampling.BILINEAR) for file in files]
@@ -283,30 +294,53 @@ def _whole_views(files: list[Path], size: int, seed: int) -> list[Tensor]:
 
 
 def boxes(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Mean gradient magnitude inside object boxes at every checkpoint of each run, the same views for all."""
+    """Mean gradient magnitude inside object boxes at every checkpoint, the same views for all runs, and their k-NN."""
     if not arguments.annotations:
         raise UserMistake("--annotations is needed: a COCO instances file whose images are in --data")
     files, members = _boxed_images(arguments)
-    figure, axes = _grid(1, 1)
-    figure.set_size_inches(6, 4)
+    knn = [_knn_curve(folder) for folder in arguments.checkpoint]
+    figure, axes = _grid(1, 2 if any(steps for steps, _ in knn) else 1)
+    figure.set_size_inches(6 * axes.shape[1], 4)
     curves: dict[str, list[dict[str, float]]] = {}
-    for folder in arguments.checkpoint:
-        config = _run_config(folder)
-        size = config.recipe.image_size
-        views = [view.to(_device()) for view in _whole_views(files, size, arguments.seed)]
-        mask = analysis.box_mask(members, size)
-        rows = []
-        for path in _checkpoints(folder):
-            method, runtime = _method(config, path)
-            gradient = analysis.input_gradient(method.train(), views[0], _inputs_of(config, method, runtime, views[1]))
-            inside, outside = analysis.inside_outside(gradient.cpu(), mask)
-            rows.append({"step": int(path.name.removeprefix("step_")), "inside": inside, "outside": outside})
-        curves[folder] = rows
-        axes[0][0].plot([row["step"] for row in rows], [row["inside"] for row in rows], marker="o", label=_name(folder))
-    axes[0][0].set_xlabel("optimizer step")
-    axes[0][0].set_ylabel("mean |d loss / d pixel| inside boxes")
-    axes[0][0].legend()
+    for name, folder, (knn_steps, top1) in zip(_names(arguments.checkpoint), arguments.checkpoint, knn, strict=True):
+        curves[folder] = rows = _box_gradients(arguments, folder, files, members)
+        axes[0][0].plot([row["step"] for row in rows], [row["inside"] for row in rows], marker="o", label=name)
+        if axes.shape[1] > 1:
+            axes[0][1].plot(knn_steps, top1, marker="o", label=name)
+    for axis, label in zip(axes[0], ("mean |d loss / d pixel| inside boxes", "k-NN top-1, percent"), strict=False):
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel(label)
+        axis.legend()
     return figure, {"images": len(files), "curves": curves}
+
+
+def _knn_curve(folder: str) -> tuple[list[int], list[float]]:
+    """Steps and percents of a run's online k-NN; empty where it had no validation images."""
+    if not (Path(folder) / "metrics.jsonl").is_file():
+        return [], []
+    steps, shares = read_run(Path(folder)).values("knn", "top1")
+    return [int(step) for step in steps], [100 * share for share in shares]
+
+
+def _box_gradients(
+    arguments: argparse.Namespace, folder: str, files: Sequence[Path],
+    members: list[list[tuple[float, float, float, float]]],
+) -> list[dict[str, float]]:  # fmt: skip
+    """One row for each checkpoint of a run: step, mean magnitude inside and outside the boxes."""
+    config = _run_config(folder)
+    size = config.recipe.image_size
+    views = [view.to(_device()) for view in _whole_views(files, size, arguments.seed)]
+    mask = analysis.box_mask(members, size)
+    rows = []
+    for path in _checkpoints(folder):
+        method, runtime = _method(config, path)
+        gradient = analysis.input_gradient(method.train(), views[0], _inputs_of(config, method, runtime, views[1]))
+        try:
+            inside, outside = analysis.inside_outside(gradient.cpu(), mask)
+        except ValueError as reason:
+            raise UserMistake(f"--annotations {arguments.annotations}: {reason}") from None
+        rows.append({"step": int(path.name.removeprefix("step_")), "inside": inside, "outside": outside})
+    return rows
 
 
 def _inputs_of(config: Config, method: Method, runtime: Runtime, view2: Tensor) -> Callable[[Tensor], StepInputs]:
@@ -315,8 +349,30 @@ def _inputs_of(config: Config, method: Method, runtime: Runtime, view2: Tensor) 
 
 
 def align(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Some images and some of their alignment maps, spread over the groups; each map on its own scale."""
-    folder = arguments.checkpoint[0]
+    """Some images and some of their alignment maps, spread over the groups, each on its own scale; a block a run."""
+    methods = [_aligned_method(folder) for folder in arguments.checkpoint]
+    total = len(_labels(arguments, arguments.data))
+    pixels = _pixels(arguments, arguments.data, _spread(total, arguments.images))
+    maps = [_maps_of(*parts, pixels) for parts in methods]
+    columns = [_spread(each.shape[1], arguments.maps) for each in maps]
+    figure, axes = _grid(len(pixels) * len(maps), 1 + max(map(len, columns)))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    ratios = {}
+    for block, (name, folder) in enumerate(zip(_names(arguments.checkpoint), arguments.checkpoint, strict=True)):
+        for row, image in enumerate(pixels):
+            strip = axes[block * len(pixels) + row]
+            _show(strip[0], image, name if row == 0 else "")
+            for axis, number in zip(strip[1:], columns[block], strict=False):
+                _show(axis, image, f"map {number}" if row == 0 else "")
+                heat = analysis.upsample(maps[block][row, number][None], arguments.image_size)[0].numpy()
+                axis.imshow(heat, cmap="jet", alpha=0.5)
+        ratios[folder] = float((maps[block].amax(dim=(2, 3)) / maps[block].amin(dim=(2, 3))).mean())
+    return figure, {"maps": int(maps[0].shape[1]), "mean_ratio_of_largest_to_smallest": ratios}
+
+
+def _aligned_method(folder: str) -> tuple[nn.Module, AlignmentHead]:
+    """Encoder and alignment head of a run's newest checkpoint."""
     config = _run_config(folder)
     method, _ = _method(config, _checkpoints(folder)[-1])
     head = next((module for module in method.children() if isinstance(module, AlignmentHead)), None)
@@ -324,31 +380,73 @@ def align(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         raise UserMistake(
             f"{folder} was trained with {config.run.method}, which has no alignment maps; give a LEWEL run"
         )
-    total = len(_labels(arguments, arguments.data))
-    pixels = _pixels(arguments, arguments.data, _spread(total, arguments.images))
+    return method.encoder, head
+
+
+def _maps_of(encoder: nn.Module, head: AlignmentHead, pixels: Tensor) -> Tensor:
+    """Alignment maps (B, d, H, W) of uint8 images (B, 3, S, S), on the CPU."""
     try:
-        maps = analysis.lewel_maps(method.encoder, head, normalise(pixels.to(_device()))).cpu()
+        return analysis.lewel_maps(encoder, head, normalise(pixels.to(_device()))).cpu()
     except ValueError as reason:
         raise UserMistake(str(reason)) from None
-    shown = _spread(maps.shape[1], arguments.maps)
-    figure, axes = _grid(len(pixels), 1 + len(shown))
-    for row, image in enumerate(pixels):
-        _show(axes[row][0], image)
-        for column, number in enumerate(shown):
-            _show(axes[row][column + 1], image, f"map {number}" if row == 0 else "")
-            heat = analysis.upsample(maps[row, number][None], arguments.image_size)[0].numpy()
-            axes[row][column + 1].imshow(heat, cmap="jet", alpha=0.5)
-    ratio = (maps.amax(dim=(2, 3)) / maps.amin(dim=(2, 3))).mean()
-    return figure, {"maps": int(maps.shape[1]), "mean_ratio_of_largest_to_smallest": float(ratio)}
 
 
-ANALYSES: dict[str, Callable[[argparse.Namespace], tuple[Any, dict[str, Any]]]] = {
-    "gradcam": gradcam,
-    "boxes": boxes,
-    "align": align,
-    "neighbours": neighbours,
-    "embedding": embedding,
-}
+@dataclass(frozen=True)
+class Analysis:
+    """One analysis: who draws it, its title in a report, and how to read it."""
+
+    draw: Callable[[argparse.Namespace], tuple[Any, dict[str, Any]]]
+    title: str
+    note: str
+
+
+ANALYSES: dict[str, Analysis] = {
+    "gradcam": Analysis(
+        gradcam, "Grad-CAM",
+        "Where the right class's score under a linear probe comes from; all maps on one scale, red is the largest.",
+    ),
+    "boxes": Analysis(
+        boxes, "Gradient inside object boxes",
+        "Mean magnitude of the pre-training loss's gradient by the pixels inside object boxes, at each checkpoint.",
+    ),
+    "align": Analysis(
+        align, "Alignment maps", "Where LEWEL's maps look, some of them for some images; each map on its own scale."
+    ),
+    "neighbours": Analysis(
+        neighbours, "Nearest neighbours", "Each row: an image, then those with the largest cosine of features."
+    ),
+    "embedding": Analysis(
+        embedding, "Features in the plane", "One dot an image, coloured by class where there are labels."
+    ),
+}  # fmt: skip
+
+
+def _default_out(name: str, checkpoint: str) -> Path:
+    """In the run's folder, where its report finds it, or beside a file."""
+    path = Path(checkpoint)
+    return path / f"analysis-{name}.png" if path.is_dir() else path.with_name(f"{path.stem}.analysis-{name}.png")
+
+
+def _own_image_size(checkpoint: str) -> int:
+    """The image size that a run was trained at; 224 for a file."""
+    try:
+        return int(json.loads((Path(checkpoint) / "config.json").read_text())["recipe"]["image_size"])
+    except (OSError, ValueError, KeyError):
+        return 224
+
+
+def _write(out: Path, figure: Any, arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    kind = ANALYSES[arguments.analysis]
+    about = {"analysis": arguments.analysis, "title": kind.title, "note": kind.note,
+             "checkpoints": arguments.checkpoint, "data": arguments.data, **figures}  # fmt: skip
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=130)
+        out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    except OSError as reason:
+        raise UserMistake(f"--out {out}: {reason.strerror or reason}; choose a place that can be written") from None
+    finally:
+        _pyplot().close(figure)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -357,11 +455,15 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("analysis", choices=list(ANALYSES), help="what to look at")
     parser.add_argument("checkpoint", nargs="+", help="runs or backbone files (boxes and align: runs)")
     parser.add_argument("--data", required=True, help="images; boxes: the folder that --annotations belongs to")
-    parser.add_argument("--out", required=True, help="picture to write, .png")
+    parser.add_argument(
+        "--out", default="", help="picture to write, .png; empty: analysis-NAME.png in the first run's folder"
+    )
     parser.add_argument("--annotations", default="", help="boxes: COCO instances file")
     parser.add_argument("--loader", default="auto", help="where images come from")
     parser.add_argument("--arch", default="", help="architecture; empty finds it out")
-    parser.add_argument("--image-size", type=int, default=224, help="side of a view (boxes: the run's own)")
+    parser.add_argument(
+        "--image-size", type=int, default=0, help="side of a view; 0: the first run's, or 224 (boxes: each run's own)"
+    )
     parser.add_argument("--images", type=int, default=8, help="images to show or to measure on")
     parser.add_argument(
         "--probe-images", type=int, default=2000, help="gradcam: images that the linear probe learns from"
@@ -374,21 +476,17 @@ def run(argv: Sequence[str]) -> int:
         arguments = parse(parser, argv)
     except ValueError as reason:
         raise UserMistake(str(reason)) from None
-    for name in ("image_size", "images", "probe_images", "neighbours", "maps"):
+    if arguments.image_size < 0:
+        raise UserMistake(f"--image-size {arguments.image_size}: must not be negative")
+    arguments.image_size = arguments.image_size or _own_image_size(arguments.checkpoint[0])
+    for name in ("images", "probe_images", "neighbours", "maps"):
         if getattr(arguments, name) < 1:
             raise UserMistake(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
-    out = Path(arguments.out)
+    out = Path(arguments.out) if arguments.out else _default_out(arguments.analysis, arguments.checkpoint[0])
     if out.suffix != ".png":
         raise UserMistake(f"--out {out}: the picture is a .png")
-    figure, figures = ANALYSES[arguments.analysis](arguments)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=130)
-        out.with_suffix(".json").write_text(json.dumps({"analysis": arguments.analysis, **figures}, indent=1) + "\n")
-    except OSError as reason:
-        raise UserMistake(f"--out {out}: {reason.strerror or reason}; choose a place that can be written") from None
-    finally:
-        _pyplot().close(figure)
+    figure, figures = ANALYSES[arguments.analysis].draw(arguments)
+    _write(out, figure, arguments, figures)
     print(f"{arguments.analysis}: {out}, figures in {out.with_suffix('.json')}")
     return 0
 

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from tools.evaluations import PROTOCOLS, Measurement, describe, measurements, re
 from tools.evaluations import differences as evaluation_differences
 from tools.published import candidates, differences
 from train.errors import UserMistake, run_to_exit_code
+
+if TYPE_CHECKING:
+    from tools.report_views import Picture
 
 _STYLE = Path(__file__).with_name("report.css")
 Row = dict[str, Any]
@@ -309,13 +312,25 @@ def _pictures(runs: Sequence[Run]) -> str:
         except UserMistake as reason:
             parts.append(f'<p class="note">{_text(run.name)}: no images to show ({_text(reason)})</p>')
             continue
-        for picture in pictures:
-            title = picture.title if len(runs) == 1 else f"{run.name}: {picture.title}"
-            parts.append(
-                f'<figure><h3>{_text(title)}</h3><p class="note">{_text(picture.note)}</p>'
-                f'<img src="{picture.uri}" width="{picture.width_px}" alt="{_text(title)}"></figure>'
-            )
+        parts += [_picture(picture, run, runs) for picture in pictures]
     return f'<div class="pictures">{"".join(parts)}</div>'
+
+
+def _analyses(runs: Sequence[Run]) -> str:
+    from tools.report_views import analysis_pictures
+
+    parts = [_picture(picture, run, runs) for run in runs for picture in analysis_pictures(run.folder)]
+    if not parts:
+        return '<p class="note">None yet: run tools/analyze.py on the run, then write this page again.</p>'
+    return f'<div class="pictures">{"".join(parts)}</div>'
+
+
+def _picture(picture: Picture, run: Run, runs: Sequence[Run]) -> str:
+    title = picture.title if len(runs) == 1 else f"{run.name}: {picture.title}"
+    return (
+        f'<figure><h3>{_text(title)}</h3><p class="note">{_text(picture.note)}</p>'
+        f'<img src="{picture.uri}" width="{picture.width_px}" alt="{_text(title)}"></figure>'
+    )
 
 
 def _events(runs: Sequence[Run]) -> str:
@@ -370,6 +385,7 @@ def render(runs: Sequence[Run]) -> str:
         ("Results beside the published figures", _beside_published),
         ("Curves", _charts),
         ("What the method sees", _pictures),
+        ("Analyses of the backbone", _analyses),
         ("Events", _events),
         ("Configuration", _configuration),
     ]

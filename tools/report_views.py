@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,24 @@ def run_pictures(run_dir: Path) -> list[Picture]:
     if hasattr(config.model, "region"):
         pictures.append(_mixed_picture(config, views[0], cell))
     return pictures
+
+
+def analysis_pictures(run_dir: Path) -> list[Picture]:
+    """The pictures that `tools/analyze.py` left in a run's folder, by name: those with a description beside them."""
+    found = []
+    for path in sorted(run_dir.glob("*.png")):
+        try:
+            about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                image.verify()
+                width = image.width
+        except (OSError, ValueError, SyntaxError):  # verify() calls a damaged PNG a syntax error
+            continue
+        if isinstance(about, dict) and "analysis" in about:
+            title, note = (str(about.get(name, "")) for name in ("title", "note"))
+            found.append(Picture(title or str(about["analysis"]), note, _data_uri(content), width))
+    return found
 
 
 def _some_images(config: Config) -> Batch:
@@ -165,4 +184,8 @@ def _picture(title: str, note: str, rows: list[list[Image.Image]]) -> Picture:
             sheet.paste(image, (x * (cell + _GAP_PX), y * (cell + _GAP_PX)))
     stream = io.BytesIO()
     sheet.save(stream, "PNG", optimize=True)
-    return Picture(title, note, "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii"), width)
+    return Picture(title, note, _data_uri(stream.getvalue()), width)
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

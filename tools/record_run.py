@@ -14,14 +14,23 @@ if not __package__:
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from tools.benchmarking import Report, Summary
 from tools.cli import make_parser, parse, run_main
+from train.config import changed_fields, resolve
 
 
 def _single(value: float) -> Summary:
     """A figure that was measured once."""
     return Summary(value, value, value, 1)
+
+
+def _flags(config: dict[str, Any]) -> list[str]:
+    """What the run's recipe and method settings have other than the recipe of that name, as `flag value`."""
+    made = json.loads(json.dumps(resolve(["--method", config["run"]["method"], "--recipe", config["run"]["recipe"]]).to_json()))
+    changes = changed_fields({**made, "run": config["run"]}, config)
+    return [change.split(": ", 1)[0] + " " + change.rpartition(" -> ")[2] for change in changes]
 
 
 def record(report: Report, run_dir: Path) -> None:
@@ -40,6 +49,7 @@ def record(report: Report, run_dir: Path) -> None:
         f"{run['recipe']}, {recipe['arch']}, {recipe['image_size']} px, batch {recipe['global_batch']}, "
         f"{recipe['epochs']} epochs, {config['data_images']} images, {run['precision']}, seed {run['seed']}"
     )
+    setting = ", ".join([setting, *_flags(config)])
     for row in rows:
         if row["kind"] == "knn":
             report.add(run["method"], f"20-NN top-1, epoch {row['epoch']}", "share", _single(row["top1"]), setting)

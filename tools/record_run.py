@@ -28,7 +28,8 @@ def _single(value: float) -> Summary:
 
 def _flags(config: dict[str, Any]) -> list[str]:
     """What the run's recipe and method settings have other than the recipe of that name, as `flag value`."""
-    made = json.loads(json.dumps(resolve(["--method", config["run"]["method"], "--recipe", config["run"]["recipe"]]).to_json()))
+    recipe = resolve(["--method", config["run"]["method"], "--recipe", config["run"]["recipe"]])
+    made = json.loads(json.dumps(recipe.to_json()))
     changes = changed_fields({**made, "run": config["run"]}, config)
     return [change.split(": ", 1)[0] + " " + change.rpartition(" -> ")[2] for change in changes]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from train.eval.detection import rle
 from train.eval.detection.inference import Detections
 
-COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
+COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
 
 
 def rectangle(x: int, y: int, w: int, h: int) -> list[float]:
@@ -23,7 +23,8 @@ def draw_image(path: Path, size: tuple[int, ...], boxes: list[tuple[int, tuple[i
     """A noisy grey image with a filled rectangle of its class's colour for each (class, x y w h)."""
     pixels = np.random.default_rng(seed).integers(90, 140, (size[1], size[0], 3), dtype=np.uint8)
     for label, (x, y, w, h) in boxes:
-        pixels[y : y + h, x : x + w] = COLOURS[label]
+        # Noise here as well: in a flat area one rounding error can switch the same unit everywhere.
+        pixels[y : y + h, x : x + w] = pixels[y : y + h, x : x + w] // 2 - 57 + np.array(COLOURS[label])
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 

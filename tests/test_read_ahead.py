@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import os
 import threading
@@ -20,7 +19,6 @@ from pipeline.loaders import build_pipeline
 from pipeline.read_ahead import MAX_GAP, WindowReader, extents
 from pipeline.sampling import sharded_order, sharded_windows
 from tests.small_stores import pack
-from tools import bench_pipeline
 from tools.page_limit import PAGE, PageLimit
 
 has_ffcv = [
@@ -157,20 +155,3 @@ def test_page_limit_drops_what_came_first(tmp_path):
                         break
                     threading.Event().wait(0.01)
         assert 0 < limit.resident().sum() <= 100 and not limit.resident()[:250].any()
-
-
-def test_bench_of_a_file_larger_than_memory(packed, tmp_path, capsys, monkeypatch):
-    flags = "--memory-share 0.5 --batch 8 --size 32 --rounds 1 --device cpu --workers 1 --output".split()
-    few = replace_contenders(monkeypatch, ("sharded", "global"))
-    assert bench_pipeline.main(["--data", str(packed), *flags, str(tmp_path / "rows.csv")]) == 0
-    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
-    assert len(rows) == 3 * len(few) and {row["metric"] for row in rows} == {
-        "throughput", "read in an epoch", "most in the page cache",
-    }  # fmt: skip
-    assert capsys.readouterr().out.splitlines()[-1].startswith("bottleneck: --order sharded reads ")
-
-
-def replace_contenders(monkeypatch, names):
-    measure = bench_pipeline.measure_bounded
-    monkeypatch.setattr(bench_pipeline, "measure_bounded", lambda *given: measure(*given, contenders=names))
-    return names

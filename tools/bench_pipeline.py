@@ -3,6 +3,7 @@
     python tools/bench_pipeline.py --photos FOLDER      # packs them at 400 px and repeats them to a long epoch
     python tools/bench_pipeline.py --data FILE.beton
     python tools/bench_pipeline.py --photos FOLDER --memory-share 0.25   # as if a quarter of it fitted into memory
+    python tools/bench_pipeline.py --photos FOLDER --levers              # what each device of the loader is worth
 
 The contenders take turns. Every one of them decodes each image anew, so repeated photos are no easier than others.
 """
@@ -36,6 +37,7 @@ from tools import cli
 from tools.benchmarking import Report, Summary, add_common_flags, choose_device, usable_cores
 from tools.pipeline_bounded import bounded_conclusion, measure_bounded
 from tools.pipeline_contenders import crops_transform, dataloader_epoch, moco_v2_transform, stock_ffcv_epoch
+from tools.pipeline_levers import measure_levers
 
 CONTENDERS = (
     "stock-ffcv", "pil-crops", "pil-full", "ffcv", "folder", "dali", "ffcv-augment", "ffcv-augment-bf16",
@@ -175,6 +177,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="what to measure")
     parser.add_argument("--memory-share", type=float, default=0.0, metavar="SHARE",
                         help="instead, as if only this share of the file fitted into memory; 0: all of it")  # fmt: skip
+    parser.add_argument("--levers", action="store_true", help="instead, change one device of our loader at a time")
     add_common_flags(parser)
     parser.set_defaults(rounds=5, max_seconds=600.0)
     return cli.parse(parser, argv)
@@ -214,6 +217,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     if (options.data is None) == (options.photos is None):
         raise ValueError("give either --data FILE.beton or --photos FOLDER")
+    if options.levers and options.memory_share:
+        raise ValueError("--levers and --memory-share are two measurements; give one of them")
     if not 0 <= options.memory_share < 1:
         raise ValueError(f"--memory-share {options.memory_share} is not a share of the file; choose 0.25, say")
     device = choose_device(options.device)
@@ -235,6 +240,11 @@ def main(argv: Sequence[str]) -> int:
         )
         views = tuple(replace(spec, size=options.size) for spec in augment.view_specs("mocov2", options.size))
         config = PipelineConfig(str(data), views, options.batch, workers=workers, device=device)
+        if options.levers:
+            check(data, config, ["folder"])
+            line = measure_levers(report, data, config, options.rounds, options.max_seconds, setting)
+            report.finish(line, options.output, write=not options.no_csv)
+            return 0
         if options.memory_share:
             data = data.resolve()
             check(data, config, ["folder"])

@@ -208,6 +208,19 @@ if [ -f pipeline/native_build.py ]; then
   "$python" -m pipeline.native_build >"$log" 2>&1 || lack "native decoder" "$(reason); it needs g++ and libjpeg's headers, then 'bash tools/setup.sh --retry'"
 fi
 
+# Compiled once here, instead of by the first command that packs or reads photos.
+if [ -f pipeline/jpeg.py ]; then
+  say "check of JPEG files"
+  "$python" - >"$log" 2>&1 <<'WARM' || true
+import io
+from PIL import Image
+from pipeline.jpeg import check_jpeg
+photo = io.BytesIO()
+Image.new("RGB", (16, 16)).save(photo, "JPEG")
+check_jpeg(photo.getvalue())
+WARM
+fi
+
 {
   fingerprint
   [ ${#missing[@]} -eq 0 ] || printf '%s\n' "${missing[@]}"

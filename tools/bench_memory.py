@@ -31,7 +31,7 @@ from tools import cli
 from tools.benchmarking import ROOT, Report
 
 METHODS = ("regioncl-m", "densecl", "regioncl-d")
-COPIES = 4
+COPIES = 3.2
 """Matrices of logits that the materialised loss holds at its peak, rounded up."""
 KIB = 1024
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from .detection.schedule import DEFAULT_SCHEDULE, SIZES, Schedule, Sizes, schedu
 from .detection.training import Course, build_state, precise_statistics, train
 from .detection.voc_ap import voc_ap
 from .session import ProtocolConfig, ProtocolSession, flag, open_protocol, parse_config, percent, result_path, table
-from .tuning_state import TuningCheckpoints, TuningState, fingerprint, state_folder
+from .tuning_state import TuningCheckpoints, TuningState, discard_state, fingerprint, state_folder
 
 MODEL_NAMES = {
     "faster-rcnn-c4": "Faster R-CNN C4", "mask-rcnn-c4": "Mask R-CNN C4", "faster-rcnn-fpn": "Faster R-CNN FPN",
@@ -188,15 +187,6 @@ def _settings(config: DetectConfig, plan: Plan, data: DetectionData, backbone: s
     return {**flags, **course, "data_hash": data.data_hash, "backbone": backbone}
 
 
-def _output(session: ProtocolSession, config: DetectConfig, kind: Format) -> DetectConfig:
-    """The flags with the result file named, one for each detector and schedule."""
-    if config.output:
-        return config
-    path = result_path(session)
-    name = f"{path.stem}-{config.detector}-{config.schedule or DEFAULT_SCHEDULE[kind]}.json"
-    return dataclasses.replace(config, output=str(path.with_name(name)))
-
-
 def fine_tune(
     session: ProtocolSession, config: DetectConfig, plan: Plan, data: DetectionData
 ) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
@@ -230,7 +220,7 @@ def fine_tune(
         )
         state: TuningState = build_state(detector, course, runtime)
         settings = _settings(config, plan, data, backbone)
-        folder = state_folder(Path(config.output))
+        folder = state_folder(result_path(session))
         checkpoints = TuningCheckpoints(folder, settings, runtime, config.resume == "auto")
         checkpoints.restore(state)
         wrapped = wrap_distributed(detector, runtime, config.deterministic)
@@ -248,18 +238,17 @@ def run(argv: Sequence[str]) -> int:
     config = parse_config("detect", "Fine-tune a detector on the backbone and measure its AP.", DetectConfig(), argv)
     check(config)
     kind = format_of(config.data)
-    with open_protocol("detect", config) as session:
+    variant = f"{config.detector}-{config.schedule or DEFAULT_SCHEDULE[kind]}"
+    with open_protocol("detect", config, variant) as session:
         if session.arch.startswith("swin"):
             raise UserMistake(f"{session.arch} is no backbone of the published detectors; give a ResNet's checkpoint")
-        config = _output(session, config, kind)
-        session.config = config
         plan = plan_of(config, kind)
         data, val = read_both(session, config)
         detector, history = fine_tune(session, config, plan, data)
         threads = decoding_threads(config.workers)
         detections = detect(detector, val.records, plan.sizes, session.runtime, threads)
         if not session.runtime.is_main:
-            return 0
+            return 0  # the figures and the file are the first rank's
         found = precisions(val, detections, config.detector.startswith("mask"))
         rows = [
             [name, *(percent(figures[m]) if m in figures else "" for m in METRICS)] for name, figures in found.items()
@@ -273,4 +262,5 @@ def run(argv: Sequence[str]) -> int:
             "parameters": sum(p.numel() for p in detector.parameters()), "precisions": found,
             "metrics": headline(found), "history": history,
         })  # fmt: skip
+        discard_state(result_path(session), session.runtime)
     return 0

@@ -1,0 +1,70 @@
+"""Append what transfer reached to `tools/results/transfer.csv`: the figures of result files of `train/evaluate.py`.
+
+`python tools/record_transfer.py runs/regioncl-m/eval-detect-mask-rcnn-fpn-1x.json`
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tools.benchmarking import Report, Summary
+from tools.cli import make_parser, parse, run_main
+from tools.evaluations import NAMES, measurements, read_results
+
+
+def setting_of(facts: dict[str, Any]) -> str:
+    """What was trained on what, in the words of a row."""
+    settings = facts["settings"]
+    parts = [
+        facts["arch"],
+        "random weights" if facts["untrained"] or not facts.get("method") else facts["method"],
+        f"{facts['train_images']} images, {facts['val_images']} to measure",
+        f"steps of {facts['global_batch']}",
+        f"lr {facts['lr']:g}" if "lr" in facts else "",
+        f"short side {'/'.join(map(str, facts['sizes']['train']))} px" if "sizes" in facts else "",
+        f"{facts['dtype']}, {facts['world_size']} rank(s), seed {settings['seed']}",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def record(report: Report, path: Path) -> None:
+    """Add the rows of one result file.
+
+    Raises:
+        ValueError: when it is no result of a transfer protocol.
+    """
+    found = read_results([path])
+    if path.name not in found or found[path.name]["protocol"] not in ("detect", "segment"):
+        raise ValueError(f"{path} is no result of detect or segment; give a file that train/evaluate.py wrote")
+    facts = found[path.name]
+    for measured in measurements(path.name, facts):
+        for name, percent in measured.figures.items():
+            value = Summary(percent / 100, percent / 100, percent / 100, 1)
+            report.add(measured.task, NAMES[name], "share", value, setting_of(facts))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Record the result files that the command line names; returns the exit code."""
+    parser = make_parser("Append figures of transfer to tools/results/transfer.csv.")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result files of detect or segment")
+    parser.add_argument("--output", type=Path, default=None, help="CSV to append to; tools/results/transfer.csv")
+    arguments = parse(parser, argv)
+    report = Report("transfer", torch.device("cpu"))
+    for path in arguments.results:
+        record(report, path)
+    report.finish(f"{len(arguments.results)} result files recorded", arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,202 @@
+"""What every method learns within a few hundred CPU steps on the drawn data set (shapes.py), by train/main.py itself.
+
+`python -m tests.learning --methods moco-v2 simsiam --seeds 0 1 2` prints k-NN before and after training;
+`--fault no_predictor` plants a fault first. Rows are appended to tools/results/behaviour.csv but with `--no-csv`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+import train.main
+from models.methods import METHODS
+from models.resnet import BACKBONES, ResNetTrunk, initialise_convolutions
+from models.swin import SwinTrunk
+from tests import test_planted_faults
+from tests.shapes import CLASSES, write_pictures
+from tools.benchmarking import RESULTS, Report
+from tools.cli import make_parser, parse, run_main
+
+TRAINING, HELD_OUT = 128, 32  # pictures of each class
+PICTURE_SEED = 7
+EPOCHS = 12  # of 24 steps each
+SWIN_METHODS = ("moby", "regioncl-moby")
+
+
+class ShapesResNet(ResNetTrunk):
+    """ResNet-10 at a quarter of the width, with a stem for 32 px: images (B, 3, 32, 32) -> (B, 128, 2, 2)."""
+
+    stride = 16
+
+    def __init__(self, conv_init: Any = "fan_out", zero_init_residual: bool = False) -> None:
+        super().__init__(BasicBlock, (1, 1, 1, 1), conv_init=conv_init)
+        self.inplanes = 16
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, stride=2, padding=1, bias=False)
+        self.bn1, self.maxpool = nn.BatchNorm2d(16), nn.Identity()  # type: ignore[assignment]
+        self.layer1 = self._make_layer(BasicBlock, 16, 1)
+        self.layer2 = self._make_layer(BasicBlock, 32, 1, stride=2)
+        self.layer3 = self._make_layer(BasicBlock, 64, 1, stride=2)
+        self.layer4 = self._make_layer(BasicBlock, 128, 1, stride=2)
+        self.feature_dim, self.stage_dims = 128, (64, 128)
+        initialise_convolutions(self, conv_init)
+        if zero_init_residual:
+            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+                nn.init.zeros_(stage[0].bn2.weight)
+
+
+class ShapesSwin(SwinTrunk):
+    """Swin with one block a stage (two in the third), windows of 4 and patches of 2 px: 32 px -> (B, 192, 2, 2)."""
+
+    stride = 16
+
+    def __init__(self, conv_init: Any = "torch", zero_init_residual: bool = False) -> None:
+        super().__init__(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4), window_size=4)
+        self.features[0][0] = nn.Conv2d(3, 24, kernel_size=2, stride=2)
+        initialise_convolutions(self, conv_init)
+
+
+@contextmanager
+def shapes_backbones() -> Iterator[None]:
+    """Within the block `--arch` takes "resnet-shapes" and "swin-shapes"."""
+    added: dict[str, Callable[..., Any]] = {"resnet-shapes": ShapesResNet, "swin-shapes": ShapesSwin}
+    BACKBONES.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del BACKBONES[name]
+
+
+SETTINGS = (
+    "--image-size 32 --global-batch 64 --augment.profile mocov1 --augment.min-scale 0.5 --optim.lr-reference-batch 0 "
+    "--optim.exclude 1d --optim.clip-grad-norm 0 --schedule.decay cosine-step --schedule.warmup-epochs 2 "
+    "--schedule.warmup-start 0 --schedule.final 0 --ema.momentum 0.95 --bn.group-size 16 --workers 1 --knn-every 0 "
+    "--device cpu --precision fp32 --no-report"
+).split()
+# AdamW's first steps are as long as its later ones; a head without BN does not recover from them.
+SGD = "--optim.kind sgd --optim.lr 0.1 --optim.weight-decay 5e-4".split()
+ADAMW = "--optim.kind adamw --optim.lr 1e-3 --optim.weight-decay 1e-4".split()
+SGD_METHODS = ("moco-v2", "regioncl-m", "densecl", "regioncl-d", "lewel-m")
+# Heads and queues in proportion to a backbone of 128 channels and 1536 pictures.
+MODEL = {
+    "queue_size": 256, "hidden_dim": 256, "dim": 128, "predictor_hidden_dim": 64, "n_blocks": 2, "t_bn_group_size": 16,
+}  # fmt: skip
+
+
+def settings(method: str) -> list[str]:
+    """Flags of a method's run, less data, folder, seed and length."""
+    fields = METHODS[method].Config.__dataclass_fields__  # type: ignore[attr-defined]
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in MODEL.items() if name in fields]
+    temperature = ["--temperature=0.2"] if "temperature" in fields else []
+    arch = "swin-shapes" if method in SWIN_METHODS else "resnet-shapes"
+    optimizer = SGD if method in SGD_METHODS else ADAMW
+    return ["--method", method, "--arch", arch, *SETTINGS, *optimizer, *sizes, *temperature]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Top-1 of 20 nearest neighbours on held-out pictures, before and after training, and the curve of the loss."""
+
+    before: float
+    after: float
+    losses: tuple[float, ...]
+
+    @property
+    def gain(self) -> float:
+        """By how much training raised it."""
+        return self.after - self.before
+
+
+def draw_data(folder: Path) -> tuple[Path, Path]:
+    """Training and held-out pictures in `folder`."""
+    return (
+        write_pictures(folder / "training", TRAINING, PICTURE_SEED),
+        write_pictures(folder / "held-out", HELD_OUT, PICTURE_SEED + 1),
+    )
+
+
+def learn(method: str, data: tuple[Path, Path], run_dir: Path, seed: int = 0, epochs: int = EPOCHS,
+          more: Sequence[str] = ()) -> Learned:  # fmt: skip
+    """One run on one thread."""
+    training, held_out = (str(folder) for folder in data)
+    argv = ["--data", training, "--val-data", held_out, "--run-dir", str(run_dir), "--seed", str(seed)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with shapes_backbones():
+            code = train.main.main([*argv, *settings(method), "--epochs", str(epochs), *more])
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 0, f"train/main.py ended with {code}"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    before, after = (row["top1"] for row in rows if row["kind"] == "knn")
+    return Learned(before, after, tuple(row["loss"] for row in rows if row["kind"] == "train"))
+
+
+GAIN = "gain of 20-NN top-1, least of the seeds"
+
+
+def setting(method: str, epochs: int = EPOCHS, fault: str = "") -> str:
+    """What a row says about its runs; rows of other settings are not compared."""
+    optimizer = "sgd" if method in SGD_METHODS else "adamw"
+    return (
+        f"{len(CLASSES)} classes, {TRAINING} + {HELD_OUT} drawn pictures each, 32 px, batch 64, {24 * epochs} steps, "
+        f"{optimizer}" + (f", {fault.replace('_', ' ')}" if fault else "")
+    )
+
+
+def record(report: Report, method: str, fault: str, epochs: int, found: Sequence[Learned]) -> None:
+    """Rows of a method's runs with several seeds."""
+    text = setting(method, epochs, fault)
+    report.add(method, "20-NN top-1, untrained", "share", [each.before for each in found], text)
+    report.add(method, "20-NN top-1, trained", "share", [each.after for each in found], text)
+    report.add(method, GAIN, "share", [min(each.gain for each in found)], text)
+
+
+def measured_gain(method: str) -> float | None:
+    """The least gain of the seeds in the newest row of a method without a fault; None where there is no row."""
+    with (RESULTS / "behaviour.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["contender"] == method and row["metric"] == GAIN]
+    gains = [float(row["median"]) for row in rows if row["setting"] == setting(method)]
+    return gains[-1] if gains else None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what the flags ask for."""
+    parser = make_parser("Measure what methods learn on the drawn data set, with several seeds.")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="which")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of 24 steps")
+    parser.add_argument("--fault", default="", help="function of tests/test_planted_faults.py that plants one")
+    parser.add_argument("--no-csv", action="store_true", help="print the table and keep no rows")
+    options = parse(parser, argv)
+    report = Report("behaviour")
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        data = draw_data(Path(folder))
+        if options.fault:
+            getattr(test_planted_faults, options.fault)(patch)
+        for method in options.methods:
+            found = []
+            for seed in options.seeds:
+                found.append(learn(method, data, Path(folder) / f"{method}-{seed}", seed, options.epochs))
+                print(f"{method} {options.fault} seed {seed}: {found[-1]}", flush=True)
+            record(report, method, options.fault, options.epochs, found)
+    least = min(row.value.median for row in report.rows if row.metric.startswith("gain"))
+    report.finish(f"least gain of all: {least:.3f}", write=not options.no_csv)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,51 @@
+"""Methods learn within a few hundred CPU steps, and do not once a fault makes them collapse.
+
+Thresholds come from the rows of tools/results/behaviour.csv, which `python -m tests.learning` writes from three seeds:
+half of the least gain of the seeds, but at least MIN_GAIN, so that a method that hardly learns fails.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models.methods import METHODS
+from tests import learning
+from tests import test_planted_faults as faults
+
+MIN_GAIN = 0.04  # of 20-NN top-1; a share of 384 pictures has a standard error of 0.025 at most
+QUICK = ("simsiam",)  # twenty seconds each
+COLLAPSES = [(faults.no_predictor, "simsiam"), (faults.no_stop_gradient, "simsiam")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return learning.draw_data(tmp_path_factory.mktemp("shapes"))
+
+
+def threshold(method: str) -> float:
+    gain = learning.measured_gain(method)
+    if gain is None:
+        pytest.skip(f"no row of {method}; run python -m tests.learning --methods {method}")
+    return max(gain / 2, MIN_GAIN)
+
+
+@pytest.mark.parametrize("method", QUICK)
+def test_quick_methods_learn(method: str, data: tuple[Path, Path], tmp_path: Path) -> None:
+    assert learning.learn(method, data, tmp_path / "run").gain > threshold(method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in QUICK])
+def test_every_other_method_learns(method: str, data: tuple[Path, Path], tmp_path: Path) -> None:
+    assert learning.learn(method, data, tmp_path / "run").gain > threshold(method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "method"), COLLAPSES, ids=lambda value: getattr(value, "__name__", value))
+def test_collapse_is_seen(
+    fault: faults.Patch, method: str, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    assert learning.learn(method, data, tmp_path / "run").gain < threshold(method)

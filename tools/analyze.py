@@ -43,7 +43,7 @@ from train.errors import UserMistake, run_to_exit_code
 from train.eval import analysis
 from train.eval.features import center_view, extract_features, normalise
 from train.eval.linear import fit_logistic
-from train.eval.splits import balanced_subset
+from train.eval.splits import balanced_subset, class_names
 from train.inputs import InputBuilder
 from train.main import build_method, feature_grid
 from train.runtime import Runtime
@@ -134,8 +134,10 @@ def _names(paths: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else ["/".join(Path(path).resolve().parts[-2:]) for path in paths]
 
 
-def _class(label: int) -> str:
-    return f"class {label}" if label >= 0 else ""
+def _class(label: int, names: Sequence[str] | None) -> str:
+    if label < 0:
+        return ""
+    return names[label] if names is not None and label < len(names) else f"class {label}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,10 +170,10 @@ def gradcam(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         images = normalise(pixels.to(_device()))
         maps.append(analysis.grad_cam(each.encoder, logits_of, images, torch.from_numpy(labels[chosen]).to(_device())))
     scaled = analysis.common_scale([each.cpu() for each in maps])
-    names = _names(arguments.checkpoint)
+    names, classes_named = _names(arguments.checkpoint), class_names(arguments.data)
     figure, axes = _grid(len(chosen), 1 + len(maps))
     for row, image in enumerate(pixels):
-        _show(axes[row][0], image, f"class {labels[chosen[row]]}")
+        _show(axes[row][0], image, _class(int(labels[chosen[row]]), classes_named))
         for column, heats in enumerate(scaled):
             _show(axes[row][column + 1], image, names[column] if row == 0 else "")
             heat = analysis.upsample(heats[row : row + 1], arguments.image_size)[0].numpy()
@@ -190,7 +192,7 @@ def neighbours(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     backbones = _backbones(arguments)
     figure, axes = _grid(len(queries) * len(backbones), shown + 1)
     shares: dict[str, float | None] = {}
-    names = _names(arguments.checkpoint)
+    names, classes_named = _names(arguments.checkpoint), class_names(arguments.data)
     for block, each in enumerate(backbones):
         features = _features(arguments, each.encoder, arguments.data, everything)
         index, cosine = analysis.nearest(features, features[queries], shown + 1)
@@ -201,9 +203,9 @@ def neighbours(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             ]
             strip = axes[block * len(queries) + row]
             pictures = _pixels(arguments, arguments.data, np.array([query, *(i for i, _ in others)]))
-            _show(strip[0], pictures[0], " ".join(filter(None, (names[block], _class(labels[query])))))
+            _show(strip[0], pictures[0], f"{names[block]} {_class(int(labels[query]), classes_named)}")
             for column, (i, c) in enumerate(others):
-                _show(strip[column + 1], pictures[column + 1], f"{c:.2f} {_class(labels[i])}")
+                _show(strip[column + 1], pictures[column + 1], f"{c:.2f} {_class(int(labels[i]), classes_named)}")
                 agree.append(labels[i] == labels[query])
         # Without labels there is nothing to agree on.
         shares[arguments.checkpoint[block]] = float(np.mean(agree)) if (labels >= 0).all() else None

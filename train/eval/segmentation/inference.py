@@ -61,7 +61,7 @@ def predict(
         (H, W) int64 on the device.
     """
     size = fitted_size(image.shape[0], image.shape[1], scale)
-    resized = torch.from_numpy(np.ascontiguousarray(resample_image(image, size)))
+    resized = torch.from_numpy(np.array(resample_image(image, size)))  # a copy, since files decode read-only
     pixels = normalise(resized.to(device).permute(2, 0, 1)[None].float())
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     logits = whole_logits(network, pixels) if window is None else sliding_logits(network, pixels, window, stride)

@@ -1,7 +1,8 @@
 """Feeds damaged JPEGs to the native decoder; run by test_native.py inside a process with the sanitizers loaded.
 
-Usage: fuzz_native.py LIBRARY SECONDS SEED FILE [FILE ...]; prints how many images it tried and how many decoded. The
-sanitizers abort the process where the decoder does what it must not.
+Usage: fuzz_native.py LIBRARY SECONDS SEED FILE [FILE ...]; prints how many images it tried, how many decoded, and how
+many of those our own decoder did. The sanitizers abort the process where the decoder does what it must not. Status and
+pixels must be what libjpeg alone makes of the file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.decoder import JOB, WHOLE_IMAGE, declare, view_array
+from pipeline.decoder import BASELINE, JOB, LIBJPEG_ONLY, OK, WHOLE_IMAGE, declare, view_array
 from pipeline.interface import ViewSpec
 
 
@@ -49,9 +50,8 @@ def main() -> None:
         ViewSpec("c", 32, kind="whole"),
     )
     specs, pool = view_array(views), native.rg_pool_open(2)
-    outs = [np.zeros((8, spec.size, spec.size, 3), dtype=np.uint8) for spec in views]
-    pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
-    tried = decoded = 0
+    sets = [[np.zeros((8, spec.size, spec.size, 3), dtype=np.uint8) for spec in views] for _ in range(2)]
+    tried = decoded = ours = 0
     end = time.monotonic() + float(seconds)
     while time.monotonic() < end:
         native.rg_force_level(int(random.integers(3)))
@@ -62,14 +62,24 @@ def main() -> None:
         jobs["data"], jobs["size"] = [a.ctypes.data for a in arrays], [len(a) for a in arrays]
         jobs["slot"], jobs["index"] = np.arange(8), random.integers(1 << 31, size=8)
         jobs["flags"] = random.choice([0, WHOLE_IMAGE, 4, 4 | WHOLE_IMAGE], size=8)
-        native.rg_decode(
-            pool, jobs.ctypes.data, 8, specs.ctypes.data, len(views), pointers.ctypes.data, tried, 0, 4_000_000
-        )
+        general = jobs.copy()
+        general["flags"] |= LIBJPEG_ONLY
+        for each, outs in zip((jobs, general), sets, strict=True):
+            pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
+            native.rg_decode(
+                pool, each.ctypes.data, 8, specs.ctypes.data, len(views), pointers.ctypes.data, tried, 0, 4_000_000
+            )
         assert ((jobs["status"] >= 0) & (jobs["status"] <= 5)).all()
+        for at in range(8):
+            same = all(jobs[at][field] == general[at][field] for field in ("status", "width", "height"))
+            if same and jobs[at]["status"] == OK:
+                same = all(np.array_equal(found[at], expected[at]) for found, expected in zip(*sets, strict=True))
+            assert same, f"not as libjpeg: {jobs[at]} {general[at]} {records[at].hex()}"
         tried += 8
-        decoded += int((jobs["status"] == 0).sum())
+        decoded += int((jobs["status"] == OK).sum())
+        ours += int(((jobs["status"] == OK) & (jobs["decoder"] == BASELINE)).sum())
     native.rg_pool_close(pool)
-    print(tried, decoded)
+    print(tried, decoded, ours)
 
 
 if __name__ == "__main__":

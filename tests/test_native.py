@@ -17,10 +17,12 @@ from PIL import Image
 
 from pipeline import native_build
 from pipeline.decoder import (
+    BASELINE,
     CHECK_CRC,
     CHECKSUM,
     DAMAGED,
     JOB,
+    LIBJPEG_ONLY,
     MAX_PIXELS,
     OK,
     REFUSE_ROTATED,
@@ -210,6 +212,88 @@ def test_constant_images_stay_constant(decode: Decode) -> None:
             assert np.abs(view.astype(int) - expected).max() <= 1
 
 
+def as_libjpeg(library: ctypes.CDLL, records: list[bytes], flags: int, views: tuple[ViewSpec, ...]) -> np.ndarray:
+    """Assert that statuses, sizes and pixels are those of libjpeg; returns which records our own decoder served."""
+    specs, pool, results = view_array(views), library.rg_pool_open(2), []
+    arrays = [np.frombuffer(record, dtype=np.uint8) for record in records]
+    for extra in (0, LIBJPEG_ONLY):
+        jobs = np.zeros(len(records), dtype=JOB)
+        jobs["data"], jobs["size"] = [array.ctypes.data for array in arrays], [len(record) for record in records]
+        jobs["index"] = jobs["slot"] = np.arange(len(records))
+        jobs["flags"] = flags | extra
+        outs = [np.zeros((len(records), spec.size, spec.size, 3), dtype=np.uint8) for spec in views]
+        pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
+        library.rg_decode(
+            pool, jobs.ctypes.data, len(jobs), specs.ctypes.data, len(views), pointers.ctypes.data, 3, 1, MAX_PIXELS
+        )
+        results.append((jobs, outs))
+    library.rg_pool_close(pool)
+    (ours, found), (general, expected) = results
+    for field in ("status", "width", "height"):
+        assert (ours[field] == general[field]).all(), np.flatnonzero(ours[field] != general[field])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert np.array_equal(mine, theirs)
+    assert not (general["decoder"] == BASELINE).any()
+    return (ours["status"] == OK) & (ours["decoder"] == BASELINE)
+
+
+CROPS_AND_WHOLE = (ViewSpec("a", 96), ViewSpec("b", 64, draw_id=1), ViewSpec("c", 200, kind="whole"))
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_our_decoder_has_the_bits_of_libjpeg(
+    any_level: ctypes.CDLL, large_photos: list[Image.Image], level: int
+) -> None:
+    any_level.rg_force_level(level)
+    if any_level.rg_level() < level:
+        pytest.skip("this processor lacks the instructions")
+    photo = large_photos[0].resize((397, 301))
+    kinds: list[dict[str, object]] = [
+        {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"restart_marker_blocks": 7}, {"keep_rgb": True},
+        {"restart_marker_rows": 2}, {"optimize": True}, {"quality": 1}, {"quality": 100, "subsampling": 0},
+    ]  # fmt: skip
+    records = [jpeg(photo, **kind) for kind in kinds] + [jpeg(photo.convert("L"))]
+    for side in (1, 7, 8, 9, 15, 16, 17, 31, 33):
+        records.append(jpeg(large_photos[1].resize((side, 49 - side)), subsampling=side % 3))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    records += [jpeg(Image.fromarray(noise), quality=quality) for quality in (50, 100)]
+    for views in (CROPS_AND_WHOLE, CROPS_AND_WHOLE[:2], CROPS_AND_WHOLE[:1]):
+        for flags in (0, WHOLE_IMAGE):
+            assert as_libjpeg(any_level, records, flags, views).all()
+
+
+def test_what_is_not_plainly_sound_is_left_to_libjpeg(library: ctypes.CDLL, large_photos: list[Image.Image]) -> None:
+    photo = large_photos[2].resize((160, 120))
+    good, restarts = jpeg(photo), jpeg(photo, restart_marker_blocks=5)
+    huge = bytearray(jpeg(photo.convert("L"), quality=100))
+    table = huge.index(b"\xff\xdb") + 5
+    huge[table : table + 64] = b"\xff" * 64  # coefficients beyond those of any picture
+    missing = good.replace(b"\xff\xc4", b"\xff\xe3", 1)
+    records = [
+        jpeg(photo, progressive=True), jpeg(photo.convert("CMYK")), good[:-2], good[:-2] + b"\x00\x00\xff\xd9",
+        good[: len(good) // 2], restarts.replace(b"\xff\xd3", b"\xff\xd5", 1), restarts.replace(b"\xff\xd0", b"", 1),
+        bytes(huge), missing, b"\xff\xd8", b"",
+    ]  # fmt: skip
+    assert not as_libjpeg(library, records[:-1], WHOLE_IMAGE, CROPS_AND_WHOLE).any()
+    if library.rg_level() > 0:
+        assert as_libjpeg(library, [good, restarts], WHOLE_IMAGE, CROPS_AND_WHOLE).all()
+
+
+def test_real_files_decode_as_with_libjpeg(library: ctypes.CDLL, unpack: Callable[..., Path]) -> None:
+    odd = [path.read_bytes() for path in sorted((unpack("odd-images") / "files").iterdir())]
+    mixed = [path.read_bytes() for path in sorted(unpack("photos-mixed-size").iterdir())]
+    small = [path.read_bytes() for path in sorted(unpack("photos-val", lambda name: "00.JPEG" in name).rglob("*.JPEG"))]
+    for records in ([record for record in odd if record], mixed, small):
+        ours = as_libjpeg(library, records, WHOLE_IMAGE | REFUSE_ROTATED, CROPS_AND_WHOLE)
+        assert library.rg_level() == 0 or ours.any()
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(decode: Decode, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    path = ctypes.create_string_buffer(os.fsencode(tmp_path / "pipe.jpg"))
+    assert decode(b"-", PAIR, data=0, path=ctypes.addressof(path))[0] == UNREADABLE
+
+
 def test_every_refusal_has_its_status(decode: Decode, large_photos: list[Image.Image], tmp_path: Path) -> None:
     photo = large_photos[2].resize((320, 240))
     data = jpeg(photo)
@@ -289,8 +373,8 @@ def test_damaged_files_under_sanitizers(seconds: int, large_photos: list[Image.I
         env=environment, capture_output=True, text=True, timeout=seconds + 120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    tried, decoded = map(int, done.stdout.split())
-    assert tried > 50 and 0 < decoded < tried
+    tried, decoded, ours = map(int, done.stdout.split())
+    assert tried > 50 and 0 < ours < decoded < tried
 
 
 def test_no_compiler_is_said_once_with_the_remedy(

@@ -225,7 +225,7 @@ class BaselineDecoder {
         const bool wanted = row_wanted && unit >= first_unit_ && unit < last_unit_;
         if (!decode_unit(reader, unit - first_unit_, wanted)) return false;
       }
-      if (row_wanted) transform_row(row, level);
+      if (row_wanted && !transform_row(row, level)) return false;
     }
     if (whole) return at_end(reader, segment) && segment + 2 == starts_.size();
     return reader.next <= coded_.data() + starts_[segment + 1] + 8;
@@ -269,7 +269,8 @@ class BaselineDecoder {
     return used <= end && used > end - 8;
   }
 
-  void transform_row(int row, int32_t level) {
+  bool transform_row(int row, int32_t level) {
+    bool ordinary = true;
     const int lanes = 1 << lane_shift_;
     for (int c = 0; c < header_.components; ++c) {
       const JpegComponent& component = header_.component[c];
@@ -280,9 +281,11 @@ class BaselineDecoder {
                        static_cast<ptrdiff_t>(first_unit_) * component.h * 8;
         const int16_t* from = strip.coefficients.data() + static_cast<size_t>(v) * strip.columns * 64;
         for (int column = 0; column < strip.columns; column += lanes)
-          inverse_dct(level, from + static_cast<ptrdiff_t>(column) * 64, strip.quantizer, out + column * 8, pitch);
+          ordinary &= inverse_dct(level, from + static_cast<ptrdiff_t>(column) * 64, strip.quantizer, out + column * 8,
+                                  pitch);
       }
     }
+    return ordinary;
   }
 
   const uint8_t* data_ = nullptr;

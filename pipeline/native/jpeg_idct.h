@@ -16,6 +16,10 @@ constexpr int kDctBits = 13, kPassBits = 2;
 constexpr int16_t kF0298 = 2446, kF0390 = 3196, kF0541 = 4433, kF0765 = 6270, kF0899 = 7373, kF1175 = 9633;
 constexpr int16_t kF1501 = 12299, kF1847 = 15137, kF1961 = 16069, kF2053 = 16819, kF2562 = 20995, kF3072 = 25172;
 
+// Bound of a block's first row, dequantised; in a picture no number exceeds 1024 by much. Beyond it a shortcut of
+// libjpeg-turbo's vector code wraps, and which blocks take that differs; files with such numbers are left to it.
+constexpr int16_t kOrdinary = 8192;
+
 #if REGATTA_X86
 namespace idct_avx2 {
 #define OP(name) _mm256_##name
@@ -23,6 +27,7 @@ namespace idct_avx2 {
 #define LANES 2
 #define TARGET REGATTA_AVX2 __attribute__((always_inline))
 #define ZERO _mm256_setzero_si256()
+#define NONE_SET(value, bits) (_mm256_testz_si256(value, bits) != 0)
 #define LOAD(from) _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
 #define BROADCAST(from) _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))
 #define STORE_TWO_ROWS(value, even, odd)                                                               \
@@ -37,6 +42,7 @@ namespace idct_avx2 {
 #undef LANES
 #undef TARGET
 #undef ZERO
+#undef NONE_SET
 #undef LOAD
 #undef BROADCAST
 #undef STORE_TWO_ROWS
@@ -48,6 +54,7 @@ namespace idct_avx512 {
 #define LANES 4
 #define TARGET REGATTA_AVX512 __attribute__((always_inline))
 #define ZERO _mm512_setzero_si512()
+#define NONE_SET(value, bits) (_mm512_test_epi16_mask(value, bits) == 0)
 #define LOAD(from) _mm512_loadu_si512(from)
 #define BROADCAST(from) _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))
 #define STORE_TWO_ROWS(value, even, odd)                                                               \
@@ -63,29 +70,31 @@ namespace idct_avx512 {
 #undef LANES
 #undef TARGET
 #undef ZERO
+#undef NONE_SET
 #undef LOAD
 #undef BROADCAST
 #undef STORE_TWO_ROWS
 }  // namespace idct_avx512
 
-REGATTA_AVX2 inline void inverse_dct_2(const int16_t* coefficients, const int16_t* quantizer, uint8_t* out,
+REGATTA_AVX2 inline bool inverse_dct_2(const int16_t* coefficients, const int16_t* quantizer, uint8_t* out,
                                        ptrdiff_t pitch) {
-  idct_avx2::inverse_dct(coefficients, quantizer, out, pitch);
+  return idct_avx2::inverse_dct(coefficients, quantizer, out, pitch);
 }
-REGATTA_AVX512 inline void inverse_dct_4(const int16_t* coefficients, const int16_t* quantizer, uint8_t* out,
+REGATTA_AVX512 inline bool inverse_dct_4(const int16_t* coefficients, const int16_t* quantizer, uint8_t* out,
                                          ptrdiff_t pitch) {
-  idct_avx512::inverse_dct(coefficients, quantizer, out, pitch);
+  return idct_avx512::inverse_dct(coefficients, quantizer, out, pitch);
 }
 #endif
 
 // The samples of blocks side by side, four with AVX-512 and two with AVX2: coefficients and `out` as in inverse_dct_4.
-inline void inverse_dct(int32_t level, const int16_t* coefficients, const int16_t* quantizer, uint8_t* out,
+inline bool inverse_dct(int32_t level, const int16_t* coefficients, const int16_t* quantizer, uint8_t* out,
                         ptrdiff_t pitch) {
 #if REGATTA_X86
   if (level == kAvx512) return inverse_dct_4(coefficients, quantizer, out, pitch);
   return inverse_dct_2(coefficients, quantizer, out, pitch);
 #else
   (void)level, (void)coefficients, (void)quantizer, (void)out, (void)pitch;
+  return false;
 #endif
 }
 

@@ -1,5 +1,5 @@
 // The inverse DCT of several blocks at once, one in each 128-bit lane of a register. jpeg_idct.h includes this once for
-// each register width, with OP, LANES, REGISTER and TARGET defined; so there is no include guard.
+// each register width, with OP, LANES, REGISTER, TARGET and what differs in form defined; so there is no include guard.
 //
 // A block's rows lie in a lane each: the first pass works down the columns, a transpose turns the block, and the second
 // pass does the rows. Sums of two inputs wrap at 16 bits and results saturate, as in libjpeg-turbo's vector code.
@@ -90,11 +90,14 @@ TARGET inline void transpose(Rows& rows) {
   }
 }
 
-// `coefficients` holds the first rows of all blocks of the group, then their second rows, and so on.
-TARGET inline void inverse_dct(const int16_t* coefficients, const int16_t* quantizer, uint8_t* out, ptrdiff_t pitch) {
+// `coefficients` holds the first rows of all blocks of the group, then their second rows, and so on. False for numbers
+// that no picture has, see kOrdinary.
+TARGET inline bool inverse_dct(const int16_t* coefficients, const int16_t* quantizer, uint8_t* out, ptrdiff_t pitch) {
   Rows rows;
   for (int i = 0; i < 8; ++i)
     rows.row[i] = OP(mullo_epi16)(LOAD(coefficients + i * 8 * LANES), BROADCAST(quantizer + i * 8));
+  const bool ordinary =
+      NONE_SET(OP(add_epi16)(rows.row[0], OP(set1_epi16)(kOrdinary)), OP(set1_epi16)(~(2 * kOrdinary - 1)));
   one_pass<kDctBits - kPassBits>(rows);
   transpose(rows);
   one_pass<kDctBits + kPassBits + 3>(rows);
@@ -116,4 +119,5 @@ TARGET inline void inverse_dct(const int16_t* coefficients, const int16_t* quant
   turned[2] = OP(unpacklo_epi32)(left_bottom, right_bottom);
   turned[3] = OP(unpackhi_epi32)(left_bottom, right_bottom);
   for (int i = 0; i < 4; ++i) STORE_TWO_ROWS(turned[i], out + 2 * i * pitch, out + (2 * i + 1) * pitch);
+  return ordinary;
 }

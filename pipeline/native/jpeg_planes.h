@@ -54,10 +54,7 @@ class PlaneDecoder {
     errors_.base.error_exit = on_error;
     errors_.base.emit_message = on_message;
     errors_.base.output_message = on_output;
-    if (setjmp(errors_.jump)) return;
-    jpeg_create_decompress(&info_);
     progress_.progress_monitor = on_progress;
-    created_ = true;
   }
   ~PlaneDecoder() {
     if (created_) jpeg_destroy_decompress(&info_);
@@ -68,13 +65,12 @@ class PlaneDecoder {
   // Parse the header; fills width, height and color.
   int32_t open(const uint8_t* data, size_t size, int64_t max_pixels, bool refuse_rotated) {
     width = height = 0;
-    if (!created_ || size == 0) return kDamaged;
+    if (size == 0 || !renew()) return kDamaged;
     if (setjmp(errors_.jump)) {
       jpeg_abort_decompress(&info_);
       return kDamaged;
     }
     errors_.base.num_warnings = 0;
-    jpeg_abort_decompress(&info_);  // where memory ran out in the middle of the last image
     jpeg_mem_src(&info_, const_cast<unsigned char*>(data), static_cast<unsigned long>(size));
     info_.progress = &progress_;
     jpeg_save_markers(&info_, JPEG_APP0 + 1, refuse_rotated ? 0xFFFF : 0);
@@ -143,6 +139,15 @@ class PlaneDecoder {
   int32_t color = kGray;
 
  private:
+  // A new decompressor for each image: an old one would lend its tables to a file that lacks them.
+  bool renew() {
+    if (created_) jpeg_destroy_decompress(&info_);
+    created_ = false;
+    if (setjmp(errors_.jump)) return false;
+    jpeg_create_decompress(&info_);
+    return created_ = true;
+  }
+
   void prepare_plane(int c, int rounds) {
     const jpeg_component_info& component = info_.comp_info[c];
     Plane& plane = planes[c];

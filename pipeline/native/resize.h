@@ -188,11 +188,8 @@ inline void build_filter(Filter& filter, double from, double length, int limit, 
   auto* weights = interpolation == kBicubic ? cubic_weights : triangle_weights;
   weights(filter.offset.data(), filter.start.data(), highest, static_cast<float>(1.0 / widening), filter.taps,
           filter.stride, outputs, filter.raw.data(), filter.sum.data());
-  for (int x = 0; x < outputs; ++x)
-    if (!(filter.sum[x] > 1e-3f)) {
-      // A sliver at the rim whose weights all vanish: take its nearest sample.
-      filter.raw[x] = filter.sum[x] = 1.0f;
-    }
+  // The samples reach as far as the interval, so the one nearest to an output's centre is at most half a sample away and
+  // no sum is below a half.
   fix_weights(filter.raw.data(), filter.sum.data(), interpolation == kBicubic ? 16384.0f : 32768.0f, filter.taps,
               filter.stride, outputs, filter.weight.data());
 }
@@ -444,8 +441,11 @@ REGATTA_VBMI inline void color_vbmi(const int16_t* y, const int16_t* cb, const i
       const __m512i red_green = _mm512_permutex2var_epi8(reds, _mm512_load_si512(table.red_green[part]), greens);
       const __m512i mixed = _mm512_mask_permutexvar_epi8(red_green, table.is_blue[part],
                                                          _mm512_load_si512(table.blue[part]), blues);
-      const __mmask64 wanted = left >= 64 ? ~UINT64_C(0) : (UINT64_C(1) << left) - 1;
-      _mm512_mask_storeu_epi8(rgb + 3 * x + 64 * part, wanted, mixed);
+      uint8_t* target = rgb + 3 * x + 64 * part;
+      if (left >= 64)
+        _mm512_storeu_si512(target, mixed);
+      else  // a masked store costs more than a plain one
+        _mm512_mask_storeu_epi8(target, (UINT64_C(1) << left) - 1, mixed);
     }
   }
 }

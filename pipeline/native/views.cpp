@@ -3,10 +3,14 @@
 // Each view is a crop drawn from (seed, epoch, sample, view), resized with antialiasing straight from the JPEG's colour
 // planes and converted to RGB at the output size. A batch is spread over threads; none of it needs Python's lock.
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <atomic>
+#include <cerrno>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdio>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -75,20 +79,29 @@ int32_t current_level() {
   return forced < 0 ? best : std::min(forced, best);
 }
 
-// The bytes of a file in a buffer that only grows; -1 where it cannot be read.
+// The bytes of a file in a buffer that only grows; -1 where it cannot be read or is no regular file. (A pipe would make
+// the thread wait for ever, a device might never end.)
 int64_t read_file(const char* path, std::vector<uint8_t>& bytes) {
-  std::FILE* file = std::fopen(path, "rb");
-  if (!file) return -1;
-  if (bytes.empty()) bytes.resize(size_t{1} << 18);
+  const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (file < 0) return -1;
+  struct Closer {
+    int file;
+    ~Closer() { close(file); }
+  } closer{file};
+  struct stat facts;
+  if (fstat(file, &facts) != 0 || !S_ISREG(facts.st_mode)) return -1;
+  // A byte more than it should have, so that one read finds its end.
+  const size_t expected = static_cast<size_t>(facts.st_size) + 1;
+  if (bytes.size() < expected) bytes.resize(expected);
   size_t used = 0;
   for (;;) {
-    used += std::fread(bytes.data() + used, 1, bytes.size() - used, file);
-    if (used < bytes.size()) break;
-    bytes.resize(bytes.size() * 2);
+    const ssize_t got = read(file, bytes.data() + used, bytes.size() - used);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return -1;
+    if (got == 0) return static_cast<int64_t>(used);
+    used += static_cast<size_t>(got);
+    if (used == bytes.size()) bytes.resize(bytes.size() * 2);
   }
-  const bool good = std::ferror(file) == 0;
-  std::fclose(file);
-  return good ? static_cast<int64_t>(used) : -1;
 }
 
 void write_views(Scratch& own, const Plane* planes, int32_t color, const ViewSpec* specs, int32_t views, int32_t slot,

@@ -492,7 +492,8 @@ def command(backbone: Path, data: Path, output: Path, *more: str) -> list[str]:
 def test_the_loss_falls_over_twenty_steps(model: str, backbone: Path, street: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     output = tmp_path / "out.json"
-    assert main(command(backbone, street, output, "--model", model, "--steps", "20", "--lr", "0.1", "--ratio", "0.7,1")) == 0
+    flags = ["--model", model, "--steps", "20", "--lr", "0.1", "--ratio", "0.7,1"]
+    assert main(command(backbone, street, output, *flags)) == 0
     found = json.loads(output.read_text())
     losses = [loss for _, loss in found["losses"]]
     assert len(losses) == 20 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])

@@ -1,4 +1,5 @@
-"""Append what runs learned to `tools/results/learning.csv`: k-NN and view retrieval by epoch, images per second.
+"""Append what runs learned to `tools/results/learning.csv`: k-NN and view retrieval by epoch, images per second, and the
+results of `train/evaluate.py` in the run's folder.
 
 `python tools/record_run.py runs/regioncl-m runs/moco-v2`
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 from tools.benchmarking import Report, Summary
 from tools.cli import make_parser, parse, run_main
+from tools.evaluations import measurements, read_results
 from train.config import changed_fields, resolve
 
 
@@ -61,6 +63,12 @@ def record(report: Report, run_dir: Path) -> None:
     speeds = [row["images_per_s"] for row in rows if row["kind"] == "train"]
     if speeds:
         report.add(run["method"], "training rate", "images/s", speeds, setting)
+    for file, facts in read_results(run_dir.glob("eval-*.json")).items():
+        contender = "untrained" if facts["untrained"] else run["method"]
+        for measured in measurements(file, facts):
+            name = " ".join(part for part in (measured.protocol, facts.get("recipe", ""), measured.task) if part)
+            if "top1" in measured.figures:
+                report.add(contender, f"{name} top-1", "share", _single(measured.figures["top1"] / 100), setting)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,5 +1,5 @@
-"""Append what runs learned to `tools/results/learning.csv`: k-NN and view retrieval by epoch, images per second, and the
-results of `train/evaluate.py` in the run's folder.
+"""Append what runs learned to `tools/results/learning.csv`: k-NN and view retrieval by epoch, images per second,
+and the results of `train/evaluate.py` in the run's folder.
 
 `python tools/record_run.py runs/regioncl-m runs/moco-v2`
 """

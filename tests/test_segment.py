@@ -534,7 +534,7 @@ def test_a_stopped_run_goes_on_byte_for_byte(
         left, right = (state_folder(path) / "step_00000006" / name for path in (whole, parts))
         assert left.read_bytes() == right.read_bytes(), name
     one, two = (json.loads(path.read_text()) for path in (whole, parts))
-    for name in ("seconds", "settings"):
+    for name in ("seconds", "settings", "versions"):  # a commit made meanwhile is no difference
         one.pop(name), two.pop(name)
     assert one == two and [step for step, _ in one["validations"]] == [3, 6]
     assert main(command(backbone, street, parts, *flags, "--lr", "0.1")) == 2
@@ -687,7 +687,7 @@ def test_eight_real_images_are_learned_by_heart(model: str, unpack, backbone: Pa
         for stem in stems:
             shutil.copy(source / "train" / part / f"{stem}.{ending}", tmp_path / "eight" / part)
     shutil.copy(source / "classes.json", tmp_path / "eight")
-    flags = ["--model", model, "--steps", "240", "--crop", "180,240", "--scale", "240,180", "--ratio", "0.9,1.2",
-             "--channels", "32", "--lr", "0.03"]  # fmt: skip
+    flags = ["--model", model, "--steps", "500", "--crop", "120,160", "--scale", "240,180", "--ratio", "0.75,1.1",
+             "--channels", "64", "--lr", "0.08"]  # fmt: skip
     assert main(command(backbone, tmp_path / "eight", tmp_path / "out.json", *flags)) == 0
     assert json.loads((tmp_path / "out.json").read_text())["miou"] > 0.6

@@ -173,7 +173,7 @@ class Killer:
 def outcome(result: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What a run says and the bytes of its last state."""
     document = json.loads(result.read_text())
-    for name in ("seconds", "settings", "list"):
+    for name in ("seconds", "settings", "versions", "list"):
         document.pop(name, None)
     newest = max(state_folder(result).glob("step_*"))
     return document, {path.name: path.read_bytes() for path in newest.iterdir()}

@@ -127,7 +127,7 @@ def fine_tune(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
     return {
         "model": config.model, "task": task_name(config, plan, data.train.layout),
         "recipe_source": PUBLISHED[config.model].source, "parameters": parameters, "steps": plan.steps,
-        "global_batch": config.global_batch, "crop": plan.geometry.crop, "scale": plan.geometry.scale,
+        "global_batch": config.global_batch, "lr": config.lr, "crop": plan.geometry.crop, "scale": plan.geometry.scale,
         "test": config.test, "layout": data.train.layout, "train_split": data.train.split, "val_split": data.val.split,
         "train_images": len(data.train.pairs), "val_images": len(data.val.pairs), "data_hash": data.train_hash,
         "val_data_hash": data.val_hash, **state.record["validations"][-1][1], "losses": state.record["losses"],

@@ -24,7 +24,7 @@ from train.backbone_io import load_backbone
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("method", METHODS, scope="module")]
 
 STEPS = 30
-EXACT = 3  # steps in which the order of fp32 sums shows in the last digits only
+EXACT = 2  # steps in which the order of fp32 sums shows in the last digits only
 PHOTOS = 24  # of each of the ten classes: 15 steps of 16 an epoch, so that thirty steps cross into the second
 # The recipe's own optimizer and augmentation; sizes of a small machine; BN groups that fit into each of two ranks.
 COMMON = (
@@ -77,18 +77,19 @@ def test_thirty_steps_are_finite_and_have_gradients(whole: Whole) -> None:
 def test_two_ranks_give_the_losses_of_one_process(whole: Whole, tmp_path: Path) -> None:
     """BN groups, synchronised BN and gathered negatives; test_methods.py holds the equality in float64.
 
-    In fp32 the order of sums differs in the last bit, and BN over a few values doubles that at every step: MoCo v2's
-    losses agree to 2e-7 for four steps, to 1e-4 at the sixth, and from the eighth on to a few percent. A gradient that
-    was not averaged, or statistics of other images, show in the first steps; a state that drifts shows in the mean.
+    In fp32 the order of sums differs in the last bit, and BN over a few values multiplies that at every step: losses
+    agree to 2e-7 for four steps (MoCo v2) or two (CARE), and to a few percent from the tenth on. A gradient that was
+    not averaged, or statistics of other images, show in the first two steps; a state that drifts shows in the mean.
     """
     log = tmp_path / "two.log"
     assert set(run(whole.command(tmp_path / "two"), 2, log)) == {0}, log.read_text()[-2000:]
-    for name in ("loss", "grad_norm"):
-        alone, two = curve(whole.run_dir, name), curve(tmp_path / "two", name)
-        apart = [abs(a - b) / max(abs(b), 1.0) for a, b in zip(two, alone, strict=True)]
+    for name, bound in (("loss", 1e-4), ("grad_norm", 1e-2)):
+        pairs = zip(curve(tmp_path / "two", name), curve(whole.run_dir, name), strict=True)
+        apart = [abs(a - b) / max(abs(b), 1.0) for a, b in pairs]
         print(whole.method, name, [f"{value:.1e}" for value in apart])
-        assert max(apart[:EXACT]) < 1e-4
-        assert fmean(two) == pytest.approx(fmean(alone), rel=0.05, abs=0.05)
+        assert max(apart[:EXACT]) < bound
+    alone, two = (fmean(curve(folder, "loss")) for folder in (whole.run_dir, tmp_path / "two"))
+    assert two == pytest.approx(alone, rel=0.05, abs=0.01)
 
 
 def test_killed_run_ends_byte_identical(whole: Whole, tmp_path: Path) -> None:

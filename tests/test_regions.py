@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ import torch
 
 from pipeline import regions
 from pipeline.regions import Region, draw_pairing, draw_region, make_mixed, rank_partner, region_bounds
+from train.config import resolve
+from train.errors import UserMistake
+from train.inputs import InputBuilder, batch_per_device
 
 STEPS = 6000
 
@@ -209,3 +213,27 @@ def test_boxes_are_repeated_for_each_image():
     boxes = draw_region("paper", 7, 32, 0, 0).boxes(3)
     assert boxes.shape == (3, 4) and boxes.dtype == torch.int64
     assert (boxes == torch.tensor(draw_region("paper", 7, 32, 0, 0).box_cells)).all()
+
+
+@pytest.mark.parametrize("method", ["regioncl-m", "regioncl-s", "regioncl-m3", "regioncl-moby"])
+def test_composites_do_not_depend_on_the_number_of_ranks(method: str) -> None:
+    """With a group size, for synchronised batch norm too, whose recipes have none."""
+    config = resolve(["--method", method, "--bn.group-size", "4", "--global-batch", "16", "--image-size", "64"])
+    view = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def composites(world_size: int) -> torch.Tensor:
+        parts = []
+        for rank, images in enumerate(view.chunk(world_size)):
+            runtime = SimpleNamespace(rank=rank, world_size=world_size, device=torch.device("cpu"))
+            needs = SimpleNamespace(key_directions=0, mixed_views=("view1",))
+            builder = InputBuilder(config, needs, runtime, grid=2)  # type: ignore[arg-type]
+            inputs = builder.step_inputs({"view1": images, "view2": images}, step=3, micro=0, count=1)
+            parts.append(inputs.mixed["view1"])
+        return torch.cat(parts)
+
+    alone = composites(1)
+    assert not torch.equal(alone, view)
+    assert torch.equal(composites(2), alone) and torch.equal(composites(4), alone)
+    assert batch_per_device(config, 4) == 4
+    with pytest.raises(UserMistake, match="group-size 4 does not divide the 2 images"):
+        batch_per_device(config, 8)

@@ -69,7 +69,9 @@ class BnConfig:
     mode: BnMode = _flag(
         "group", "group: consecutive images of the global batch; sync: all of it; plain: the rank's batch"
     )
-    group_size: int = _flag(0, "images that share statistics in mode group; 0 is the rank's whole batch")
+    group_size: int = _flag(
+        0, "images that share statistics in mode group, and that exchange regions in any; 0 is the rank's whole batch"
+    )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def batch_per_device(config: Config, world_size: int) -> int:
         raise UserMistake(f"--micro-batch {micro} does not divide the {local} images of a device; choose a divisor")
     # CARE's attention stream has groups of its own.
     stream_group = getattr(config.model, "t_bn_group_size", 0)
-    for flag, group in (("--bn.group-size", bn_group_size(config)), ("--t-bn-group-size", stream_group)):
+    groups = max(bn_group_size(config), pairing_group_size(config))
+    for flag, group in (("--bn.group-size", groups), ("--t-bn-group-size", stream_group)):
         if group and micro % group:
             raise UserMistake(
                 f"{flag} {group} does not divide the {micro} images of one forward pass; choose a divisor of {micro}, "
@@ -68,6 +69,15 @@ def batch_per_device(config: Config, world_size: int) -> int:
 def bn_group_size(config: Config) -> int:
     """Images that share BN statistics in mode `group`; 0 elsewhere and for a rank's whole batch."""
     return config.recipe.bn.group_size if config.recipe.bn.mode == "group" else 0
+
+
+def pairing_group_size(config: Config) -> int:
+    """Images among which regions are exchanged; 0 for a rank's whole forward pass, or where pairs span all ranks.
+
+    With synchronised BN as well, so that there too a group size makes the pairs the same on any number of ranks.
+    """
+    region = getattr(config.model, "region", None)
+    return config.recipe.bn.group_size if region is not None and region.pairing_scope == "group" else 0
 
 
 @dataclass
@@ -154,7 +164,7 @@ class InputBuilder:
             rank=inputs.rank if settings.per_rank else None,
         )
         batch = view.shape[0]
-        group = bn_group_size(self.config) or batch
+        group = pairing_group_size(self.config) or batch
         partner, _ = regions.draw_pairing(
             settings.pairing, settings.pairing_scope, inputs.seed, inputs.step, direction, global_batch, group
         )

@@ -26,7 +26,7 @@ from train.checkpoint import TrainState, newest_good, read_document, restore_che
 from train.config import Config, changed_fields, resolve
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import UserMistake, run_to_exit_code
-from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size
+from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size, pairing_group_size
 from train.loop import Job, train
 from train.metrics import Metrics
 from train.optim import build_optimizer
@@ -85,7 +85,7 @@ def check_regions(config: Config, runtime: Runtime, method: Method) -> None:
     micro = config.run.micro_batch or batch_per_device(config, runtime.world_size)
     try:
         draw_region(settings.sampling, grid, 1, 0, 0, lower=settings.lower or None, upper=settings.upper or None)
-        group = bn_group_size(config) or micro
+        group = pairing_group_size(config) or micro
         draw_pairing(settings.pairing, settings.pairing_scope, 0, 0, 0, micro * runtime.world_size, group)
     except ValueError as reason:
         raise UserMistake(str(reason)) from None

@@ -25,12 +25,11 @@ from tools.evaluations import NAMES, measurements, read_results
 def setting_of(facts: dict[str, Any]) -> str:
     """What was trained on what, in the words of a row."""
     settings = facts["settings"]
+    val = "the same" if facts["data_hash"] == facts["val_data_hash"] else f"{facts['val_images']} others"
     parts = [
         facts["arch"],
         "random weights" if facts["untrained"] or not facts.get("method") else facts["method"],
-        f"{facts['train_images']} images, " + (
-            "measured on the same" if facts["data_hash"] == facts["val_data_hash"] else f"{facts['val_images']} to measure"
-        ),
+        f"{facts['train_images']} images, measured on {val}",
         f"steps of {facts['global_batch']}",
         f"lr {facts['lr']:g}" if "lr" in facts else "",
         f"short side {'/'.join(map(str, facts['sizes']['train']))} px" if "sizes" in facts else "",

@@ -11,7 +11,6 @@ The contenders take turns. Every one of them decodes each image anew, so repeate
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 import tempfile
 import time
@@ -24,7 +23,6 @@ if not __package__:
 
 import numpy as np
 import torch
-from PIL import Image
 
 from pipeline import augment
 from pipeline.beton import BetonReader, BetonWriter
@@ -32,9 +30,12 @@ from pipeline.decoder import JOB, MAX_PIXELS, native_library, pil_views, view_ar
 from pipeline.images import decode_rgb
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
+from pipeline.manifest import manifest_path
+from pipeline.records import make_record
 from pipeline.stores import PackedStore, list_images
 from tools import cli
 from tools.benchmarking import Report, Summary, add_common_flags, choose_device, usable_cores
+from tools.packing import Tally
 from tools.pipeline_bounded import bounded_conclusion, measure_bounded
 from tools.pipeline_contenders import crops_transform, dataloader_epoch, moco_v2_transform, stock_ffcv_epoch
 from tools.pipeline_levers import measure_levers
@@ -42,6 +43,7 @@ from tools.pipeline_levers import measure_levers
 CONTENDERS = (
     "stock-ffcv", "pil-crops", "pil-full", "ffcv", "folder", "dali", "ffcv-augment", "ffcv-augment-bf16",
 )  # fmt: skip
+LARGEST_RECORD = 1 << 26
 EXPLAINED = {
     "stock-ffcv": "stock FFCV, one decode per view",
     "pil-crops": "DataLoader, PIL, crops only",
@@ -58,18 +60,17 @@ METRIC = "throughput"
 def pack_repeated(photos: Path, target: Path, side_px: int, quality: int, images: int) -> None:
     """Pack a folder's photos so that the longest side is at most `side_px`, again and again up to `images` records."""
     files, _ = list_images(photos)
-    records = []
-    for path in files:
-        image = Image.fromarray(decode_rgb(path.read_bytes()))
-        image.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
-        coded = io.BytesIO()
-        image.save(coded, "JPEG", quality=quality)
-        records.append((coded.getvalue(), *image.size))
+    records = [make_record(path.read_bytes(), side_px, quality, LARGEST_RECORD) for path in files]
+    tally = Tally()
     with target.open("wb") as file:
         writer = BetonWriter(file, images)
         for number in range(images):
-            writer.append(*records[number % len(records)])
+            record = records[number % len(records)]
+            writer.append(record.data, record.width, record.height)
+            tally.add(files[number % len(files)].name, -1, record)
         writer.finish()
+    # With checksums a loader need not decode a record to its end to know that it is whole.
+    manifest_path(target).write_text(tally.manifest(BetonReader(target).fingerprint(), (), {}).to_json())
 
 
 def check(data: Path, config: PipelineConfig, loaders: Sequence[str]) -> None:

@@ -11,7 +11,8 @@ from pipeline import regions
 from pipeline.regions import Region, draw_pairing, draw_region, make_mixed, rank_partner, region_bounds
 from train.config import resolve
 from train.errors import UserMistake
-from train.inputs import InputBuilder, batch_per_device
+from train.inputs import InputBuilder, batch_per_device, pairing_group_size
+from train.recipes import RECIPES
 
 STEPS = 6000
 
@@ -237,3 +238,9 @@ def test_composites_do_not_depend_on_the_number_of_ranks(method: str) -> None:
     assert batch_per_device(config, 4) == 4
     with pytest.raises(UserMistake, match="group-size 4 does not divide the 2 images"):
         batch_per_device(config, 8)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("regioncl-")])
+def test_no_recipe_pairs_images_by_the_machine(name: str) -> None:
+    config = resolve(["--method", RECIPES[name][0], "--recipe", name])
+    assert config.model.region.pairing_scope == "global" or pairing_group_size(config) > 0

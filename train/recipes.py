@@ -97,9 +97,14 @@ def simsiam() -> Made:
     return _simsiam(), _model("simsiam")
 
 
+def _pairs_in_groups(recipe: Recipe) -> Recipe:
+    """The recipe with regions exchanged among 64 images (a batch of 512 on eight devices), on any number of ranks."""
+    return replace(recipe, bn=replace(recipe.bn, group_size=64))
+
+
 def regioncl_s() -> Made:
     """RegionCL-S with SimSiam's settings. Source: RegionCL section 4.1; not released; published 71.3."""
-    return _simsiam(), _model("regioncl-s")
+    return _pairs_in_groups(_simsiam()), _model("regioncl-s")
 
 
 def _moco_v3(epochs: int, lr: float, weight_decay: float, momentum: float) -> Recipe:
@@ -122,7 +127,7 @@ def moco_v3(epochs: int = 100) -> Made:
 
 def regioncl_m3() -> Made:
     """RegionCL on MoCo v3, 1000 epochs. Source: RegionCL's result row (75.4); not released, so the loss is ours."""
-    return _moco_v3(1000, 0.3, 1.5e-6, 0.996), _model("regioncl-m3")
+    return _pairs_in_groups(_moco_v3(1000, 0.3, 1.5e-6, 0.996)), _model("regioncl-m3")
 
 
 def _moby(epochs: int) -> Recipe:
@@ -154,7 +159,7 @@ def moby(epochs: int = 300) -> Made:
 
 def regioncl_moby(epochs: int = 300) -> Made:
     """RegionCL on MoBY. Source: RegionCL's result rows (73.9, 77.0); not released, so the loss is ours."""
-    return _moby(epochs), _model("regioncl-moby")
+    return _pairs_in_groups(_moby(epochs)), _model("regioncl-moby")
 
 
 def _byol_eman(epochs: int, lr: float, weight_decay: float, group: int) -> Recipe:

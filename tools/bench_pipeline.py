@@ -27,6 +27,7 @@ import torch
 from pipeline import augment
 from pipeline.beton import BetonReader, BetonWriter
 from pipeline.decoder import JOB, MAX_PIXELS, native_library, pil_views, view_array
+from pipeline.epoch import EpochPlan
 from pipeline.images import decode_rgb
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
@@ -44,6 +45,7 @@ CONTENDERS = (
     "stock-ffcv", "pil-crops", "pil-full", "ffcv", "folder", "dali", "ffcv-augment", "ffcv-augment-bf16",
 )  # fmt: skip
 LARGEST_RECORD = 1 << 26
+RING = 4  # batches of buffers that the decoder alone writes in turn, like our loaders
 EXPLAINED = {
     "stock-ffcv": "stock FFCV, one decode per view",
     "pil-crops": "DataLoader, PIL, crops only",
@@ -114,34 +116,62 @@ def pipeline_epoch(pipeline: Pipeline, device: torch.device) -> Callable[[], int
     return run
 
 
-def decoder_us(data: Path, config: PipelineConfig, images: int = 512) -> tuple[float, float]:
-    """Microseconds per image of the decoder alone, by wall clock: on one thread, and on all of them."""
-    library = native_library()
-    if library is None:
-        return float("nan"), float("nan")
-    store, specs = PackedStore(str(data)), view_array(config.views)
-    count = min(images, len(store.labels))
-    outs = [np.zeros((count, spec.size, spec.size, 3), dtype=np.uint8) for spec in config.views]
-    pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
-    jobs, index = np.zeros(count, dtype=JOB), np.arange(count)
-    jobs["index"], jobs["slot"] = index, index
-    store.fill(jobs, index)
-    found = []
-    for threads in (1, config.workers):
-        pool = library.rg_pool_open(threads)
-        seconds = []
-        for _ in range(4):
-            started = time.perf_counter()
-            library.rg_decode(
-                pool, jobs.ctypes.data, count, specs.ctypes.data, len(outs), pointers.ctypes.data, 0, 0, MAX_PIXELS
-            )
-            seconds.append(time.perf_counter() - started)
-        library.rg_pool_close(pool)
-        found.append(float(np.median(seconds[1:])) / count * 1e6)
-    return found[0], found[1]
+class DecoderAlone:
+    """Decoding and resizing of whole epochs and nothing else: one call of the native decoder for all their images.
+
+    It does the very work of a loader's epochs (the same images in the same order, the same crops, as many buffers
+    written in turn), so what a loader takes longer is its own overhead.
+    """
+
+    def __init__(self, data: Path, config: PipelineConfig, threads: int):
+        library = native_library(instead=None)
+        assert library is not None
+        self._library, self._pool = library, library.rg_pool_open(threads)
+        self._store, self._config = PackedStore(str(data)), config
+        self._plan = EpochPlan(config, len(self._store.labels))
+        self._specs, self._rows = view_array(config.views), RING * config.global_batch
+        self._outs = [np.zeros((self._rows, spec.size, spec.size, 3), dtype=np.uint8) for spec in config.views]
+        self._epoch = 0
+
+    def jobs(self, epoch: int, images: int | None = None) -> np.ndarray:
+        """What an epoch decodes, or its first images only."""
+        index = np.concatenate(self._plan.batches(epoch))[:images]
+        jobs = np.zeros(len(index), dtype=JOB)
+        jobs["index"], jobs["slot"] = index, np.arange(len(index)) % self._rows
+        self._store.fill(jobs, index)
+        return jobs
+
+    def seconds(self, jobs: np.ndarray, epoch: int) -> float:
+        """How long the jobs take."""
+        pointers = np.array([out.ctypes.data for out in self._outs], dtype=np.uint64)
+        started = time.perf_counter()
+        self._library.rg_decode(
+            self._pool, jobs.ctypes.data, len(jobs), self._specs.ctypes.data, len(self._outs), pointers.ctypes.data,
+            self._config.seed, epoch, MAX_PIXELS,
+        )  # fmt: skip
+        return time.perf_counter() - started
+
+    def __call__(self) -> float:
+        """Images per second of the next epoch."""
+        self._epoch += 1
+        jobs = self.jobs(self._epoch)
+        return len(jobs) / self.seconds(jobs, self._epoch)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._library.rg_pool_close(self._pool)
 
 
-def conclusion(rates: dict[str, Summary], alone_us: float, workers: int) -> str:
+def one_thread_us(data: Path, config: PipelineConfig, images: int = 512) -> float:
+    """Microseconds that one thread takes to decode and resize an image."""
+    alone = DecoderAlone(data, config, threads=1)
+    jobs = alone.jobs(0, images)
+    found = float(np.median([alone.seconds(jobs, 0) for _ in range(4)][1:])) / len(jobs) * 1e6
+    alone.close()
+    return found
+
+
+def conclusion(rates: dict[str, Summary], alone: Summary | None, workers: int) -> str:
     """The bottleneck line: what limits, by how much, which flag changes it."""
     ours = rates.get("ffcv") or rates.get("folder")
     if ours is None:
@@ -154,11 +184,16 @@ def conclusion(rates: dict[str, Summary], alone_us: float, workers: int) -> str:
     if "ffcv-augment" in rates and "pil-full" in rates:
         ratio = rates["ffcv-augment"].median / rates["pil-full"].median
         ratios.append(f"{ratio:.2f} times the same DataLoader with the augmentation on the CPU too")
-    overhead = 1e6 / ours.median / alone_us - 1
+    if alone is None:
+        return "; ".join(["bottleneck: not known without the native decoder (tools/setup.sh builds it)", *ratios])
+    added = " and ".join(
+        f"{alone.median / rates[name].median - 1:.1%} ({EXPLAINED[name]})"
+        for name in ("ffcv", "folder")
+        if name in rates
+    )
     limit = (
-        f"bottleneck: JPEG decoding and resizing on {workers} threads ({alone_us:.0f} us an image, "
-        f"{1e6 / alone_us:.0f} images/s); the loader adds {overhead:.1%}; "
-        "more cores raise it (--workers), smaller packed photos too"
+        f"bottleneck: JPEG decoding and resizing on {workers} threads ({alone.median:.0f} images/s); "
+        f"the loader adds {added}; more cores raise it (--workers), smaller packed photos too"
     )
     return "; ".join([limit, *ratios])
 
@@ -213,6 +248,39 @@ def make_contenders(
     return made
 
 
+def measure(report: Report, options: argparse.Namespace, data: Path, config: PipelineConfig, setting: str) -> None:
+    """Rows of the contenders, which take turns with the decoder alone."""
+    opened: list[Pipeline] = []
+    contenders = make_contenders(options, data, config, opened)
+    check(data, config, [name for name in ("ffcv", "folder", "dali") if name in contenders])
+    decoder = DecoderAlone(data, config, config.workers) if native_library() else None
+    images_per_s: dict[str, list[float]] = {name: [] for name in contenders}
+    decoder_rates: list[float] = []
+    started = time.perf_counter()
+    for turn in range(options.rounds + 1):  # the first turn warms up
+        for name, epoch in contenders.items():
+            begun = time.perf_counter()
+            count = epoch()
+            if turn:
+                images_per_s[name].append(count / (time.perf_counter() - begun))
+        if decoder:
+            decoder_rates.append(decoder())
+        if turn >= 3 and time.perf_counter() - started > options.max_seconds:
+            break
+    rates = {}
+    for name, figures in images_per_s.items():
+        slow = f"; epochs of {options.slow_images} images" if name.startswith("pil") else ""
+        rates[name] = report.add(EXPLAINED[name], METRIC, "images/s", figures, setting + slow)
+    alone = None
+    if decoder:
+        alone = report.add("our decoder alone", METRIC, "images/s", decoder_rates[1:], setting)
+        report.add("our decoder alone", "time on one thread", "us/image", [one_thread_us(data, config)], setting)
+        decoder.close()
+    for pipeline in opened:
+        pipeline.close()
+    report.finish(conclusion(rates, alone, config.workers), options.output, write=not options.no_csv)
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure what the flags ask for."""
     options = parse(argv)
@@ -255,28 +323,7 @@ def main(argv: Sequence[str]) -> int:
             )  # fmt: skip
             report.finish(bounded_conclusion(found), options.output, write=not options.no_csv)
             return 0
-        opened: list[Pipeline] = []
-        contenders = make_contenders(options, data, config, opened)
-        check(data, config, [name for name in ("ffcv", "folder", "dali") if name in contenders])
-        images_per_s: dict[str, list[float]] = {name: [] for name in contenders}
-        started = time.perf_counter()
-        for turn in range(options.rounds + 1):  # the first turn warms up
-            for name, epoch in contenders.items():
-                begun = time.perf_counter()
-                count = epoch()
-                if turn:
-                    images_per_s[name].append(count / (time.perf_counter() - begun))
-            if turn >= 3 and time.perf_counter() - started > options.max_seconds:
-                break
-        one, alone = decoder_us(data, config)
-        rates = {}
-        for name, figures in images_per_s.items():
-            slow = f"; epochs of {options.slow_images} images" if name.startswith("pil") else ""
-            rates[name] = report.add(EXPLAINED[name], METRIC, "images/s", figures, setting + slow)
-        report.add("our decoder alone", "time on one thread", "us/image", [one], setting)
-        for pipeline in opened:
-            pipeline.close()
-    report.finish(conclusion(rates, alone, workers), options.output, write=not options.no_csv)
+        measure(report, options, data, config, setting)
     return 0
 
 

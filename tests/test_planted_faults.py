@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import key_queue, losses, region_branch
+from models import key_queue, losses, momentum, region_branch
 from models.methods import densecl, moby, moco_v2, moco_v3, queue_method, regioncl_s, simsiam
 from models.methods.base import Method, StepInputs
 from tests.method_references import REFERENCES, check_against_formula, ready
@@ -162,7 +162,7 @@ def frozen_momentum(patch: pytest.MonkeyPatch) -> None:
 
 
 def copying_momentum(patch: pytest.MonkeyPatch) -> None:
-    for module in (queue_method, moco_v3):
+    for module in (queue_method, moco_v3, momentum):
         original = module.ema_update
         patch.setattr(module, "ema_update", lambda pairs, m, update=original: update(pairs, 0.0))
 

@@ -122,7 +122,7 @@ class Care(Method):
         self.attention_stream = AttentionStream(
             last if self._from_last_stage else middle,
             last,
-            _cells(image_size, 32 if self._from_last_stage else 16),
+            _cells(image_size, trunk.stride if self._from_last_stage else trunk.stride // 2),
             blocks=config.n_blocks,
             heads=config.heads,
             pos=config.pos,

@@ -45,7 +45,7 @@ COEFFICIENT = 0.9
 
 def check_after_step(name: str, method: Any, inputs: StepInputs) -> None:
     """Forward leaves queue and momentum weights alone; `after_step` averages every momentum parameter and enqueues."""
-    averaged = {id(p) for _, momentum in method.momentum_pairs() for p in momentum.parameters()}
+    averaged = {id(p) for _, target in method.momentum_pairs() for p in target.parameters()}
     frozen = {id(p) for p in method.parameters() if not p.requires_grad}
     assert frozen == averaged
     before = copy.deepcopy(method)
@@ -55,8 +55,8 @@ def check_after_step(name: str, method: Any, inputs: StepInputs) -> None:
     for queue_name, queue in queues.items():
         assert torch.equal(queue.rows, getattr(before, queue_name).rows) and queue.pointer == 0
     method.after_step(output, COEFFICIENT)
-    for (online, momentum), (_, old) in zip(method.momentum_pairs(), before.momentum_pairs(), strict=True):
-        for p, q, previous in zip(online.parameters(), momentum.parameters(), old.parameters(), strict=True):
+    for (online, target), (_, old) in zip(method.momentum_pairs(), before.momentum_pairs(), strict=True):
+        for p, q, previous in zip(online.parameters(), target.parameters(), old.parameters(), strict=True):
             expected = COEFFICIENT * previous + (1 - COEFFICIENT) * p.detach()
             torch.testing.assert_close(q, expected, rtol=1e-9, atol=1e-12)
     for queue_name, queue in queues.items():

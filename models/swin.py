@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
+
+_START_STD = 0.02
 
 
 class SwinTrunk(SwinTransformer):
     """torchvision's Swin-T without classifier: images (B, 3, S, S) -> normalised tokens as a map (B, C, S/32, S/32).
 
-    Linear layers start truncated-normal with std 0.02 and zero bias, as in the Swin code. Drop-path is not a random
+    Linear layers and position biases start normal with std 0.02 and biases at zero. The Swin code cuts that normal
+    distribution off at -2 and 2, a hundred standard deviations away, which changes nothing. Drop-path is not a random
     layer here but an argument of `forward`, so that the same module serves as momentum network without it.
 
     Args:
@@ -34,15 +37,19 @@ class SwinTrunk(SwinTransformer):
         num_heads: Sequence[int] = (3, 6, 12, 24),
         window_size: int = 7,
     ) -> None:
-        super().__init__(
-            patch_size=[4, 4],
-            embed_dim=embed_dim,
-            depths=list(depths),
-            num_heads=list(num_heads),
-            window_size=[window_size, window_size],
-            stochastic_depth_prob=0.0,
-        )
+        # What torchvision draws is not used: `trunc_normal_` draws other numbers in other releases of torch, and that
+        # of 2.11 leaves a few weights of a Swin-T at -2, for it takes the inverse error function of a float32.
+        with torch.random.fork_rng(devices=[]):
+            super().__init__(
+                patch_size=[4, 4],
+                embed_dim=embed_dim,
+                depths=list(depths),
+                num_heads=list(num_heads),
+                window_size=[window_size, window_size],
+                stochastic_depth_prob=0.0,
+            )
         del self.head, self.avgpool, self.flatten
+        self.apply(_draw_start)
         self.feature_dim: int = embed_dim * 2 ** (len(depths) - 1)
 
     @property
@@ -68,6 +75,18 @@ class SwinTrunk(SwinTransformer):
             if not blocks:
                 x = stage(x)  # patch embedding or merging: (B, H, W, C)
         return self.norm(x).permute(0, 3, 1, 2)
+
+
+def _draw_start(layer: nn.Module) -> None:
+    """Give one layer the weights that it starts from."""
+    if isinstance(layer, nn.Linear):
+        nn.init.normal_(layer.weight, std=_START_STD)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    elif isinstance(layer, nn.Conv2d):
+        layer.reset_parameters()
+    elif isinstance(layer, ShiftedWindowAttention):
+        nn.init.normal_(layer.relative_position_bias_table, std=_START_STD)
 
 
 def _blocks_of(stage: nn.Module) -> list[SwinTransformerBlock]:

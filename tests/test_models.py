@@ -161,13 +161,35 @@ def test_wrong_architectures_are_refused():
 # Swin
 
 
-def test_swin_starts_truncated_normal():
+def test_swin_starts_normal():
     torch.manual_seed(0)
-    layers = [m for m in SwinTrunk(32, (1, 1), (1, 2)).modules() if isinstance(m, nn.Linear)]
+    trunk = SwinTrunk(32, (1, 1), (1, 2))
+    layers = [m for m in trunk.modules() if isinstance(m, nn.Linear)]
     weights = torch.cat([layer.weight.detach().flatten() for layer in layers])
     assert weights.std().item() == pytest.approx(0.02, rel=0.02)
+    tables = torch.cat([p.detach().flatten() for n, p in trunk.named_parameters() if n.endswith("bias_table")])
+    assert tables.std().item() == pytest.approx(0.02, rel=0.1)
     assert all(layer.weight.std().item() == pytest.approx(0.02, rel=0.1) for layer in layers)
     assert not any(layer.bias is not None and layer.bias.any() for layer in layers)
+
+
+def test_no_weight_of_swin_starts_far_out():
+    """A truncated normal number by the inverse error function of a float32 can be infinite, and is then cut to -2."""
+    torch.manual_seed(0)
+    trunk = build_backbone("swin-t", "torch")
+    assert max(p.abs().max().item() for p in trunk.parameters() if p.ndim == 2) < 7 * 0.02
+
+
+def test_swin_starts_alike_whatever_torchvision_draws(monkeypatch):
+    def start() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        torch.manual_seed(0)
+        return SwinTrunk(8, (1, 2), (1, 2)).state_dict(), torch.rand(1)
+
+    weights, following = start()
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda weight, std: nn.init.constant_(weight, std))
+    again, following_again = start()
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+    assert following == following_again
 
 
 def small_swin() -> SwinTrunk:

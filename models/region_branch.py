@@ -44,7 +44,9 @@ class RegionConfig:
     use_paste: bool = option(True, "contrast the pasted region with its own image")
     use_canvas: bool = option(True, "contrast the remaining canvas with its own image")
     intra_negative: bool = option(True, "paste and canvas of one composite are negatives of each other")
-    weight: float = option(1.0, "weight of the region loss")
+    weight: float = option(
+        1.0, "weight of the region loss, of which canvas and paste have half each; 2 gives one that is alone all of it"
+    )
     views: Literal["both", "first"] = option("both", "which query views are region-swapped, where both are queries")
     shared_forward: bool = option(False, "encode view and composites in one pass; batch statistics stay apart")
     head_batching: Literal["joint", "separate"] = option(

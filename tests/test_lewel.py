@@ -237,7 +237,7 @@ def lewel_m_reference(method: Any, inputs: StepInputs) -> Tensor:
                 logits = [q @ unit(aligned_keys)[back[i], k]]
                 for j in range(batch):
                     for other in range(maps) if config.aligned.negatives == "all_maps" else (k,):
-                        if j != i:
+                        if j != i or (other != k and config.aligned.same_image == "negatives"):
                             logits.append(q @ unit(aligned_keys)[back[j], other])
                 stacked = torch.stack(logits) / config.temperature
                 losses.append(stacked.logsumexp(0) - stacked[0])
@@ -255,6 +255,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lewel-b", {"aligned_loss": False, "beta": 0.9}),
     ("lewel-m", {}),
     ("lewel-m", {"aligned": lewel_m.AlignedConfig(negatives="same_map"), "beta": 0.8}),
+    ("lewel-m", {"aligned": lewel_m.AlignedConfig(same_image="negatives")}),
     ("lewel-m", {"aligned": lewel_m.AlignedConfig(gather=False), "shuffle_bn": False}),
     ("lewel-m", {"align": "random", "coupled": False}),
     ("lewel-m", {"global_loss": False}),
@@ -297,6 +298,11 @@ def test_blockwise_contrast_equals_the_whole(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.undo()
         torch.testing.assert_close(blocks, whole)
         torch.testing.assert_close(torch.autograd.grad(blocks, query), torch.autograd.grad(whole, query))
+
+
+def test_one_map_has_no_other_maps_as_negatives() -> None:
+    with pytest.raises(ValueError, match="--aligned.negatives all_maps"):
+        ready("lewel-m", **SMALL, aligned=lewel_m.AlignedConfig(negatives="same_map", same_image="negatives"))
 
 
 def test_only_gathered_negatives_see_the_whole_batch() -> None:

@@ -12,7 +12,7 @@ from models.methods import METHODS
 from models.norm import GroupBatchNorm
 from models.region_branch import RegionConfig, Regions, embed_with_regions, paste_sources, source_positions
 from tests.method_cases import BATCH, GROUP, build, composite, make_inputs, partners, small_config
-from tests.method_references import REFERENCES, check_against_formula, ready
+from tests.method_references import REFERENCES, check_against_formula, gap, ready, rows_n
 
 REGION_METHODS = [name for name in REFERENCES if name.startswith("regioncl")]
 QUEUE_METHODS = ["moco-v2", "regioncl-m", "densecl", "regioncl-d"]
@@ -87,6 +87,40 @@ def test_dense_weight_and_warm_up():
     later = method(dataclasses.replace(inputs, step=2))
     torch.testing.assert_close(later.loss.detach(), 0.8 * later.metrics["ins"] + 0.2 * later.metrics["dense"])
     check_against_formula("densecl", method, dataclasses.replace(inputs, step=2))
+
+
+@pytest.mark.parametrize("name", ["densecl", "regioncl-d"])
+def test_warm_up_counts_optimizer_steps(name):
+    """With two micro-batches passes 2 and 3 belong to optimizer step 1, passes 4 and 5 to step 2."""
+    method, inputs = ready(name, dense_warmup_steps=2)
+    instance, dense = torch.tensor(3.0), torch.tensor(5.0)
+    for number, expected in ((3, 3.0), (4, 4.0)):
+        micro = dataclasses.replace(inputs, step=number, micro_batches=2)
+        assert method.weigh(instance, dense, micro).item() == expected
+
+
+@pytest.mark.parametrize("name", ["densecl", "regioncl-d"])
+def test_dense_queue_takes_the_mean_before_its_length(name):
+    """methods.md 1.7: one key an image, the spatial mean of dense embeddings that are not yet normalised."""
+    method, inputs = ready(name, shuffle_bn=False)
+    with torch.no_grad():
+        dense = method.momentum_dense_projector(method.momentum_encoder(inputs.view2))
+    expected = rows_n(gap(dense))
+    normalised_first = rows_n(gap(dense / dense.norm(dim=1, keepdim=True)))
+    method.after_step(method(inputs), 0.9)
+    torch.testing.assert_close(method.dense_queue.rows[:BATCH], expected.to(method.dense_queue.rows))
+    assert not torch.allclose(expected, normalised_first, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", QUEUE_METHODS)
+def test_symmetric_forms_can_enqueue_the_first_direction_alone(name):
+    symmetric = dataclasses.replace(METHODS[name].Config().symmetric, enabled=True, enqueue="first")
+    method, inputs = ready(name, symmetric=symmetric)
+    check_against_formula(name, method, inputs)
+    output = method(inputs)
+    assert set(output.keys) == {f"{queue}/view2" for queue in method.queues()}
+    method.after_step(output, 0.9)
+    assert all(queue.pointer == BATCH for queue in method.queues().values())
 
 
 def test_projector_may_be_linear():

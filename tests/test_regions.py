@@ -244,3 +244,13 @@ def test_composites_do_not_depend_on_the_number_of_ranks(method: str) -> None:
 def test_no_recipe_pairs_images_by_the_machine(name: str) -> None:
     config = resolve(["--method", RECIPES[name][0], "--recipe", name])
     assert config.model.region.pairing_scope == "global" or pairing_group_size(config) > 0
+
+
+def test_inputs_tell_passes_from_optimizer_steps() -> None:
+    """A draw has the number of its pass; what lasts for a number of optimizer steps divides it."""
+    config = resolve(["--method", "densecl", "--image-size", "64"])
+    runtime = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    builder = InputBuilder(config, SimpleNamespace(key_directions=1, mixed_views=()), runtime, grid=2)  # type: ignore[arg-type]
+    view = torch.zeros(4, 3, 64, 64)
+    inputs = builder.step_inputs({"view1": view, "view2": view}, step=3, micro=1, count=2)
+    assert (inputs.step, inputs.micro_batches) == (7, 2)

@@ -139,6 +139,7 @@ class InputBuilder:
             step=step * count + micro,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
+            micro_batches=count,
         )
         size = views["view1"].shape[0] * self.runtime.world_size
         inputs.key_permutation = tuple(

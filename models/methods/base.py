@@ -18,7 +18,7 @@ class StepInputs:
         view1: (B, 3, S, S) normalised, channels-last.
         view2: likewise.
         seed: run seed, for draws made inside a method.
-        step: optimizer step, 0-based, for the same.
+        step: number of this pass, 0-based, for the same: optimizer step * micro_batches + micro-batch.
         mixed: "view1" / "view2" -> (B, 3, S, S): canvas of image i with the region of its partner pasted in.
         box_cells: "view1" / "view2" -> (B, 4) int64 top, left, height, width of the pasted region in feature cells.
         partner: "view1" / "view2" -> (B,) int64: composite i holds the region of image partner[i]; an index into this
@@ -27,6 +27,7 @@ class StepInputs:
             image `permutation[j]` at position j. Empty where the method does not shuffle.
         rank: this process; positions rank * B .. of the global batch are its own.
         world_size: number of processes.
+        micro_batches: passes of one optimizer step.
     """
 
     view1: Tensor
@@ -39,6 +40,7 @@ class StepInputs:
     key_permutation: tuple[Tensor, ...] = ()
     rank: int = 0
     world_size: int = 1
+    micro_batches: int = 1
 
 
 @dataclass

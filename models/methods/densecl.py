@@ -24,7 +24,7 @@ class DenseCLConfig(MoCoV2Config):
     conv_init: ConvInit = option("fan_in", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     head_init: HeadInit = option("fan_in", "how the global projector starts: as in PyTorch or Kaiming-normal")
     dense_weight: float = option(0.5, "share of the dense loss (lambda); the global loss has the rest")
-    dense_warmup_steps: int = option(0, "steps at the start with the global loss alone")
+    dense_warmup_steps: int = option(0, "optimizer steps at the start with the global loss alone")
 
 
 @dataclass
@@ -89,7 +89,7 @@ class DenseCL(MoCoV2):
         query = unit(self.projector(global_pool(feature_map)))
         instance = info_nce(query, keys.key, self.queue.rows, self.config.temperature).mean()
         dense = self.dense_loss(feature_map, keys)
-        return self.weigh(instance, dense, inputs.step), {"ins": instance.detach(), "dense": dense.detach()}
+        return self.weigh(instance, dense, inputs), {"ins": instance.detach(), "dense": dense.detach()}
 
     def dense_loss(self, feature_map: Tensor, keys: Keys) -> Tensor:
         """Mean contrastive loss over the positions of the query's map (B, C, H, W)."""
@@ -99,9 +99,11 @@ class DenseCL(MoCoV2):
         positive = keys.dense.flatten(2).gather(2, match[:, None, :].expand(-1, dense.shape[1], -1))  # (B, D, S)
         return info_nce(_rows(dense), _rows(positive), self.dense_queue.rows, self.config.temperature).mean()
 
-    def weigh(self, instance: Tensor, dense: Tensor, step: int) -> Tensor:
+    def weigh(self, instance: Tensor, dense: Tensor, inputs: StepInputs) -> Tensor:
         """(1 - lambda) * instance + lambda * dense, lambda 0 during warm-up."""
-        share = 0.0 if step < self.config.dense_warmup_steps else self.config.dense_weight
+        warmup = self.config.dense_warmup_steps
+        warming = warmup > 0 and inputs.step // inputs.micro_batches < warmup
+        share = 0.0 if warming else self.config.dense_weight
         return (1.0 - share) * instance + share * dense
 
 

@@ -23,6 +23,7 @@ from .lewel_b import draw_random, loss_weights
 from .queue_method import QueueMethod
 
 Negatives = Literal["all_maps", "same_map"]
+SameImage = Literal["ignored", "negatives"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class AlignedConfig:
 
     negatives: Negatives = option(
         "all_maps", "aligned embeddings of other images: all of them, or those of the same map"
+    )
+    same_image: SameImage = option(
+        "ignored", "other maps of the query's own image: neither positive nor negative, or negatives as well"
     )
     gather: bool = option(True, "take negatives from the images of all devices; false: from this device's batch")
 
@@ -61,11 +65,18 @@ LOGITS_PER_BLOCK = 2**24
 """Similarities held at a time, 64 MiB in fp32; a batch that needs more is worked off in blocks of images."""
 
 
-def aligned_contrast(query: Tensor, key: Tensor, own: Tensor, temperature: float, negatives: Negatives) -> Tensor:
+def aligned_contrast(
+    query: Tensor,
+    key: Tensor,
+    own: Tensor,
+    temperature: float,
+    negatives: Negatives,
+    same_image: SameImage = "ignored",
+) -> Tensor:
     """Contrast each aligned embedding with those of other images.
 
     For image i and map k the positive is key[own[i], k]; the negatives are all maps of the other images ("all_maps") or
-    their map k ("same_map"). Other maps of the same image are neither.
+    their map k ("same_map"). Other maps of the same image are neither, or with "all_maps" negatives on request.
 
     Args:
         query: (B, M, c) unit rows.
@@ -73,6 +84,7 @@ def aligned_contrast(query: Tensor, key: Tensor, own: Tensor, temperature: float
         own: (B,) int64, the place of each query's image among the G.
         temperature: positive.
         negatives: which embeddings of the other images count.
+        same_image: whether other maps of the same image are negatives; only with "all_maps".
 
     Returns:
         Scalar mean over B and M, fp32 or wider. Memory stays under a few times `LOGITS_PER_BLOCK`.
@@ -83,26 +95,29 @@ def aligned_contrast(query: Tensor, key: Tensor, own: Tensor, temperature: float
     columns = key.shape[0] * (maps if negatives == "all_maps" else 1)
     images = max(1, LOGITS_PER_BLOCK // (maps * columns))
     key = key.detach()
+    settings = temperature, negatives, same_image
     if query.shape[0] <= images:
-        return _block_contrast(query, key, own, temperature, negatives).sum() / (query.shape[0] * maps)
+        return _block_contrast(query, key, own, *settings).sum() / (query.shape[0] * maps)
     parts = [
-        checkpoint(_block_contrast, q, key, o, temperature, negatives, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_block_contrast, q, key, o, *settings, use_reentrant=False, preserve_rng_state=False)
         for q, o in zip(query.split(images), own.split(images), strict=True)
     ]
     return torch.cat(parts).sum() / (query.shape[0] * maps)
 
 
-def _block_contrast(query: Tensor, key: Tensor, own: Tensor, temperature: float, negatives: Negatives) -> Tensor:
+def _block_contrast(
+    query: Tensor, key: Tensor, own: Tensor, temperature: float, negatives: Negatives, same_image: SameImage
+) -> Tensor:
     """Losses (B * M,) of some images."""
     batch, maps = query.shape[:2]
     if negatives == "same_map":
         logits = torch.einsum("bkd,gkd->bkg", query, key) / temperature
         return F.cross_entropy(logits.flatten(0, 1), own.repeat_interleave(maps), reduction="none")
     logits = (query.flatten(0, 1) @ key.flatten(0, 1).T / temperature).view(batch, maps, -1, maps)  # (B, M, G, M)
-    image = torch.arange(key.shape[0], device=own.device) == own[:, None]  # (B, G)
-    other_map = ~torch.eye(maps, dtype=torch.bool, device=own.device)  # (M, M)
-    same_image = image[:, None, :, None] & other_map[None, :, None, :]
-    logits = logits.masked_fill(same_image, float("-inf"))
+    if same_image == "ignored":
+        image = torch.arange(key.shape[0], device=own.device) == own[:, None]  # (B, G)
+        other_map = ~torch.eye(maps, dtype=torch.bool, device=own.device)  # (M, M)
+        logits = logits.masked_fill(image[:, None, :, None] & other_map[None, :, None, :], float("-inf"))
     target = own[:, None] * maps + torch.arange(maps, device=own.device)
     return F.cross_entropy(logits.flatten(0, 1).flatten(1), target.flatten(), reduction="none")
 
@@ -132,6 +147,8 @@ class LewelM(QueueMethod):
     ) -> None:
         super().__init__()
         self.config = config
+        if config.aligned.same_image == "negatives" and config.aligned.negatives == "same_map":
+            raise ValueError("--aligned.same-image negatives are other maps; pass --aligned.negatives all_maps")
         self.global_weight, self.aligned_weight = loss_weights(config.beta, config.global_loss, config.aligned_loss)
         self.encoder = build_backbone(arch, config.conv_init, config.zero_init_residual)
         self.projector = AlignmentHead(
@@ -179,8 +196,9 @@ class LewelM(QueueMethod):
         if not self.config.aligned.gather:
             keys, own = keys.index_select(0, own), torch.arange(own.shape[0], device=own.device)
         with torch.autocast(query.device.type, enabled=False):
+            aligned = self.config.aligned
             return aligned_contrast(
-                unit(query, dim=2), keys, own, self.config.temperature, self.config.aligned.negatives
+                unit(query, dim=2), keys, own, self.config.temperature, aligned.negatives, aligned.same_image
             )
 
     @torch.no_grad()

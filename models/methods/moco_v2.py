@@ -24,8 +24,11 @@ from .queue_method import QueueMethod
 class SymmetricConfig:
     """Whether each view acts as query and as key in turn."""
 
-    enabled: bool = option(False, "use both views as queries; both sets of keys enter the queue")
+    enabled: bool = option(False, "use both views as queries")
     reduce: Literal["sum", "mean"] = option("sum", "how the losses of the two directions are joined")
+    enqueue: Literal["both", "first"] = option(
+        "both", "whose keys enter the queue: those of both directions, or of the first, where view 1 asks, alone"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ class MoCoV2(QueueMethod):
             losses.append(share * loss)
             for name, term in terms.items():
                 metrics[name] = metrics[name] + share * term if name in metrics else share * term
-            new_keys |= self.keys_to_enqueue(keys, key_view)
+            if direction == 0 or self.config.symmetric.enqueue == "both":
+                new_keys |= self.keys_to_enqueue(keys, key_view)
         return StepOutput(torch.stack(losses).sum(), metrics, new_keys)
 
     def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:

@@ -53,7 +53,7 @@ class RegionCLD(DenseCL):
             self, self.heads, inputs, query_view, global_pool(feature_map), mixed_map, keys.key, self.config.region
         )
         dense = self.dense_loss(feature_map, keys)
-        loss = self.weigh(instance, dense, inputs.step)
+        loss = self.weigh(instance, dense, inputs)
         metrics = {"ins": instance.detach(), "dense": dense.detach()}
         if terms is None:
             return loss, metrics

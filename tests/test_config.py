@@ -177,6 +177,16 @@ def test_changed_fields_ignores_what_is_free() -> None:
     assert any(change.startswith("region.weight") for change in changes)
 
 
+def test_a_run_of_an_earlier_version_goes_on() -> None:
+    """An option that it did not have yet is no change at its default, and is one at any other value."""
+    before = json.loads(json.dumps(resolve(["--method", "moco-v2"]).to_json()))
+    del before["model"]["symmetric"]["enqueue"], before["recipe"]["optim"]["betas"], before["run"]["order"]
+    assert changed_fields(before, resolve(["--method", "moco-v2"]).to_json()) == []
+    assert changed_fields(resolve(["--method", "moco-v2"]).to_json(), before) == []
+    other = resolve(["--method", "moco-v2", "--symmetric.enqueue", "first", "--order", "sharded"]).to_json()
+    assert changed_fields(before, other) == ["order: global -> sharded", "symmetric.enqueue: both -> first"]
+
+
 def test_dry_run_prints_what_follows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["--method", "regioncl-m", "--loader", "synthetic", "--device", "cpu", "--arch", "resnet18", "--dry-run",
             "--image-size", "128", "--run-dir", str(tmp_path / "run")]  # fmt: skip

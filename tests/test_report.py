@@ -242,6 +242,15 @@ def test_nearest_published_schedule() -> None:
     assert differences(row, config) == ["changed from recipe regioncl-m: region.lower 2, not 0"]
 
 
+@pytest.mark.parametrize("method", ["moco-v2", "lewel-m", "byol", "lewel-b"])
+def test_imagenet_100_has_recipes_of_its_own(method: str) -> None:
+    assert {row.epochs for row in PUBLISHED if row.data == "ImageNet-100"} == {240}
+    config = run_config(method, "resnet50", 240, "--recipe", f"{method}-in100")
+    config["data_images"] = 126_689
+    (row,) = candidates(config, "linear", "")
+    assert differences(row, config) == []
+
+
 def test_tasks_are_matched_by_their_words() -> None:
     tasks = ["COCO RetinaNet FPN 1x", "COCO Mask R-CNN FPN 1x", "COCO Mask R-CNN FPN 2x", "VOC12 FCN"]
     assert nearest_task("COCO Mask R-CNN FPN 2x", tasks) == "COCO Mask R-CNN FPN 2x"

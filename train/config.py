@@ -121,7 +121,11 @@ FREE_ON_RESUME = frozenset(
 
 
 def changed_fields(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Names of the fields in which a continued run would compute something else, as `name: saved -> current`."""
+    """Names of the fields in which a continued run would compute something else, as `name: saved -> current`.
+
+    An option that either version does not have yet counts at its default, which computes what was computed without it.
+    """
+    saved, current = _with_defaults(saved), _with_defaults(current)
     changes = []
 
     def walk(before: Any, now: Any, path: tuple[str, ...]) -> None:
@@ -129,12 +133,26 @@ def changed_fields(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
             for name in sorted(set(now) | set(before if isinstance(before, dict) else {})):
                 inner = before.get(name) if isinstance(before, dict) else None
                 walk(inner, now.get(name), (*path, name))
-        elif json.loads(json.dumps(now)) != before and path[-1] not in FREE_ON_RESUME:
+        elif now != before and path[-1] not in FREE_ON_RESUME:
             changes.append(f"{'.'.join(path[1:])}: {before} -> {now}")
 
     for part in ("run", "recipe", "model"):
-        walk(saved.get(part, {}), json.loads(json.dumps(current[part])), (part,))
+        walk(saved[part], current[part], (part,))
     return changes
+
+
+def _with_defaults(document: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a `config.json` as plain JSON values, with the default of every option that it does not have."""
+
+    def fill(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        filled = {**defaults, **given}
+        nested = [name for name in defaults.keys() & given.keys() if isinstance(defaults[name], dict)]
+        return filled | {name: fill(defaults[name], given[name]) for name in nested}
+
+    defaults = Config(RunConfig(), Recipe(), METHODS[document["run"]["method"]].Config()).to_json()
+    filled = fill(defaults, {part: document[part] for part in defaults})
+    plain: dict[str, Any] = json.loads(json.dumps(filled))
+    return plain
 
 
 def _peek(argv: Sequence[str], name: str) -> str:

@@ -1,0 +1,156 @@
+"""Every published recipe against the optimisation table of methods.md 1.5, value by value, and the heads of 1.3."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from train.config import Recipe
+from train.recipes import RECIPES
+from train.schedules import scaled_lr
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `lr` is the actual learning rate, "sync" batch norm spans the global batch."""
+
+    kind: str
+    lr: float
+    batch: int
+    decay: float
+    exclude: str
+    warmup: int
+    schedule: str
+    ema: tuple[float, str]
+    epochs: int
+    group: int | str
+    profile: str
+    arch: str = "resnet50"
+    model: tuple[tuple[str, Any], ...] = ()
+
+
+CONSTANT, TO_ONE = (0.999, "constant"), "cosine"
+MOCO = (("queue_size", 65536), ("temperature", 0.2), ("dim", 128), ("hidden_dim", 2048))
+V3 = (("temperature", 1.0), ("dim", 256), ("hidden_dim", 4096))
+MOBY = (("queue_size", 4096), ("temperature", 0.2), ("dim", 256), ("hidden_dim", 4096), ("drop_path", 0.2))
+CARE = (("lambda_att", 100.0), ("n_blocks", 5), ("heads", 4), ("pos", "absolute"), ("t_bn_group_size", 128),
+        ("att_loss", "mse_mean"), ("t_input", "layer3"), ("t_zero_init", False))  # fmt: skip
+LEWEL = (("beta", 0.5), ("h", 4), ("grouping", "contiguous"))
+EMAN, OWN = (("momentum_norm", "ema"),), (("momentum_norm", "own"),)
+
+
+def moco(lr: float, batch: int, epochs: int, group: int, model: tuple[tuple[str, Any], ...] = MOCO) -> Row:
+    return Row("sgd", lr, batch, 1e-4, "none", 0, "cosine-epoch", CONSTANT, epochs, group, "mocov2", model=model)
+
+
+def v3(lr: float, decay: float, start: float, epochs: int) -> Row:
+    return Row("lars", lr, 4096, decay, "1d", 10, "cosine-step", (start, TO_ONE), epochs, "sync", "byol-mocov3",
+               model=V3)  # fmt: skip
+
+
+def moby(epochs: int) -> Row:
+    return Row("adamw", 1e-3, 512, 0.05, "1d", 5, "cosine-step", (0.99, TO_ONE), epochs, "sync", "byol-moby",
+               "swin-t", MOBY)  # fmt: skip
+
+
+def care(epochs: int) -> Row:
+    return Row("sgd", 0.2, 1024, 1e-4, "none", 10, "cosine-step", (0.99, TO_ONE), epochs, "sync", "byol-care",
+               model=CARE)  # fmt: skip
+
+
+def byol(lr: float, decay: float, start: float, epochs: int) -> Row:
+    return Row("lars", lr, 4096, decay, "bias_bn", 10, "cosine-step", (start, TO_ONE), epochs, "sync", "byol",
+               model=OWN)  # fmt: skip
+
+
+def eman(decay: float, epochs: int, model: tuple[tuple[str, Any], ...], lr: float = 3.6) -> Row:
+    return Row("lars", lr, 1024, decay, "bias_bn", 10, "cosine-epoch", (0.98, TO_ONE), epochs, 128, "byol-lewel",
+               model=EMAN + model)  # fmt: skip
+
+
+SIMSIAM = Row("sgd", 0.1, 512, 1e-4, "none", 0, "cosine-epoch", CONSTANT, 100, "sync", "mocov2",
+              model=(("fixed_predictor_lr", True), ("dim", 2048), ("predictor_hidden_dim", 512)))  # fmt: skip
+TABLE = {
+    "moco-v2": moco(0.03, 256, 200, 32),
+    "moco-v2-800ep": moco(0.03, 256, 800, 32),
+    "moco-v2-symmetric-800ep": moco(0.03, 256, 800, 32),
+    "moco-v2-in100": moco(0.06, 256, 240, 32, (("queue_size", 16384), *MOCO[1:])),
+    "regioncl-m": moco(0.15, 1024, 200, 128),
+    "regioncl-m-100ep": moco(0.15, 1024, 100, 128),
+    "regioncl-m-800ep": moco(0.15, 1024, 800, 128),
+    "regioncl-m-symmetric-800ep": moco(0.15, 1024, 800, 128),
+    "densecl": moco(0.03, 256, 200, 32, (*MOCO, ("dense_weight", 0.5), ("dense_warmup_steps", 0))),
+    "regioncl-d": moco(0.03, 256, 200, 32, (*MOCO, ("dense_weight", 0.5))),
+    "simsiam": SIMSIAM,
+    "regioncl-s": SIMSIAM,
+    "moco-v3": v3(9.6, 1e-6, 0.99, 100),
+    "moco-v3-300ep": v3(4.8, 1e-6, 0.99, 300),
+    "moco-v3-1000ep": v3(4.8, 1.5e-6, 0.996, 1000),
+    "regioncl-m3": v3(4.8, 1.5e-6, 0.996, 1000),
+    "moby": moby(300),
+    "moby-100ep": moby(100),
+    "regioncl-moby": moby(300),
+    "regioncl-moby-100ep": moby(100),
+    "byol": eman(1e-6, 200, (("head_bias", False),)),
+    "byol-100ep": eman(1e-6, 100, (("head_bias", False),)),
+    "byol-in100": eman(1e-6, 240, (("head_bias", False),), 7.2),
+    "byol-paper-100ep": byol(7.2, 1e-6, 0.99, 100),
+    "byol-paper-300ep": byol(4.8, 1e-6, 0.99, 300),
+    "byol-paper-1000ep": byol(3.2, 1.5e-6, 0.996, 1000),
+    "care": care(100),
+    "care-200ep": care(200),
+    "care-400ep": care(400),
+    "care-800ep": care(800),
+    "lewel-m": moco(0.06, 256, 200, 32, (*MOCO, *LEWEL, ("c", 128))),
+    "lewel-m-100ep": moco(0.06, 256, 100, 32, (*MOCO, *LEWEL, ("c", 128))),
+    "lewel-m-in100": moco(0.12, 256, 240, 32, (("queue_size", 16384), *MOCO[1:], *LEWEL)),
+    "lewel-b": eman(1.5e-6, 200, (*LEWEL, ("dim", 256), ("c", 256), ("hidden_dim", 4096))),
+    "lewel-b-100ep": eman(1e-6, 100, LEWEL),
+    "lewel-b-in100": eman(1.5e-6, 240, LEWEL, 7.2),
+    "lewel-b-400ep": Row("lars", 7.2, 4096, 1e-6, "bias_bn", 10, "cosine-epoch", (0.996, TO_ONE), 400, "sync",
+                         "byol-lewel", model=OWN + LEWEL),
+}  # fmt: skip
+
+
+def row_of(recipe: Recipe, model: Any, wanted: Row) -> Row:
+    optim, schedule = recipe.optim, recipe.schedule
+    return Row(
+        optim.kind, round(scaled_lr(optim, recipe.global_batch), 9), recipe.global_batch, optim.weight_decay,
+        optim.exclude, schedule.warmup_epochs, schedule.decay,  # type: ignore[arg-type]
+        (recipe.ema.momentum, recipe.ema.schedule), recipe.epochs,
+        "sync" if recipe.bn.mode == "sync" else recipe.bn.group_size, recipe.augment.profile, recipe.arch,
+        tuple((name, getattr(model, name)) for name, _ in wanted.model),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_recipe_is_its_line_of_the_table(name: str) -> None:
+    recipe, model = RECIPES[name][1]()
+    assert row_of(recipe, model, TABLE[name]) == TABLE[name]
+    assert recipe.image_size == 224 and recipe.optim.sgd_momentum == 0.9
+    # The learning rate scales linearly with the batch; which batch it belongs to, the table says as well.
+    assert recipe.optim.lr_reference_batch == (512 if "moby" in name else 256)
+
+
+def test_every_published_recipe_has_a_line() -> None:
+    assert set(TABLE) == {name for name in RECIPES if not name.endswith(("-small", "-quick"))}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
+    recipe, model = RECIPES[name][1]()
+    schedule = recipe.schedule
+    ends = (schedule.warmup_start, schedule.final, schedule.scale_ends, schedule.warmup_offset, schedule.cosine_origin)
+    lewel = name.startswith("lewel-b") or name in ("byol", "byol-100ep", "byol-in100")
+    if "moby" in name:
+        assert ends == (5e-7, 5e-6, True, 0, "run-start") and recipe.optim.clip_grad_norm == 5.0
+        assert recipe.optim.betas == (0.9, 0.999) and recipe.optim.eps == 1e-8
+    else:
+        start = 1e-6 if name.startswith("care") else 0.0
+        assert ends == (start, 0.0, False, int(lewel), "warmup-end") and recipe.optim.clip_grad_norm == 0.0
+    assert recipe.optim.lars.lr_in_buffer == lewel and recipe.optim.lars.trust == 1e-3
+    if hasattr(model, "symmetric"):
+        wanted = ("symmetric" in name, "sum", "both")
+        assert (model.symmetric.enabled, model.symmetric.reduce, model.symmetric.enqueue) == wanted

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.methods import byol
+from models.methods import byol, regression_method
 from models.methods.base import StepInputs
 from models.momentum import ema_update
 from tests.formula import assert_same_gradients, mlp, pooled, unit
@@ -142,6 +142,6 @@ def test_a_frozen_momentum_network_is_caught(mode: str, monkeypatch: pytest.Monk
                 torch.testing.assert_close(p, q)
 
     moves()
-    monkeypatch.setattr(byol, "follow", lambda *args, **rest: None)
+    monkeypatch.setattr(regression_method, "follow", lambda *args, **rest: None)
     with pytest.raises(AssertionError):
         moves()

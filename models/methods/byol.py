@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..heads import mlp_head
 from ..losses import byol_regression
-from ..momentum import copy_and_freeze, follow
 from ..norm import convert_batch_norm
 from ..options import option
 from ..resnet import ConvInit, build_backbone
-from .base import Method, StepInputs, StepOutput
-
-MomentumNorm = Literal["own", "ema"]
+from .base import StepInputs, StepOutput
+from .regression_method import MomentumNorm, RegressionMethod
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class ByolConfig:
     zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
 
 
-class Byol(Method):
+class Byol(RegressionMethod):
     """Regression of the other view's momentum embedding, in both directions.
 
     z = g(GAP f(x)), L = mean[2 - 2 cos(q(z1), sg z'2)] + mean[2 - 2 cos(q(z2), sg z'1)], range 0..8.
@@ -50,7 +47,6 @@ class Byol(Method):
     """
 
     Config = ByolConfig
-    ema_index_offset = 0
 
     def __init__(
         self, config: ByolConfig, *, arch: str, image_size: int, bn_mode: str = "sync", bn_group_size: int = 0
@@ -63,21 +59,7 @@ class Byol(Method):
         self.projector = mlp_head(sizes, biases=biases, hidden_norm=True)
         self.predictor = mlp_head((config.dim, config.hidden_dim, config.dim), biases=biases, hidden_norm=True)
         convert_batch_norm(self, bn_mode, bn_group_size)
-        self.momentum_encoder = copy_and_freeze(self.encoder)
-        self.momentum_projector = copy_and_freeze(self.projector)
-        self.train()
-
-    def train(self, mode: bool = True) -> Byol:
-        """Training mode; averaged batch norms stay in evaluation mode, which uses their running statistics."""
-        super().train(mode)
-        if self.config.momentum_norm == "ema":
-            for _, momentum in self.momentum_pairs():
-                momentum.eval()
-        return self
-
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Online and momentum networks."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
+        self.copy_online_networks()
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Sum over both directions."""
@@ -93,11 +75,6 @@ class Byol(Method):
         """Momentum embeddings (B, D) of images (B, 3, S, S)."""
         projected: Tensor = self.momentum_projector(_global_pool(self.momentum_encoder(images)))
         return projected
-
-    @torch.no_grad()
-    def after_step(self, output: StepOutput, ema_momentum: float) -> None:
-        """EMA of parameters, and of running statistics with averaged batch norms."""
-        follow(self.momentum_pairs(), ema_momentum, whole_state=self.config.momentum_norm == "ema")
 
 
 def _global_pool(feature_map: Tensor) -> Tensor:

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..alignment import AlignmentHead, ColumnMlp, Grouping, HeadOutput, random_scores
 from ..losses import byol_regression
-from ..momentum import copy_and_freeze, follow
 from ..norm import convert_batch_norm
 from ..options import option
 from ..resnet import ConvInit, build_backbone
-from .base import Method, StepInputs, StepOutput
-from .byol import MomentumNorm
+from .base import StepInputs, StepOutput
+from .regression_method import MomentumNorm, RegressionMethod
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def loss_weights(beta: float, global_loss: bool, aligned_loss: bool) -> tuple[fl
     return 1.0 - beta, beta
 
 
-class LewelB(Method):
+class LewelB(RegressionMethod):
     """Regression of global and aligned embeddings of the other view, in both directions.
 
     L = sum over directions v -> w of (1 - beta) nmse(q(z_g^v), z_g'^w) + beta nmse(s(z_a^v), z_a'^w),
@@ -70,7 +69,7 @@ class LewelB(Method):
     """
 
     Config = LewelBConfig
-    ema_index_offset = 0
+    projector: AlignmentHead
 
     def __init__(
         self, config: LewelBConfig, *, arch: str, image_size: int, bn_mode: str = "group", bn_group_size: int = 0
@@ -89,21 +88,7 @@ class LewelB(Method):
         if config.aligned_loss:
             self.aligned_predictor = ColumnMlp(config.c, config.hidden_dim, config.c)
         convert_batch_norm(self, bn_mode, bn_group_size)
-        self.momentum_encoder = copy_and_freeze(self.encoder)
-        self.momentum_projector = copy_and_freeze(self.projector)
-        self.train()
-
-    def train(self, mode: bool = True) -> LewelB:
-        """Training mode; averaged batch norms stay in evaluation mode, which uses their running statistics."""
-        super().train(mode)
-        if self.config.momentum_norm == "ema":
-            for _, momentum in self.momentum_pairs():
-                momentum.eval()
-        return self
-
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Online and momentum networks."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
+        self.copy_online_networks()
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Sum of both directions; metrics are the unweighted sums of each kind."""
@@ -131,11 +116,6 @@ class LewelB(Method):
             predicted = self.aligned_predictor(online.aligned)
             terms["aligned"] = byol_regression(predicted.flatten(0, 1), target.aligned.flatten(0, 1)).mean()
         return terms
-
-    @torch.no_grad()
-    def after_step(self, output: StepOutput, ema_momentum: float) -> None:
-        """EMA of parameters, and of running statistics with averaged batch norms."""
-        follow(self.momentum_pairs(), ema_momentum, whole_state=self.config.momentum_norm == "ema")
 
 
 def draw_random(

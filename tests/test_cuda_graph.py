@@ -1,6 +1,8 @@
 """The graphed step: same losses and weights as the plain one, with a capture that repeats the work on the CPU."""
 
 import copy
+import inspect
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from models.methods import METHODS
 from models.methods.base import StepInputs
-from train.cuda_graph import GraphedForwardBackward
+from train.cuda_graph import GraphedForwardBackward, capture_cuda
 from train.errors import UserMistake
 from train.main import main
 from train.runtime import Runtime
@@ -111,6 +113,27 @@ def test_what_a_graph_cannot_serve_is_refused():
     smaller.view1 = smaller.view1[:2]
     with pytest.raises(UserMistake, match="changed their shapes"):
         graphed(smaller)
+
+
+def test_a_capture_leaves_other_threads_alone(monkeypatch):
+    """Loaders take page-locked memory in threads of their own, which a capture in the default mode would trip over."""
+    entered: list[object] = []
+    known = inspect.signature(torch.cuda.graph.__init__).parameters
+
+    @contextmanager
+    def graph(*arguments, **options):
+        assert set(options) <= set(known)
+        entered.append(options)
+        yield
+
+    class Graph:
+        def replay(self):
+            entered.append("replayed")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    capture_cuda(lambda: entered.append("recorded"))()
+    assert entered == [{"capture_error_mode": "thread_local"}, "recorded", "replayed"]
 
 
 @pytest.mark.gpu

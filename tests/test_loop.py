@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ import train.inputs
 import train.main
 from tests.runs import TINY, rows
 from train.errors import EXIT_NON_FINITE
-from train.loop import PATIENCE
+from train.loop import PATIENCE, _update
+from train.optim import Lars, with_momentum_buffers
 
 
 def argv(run_dir: Path, steps: int, *more: str) -> list[str]:
@@ -51,3 +55,29 @@ def test_a_run_that_stays_non_finite_gives_up(tmp_path: Path, capfd: pytest.Capt
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert f"{PATIENCE} steps in a row" in last and "--optim.lr" in last
     assert len(rows(tmp_path / "run", "skipped_step")) == PATIENCE
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "lars"])
+def test_a_first_step_skipped_as_on_cuda_leaves_no_trace(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused forms exist on the CPU too; there they take the way that CUDA's take, without a wait of the host."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(50, 40)
+    plain = copy.deepcopy(module)
+    gradient = torch.randn(40, 50)
+
+    def optimizer_of(parameters: list[torch.Tensor]) -> Any:
+        if kind == "sgd":
+            return with_momentum_buffers(torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True))
+        return torch.optim.AdamW(parameters, fused=True) if kind == "adamw" else Lars(parameters, lr=0.1)
+
+    device = torch.device("cuda")
+    first, second = optimizer_of([module.weight]), optimizer_of([plain.weight])
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **_: torch.full_like(tensor, torch.nan))  # as memory may be
+    for bad in (True, False, False):
+        for optimizer, weight in ((first, module.weight), (second, plain.weight)):
+            if optimizer is second and bad:
+                continue
+            weight.grad = torch.full_like(gradient, torch.inf) if bad else gradient.clone()
+            state: Any = SimpleNamespace(optimizer=optimizer, scaler=None)
+            assert _update(state, torch.tensor(bad), device)
+    assert torch.equal(module.weight, plain.weight) and torch.isfinite(plain.weight).all()

@@ -97,6 +97,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """Put what `optimizer_tensors` gave back into an optimizer over parameters of the same shapes and order."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fused = [group.get("fused") for group in optimizer.param_groups for _ in group["params"]]
     optimizer.state.clear()
     for key, value in tensors.items():
         index, name = key.split("/", 1)
@@ -104,12 +105,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
         if value.shape == parameter.shape:
             # The layout of a buffer decides the order of later sums: give it its parameter's.
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        elif fused[int(index)]:
+            value = value.to(parameter.device)  # the fused kernels read the step count where they run
         optimizer.state[parameter][name] = value
     for key, value in plain["state"].items():
         index, name = key.split("/", 1)
         optimizer.state[parameters[int(index)]][name] = value
     for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
-        group.update({name: value for name, value in saved.items() if name != "params"})
+        # How steps are launched follows from the device of this run, not from that of the saved one.
+        group.update({name: value for name, value in saved.items() if name not in ("params", "fused", "foreach")})
 
 
 def _write_files(folder: Path, state: TrainState, extra: dict[str, Any]) -> None:

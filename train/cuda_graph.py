@@ -28,7 +28,8 @@ WARMUP = 3
 def capture_cuda(function: Callable[[], None]) -> Replay:
     """Record what `function` launches; calling the result launches it again. `function` must have run before."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A loader's thread may take page-locked memory meanwhile, which the default mode would count as an error of ours.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay
 

@@ -182,7 +182,8 @@ def _update(state: TrainState, bad: Tensor, device: torch.device) -> bool:
         state.scaler.update()
         skip = False
     else:
-        state.optimizer.found_inf = bad.float().reshape(1)  # type: ignore[attr-defined]
+        # A scalar, as the gradient scaler's: AdamW takes it off its scalar step counts.
+        state.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         state.optimizer.grad_scale = None  # type: ignore[attr-defined]
         state.optimizer.step()
         skip = False

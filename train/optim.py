@@ -114,13 +114,27 @@ def build_optimizer(method: nn.Module, config: OptimConfig, global_batch: int) -
     on_cuda = all(p.is_cuda for group in groups for p in group["params"])
     launch = {"fused": True} if on_cuda else {"foreach": True}
     if config.kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.sgd_momentum, **launch)
+        return with_momentum_buffers(torch.optim.SGD(groups, lr=lr, momentum=config.sgd_momentum, **launch))
     if config.kind == "adamw":
         betas = (config.betas[0], config.betas[1])
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, **launch)
     return Lars(
         groups, lr=lr, momentum=config.sgd_momentum, trust=config.lars.trust, lr_in_buffer=config.lars.lr_in_buffer
     )
+
+
+def with_momentum_buffers(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """The optimizer itself, its momentum buffers made as zeros where it is the fused form.
+
+    PyTorch's fused form takes memory as it comes and lets the first step fill it. A first step that is skipped by
+    `found_inf`, as fp16's first loss scale often makes it, fills nothing, and the second one reads what lay there.
+    A step from zeros is the same as PyTorch's first step.
+    """
+    for group in optimizer.param_groups:
+        if group["fused"] and group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+    return optimizer
 
 
 def check_optimizer(config: OptimConfig) -> None:

@@ -15,6 +15,7 @@ from models.collectives import average_buffers
 from models.norm import running_buffers
 
 from ...errors import NonFinite
+from ...optim import with_momentum_buffers
 from ...runtime import Runtime, SignalWatch
 from ..tuning_state import TuningCheckpoints, TuningState, seed_step
 from .feed import Sample, TrainingFeed
@@ -50,7 +51,7 @@ def build_state(model: nn.Module, course: Course, runtime: Runtime) -> TuningSta
     """A fresh state: SGD with momentum 0.9, and a loss scale in fp16."""
     launch = {"fused": True} if runtime.device.type == "cuda" else {"foreach": True}
     groups = weight_decay_groups(model, course.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=course.peak, momentum=SGD_MOMENTUM, **launch)
+    optimizer = with_momentum_buffers(torch.optim.SGD(groups, lr=course.peak, momentum=SGD_MOMENTUM, **launch))
     scaler = torch.amp.GradScaler("cuda") if runtime.dtype is torch.float16 else None
     return TuningState(model, optimizer, scaler, 0, {"history": []})
 

@@ -18,8 +18,8 @@ from .stores import is_shard_pattern
 def _need(module: str, loader: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ValueError(
-            f"--loader {loader} needs {module}, which is not installed; run: pip install 'regatta[{extra}]', "
-            f"or choose --loader auto"
+            f"--loader {loader} needs {module}, which is not installed; run: bash tools/setup.sh --retry (beside an "
+            f"installed wheel: pip install 'regatta[{extra}]'), or choose --loader auto"
         )
 
 

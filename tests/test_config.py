@@ -11,9 +11,10 @@ import pytest
 import train.main
 from models.methods import METHODS
 from train.config import Config, changed_fields, resolve
-from train.errors import EXIT_USER_MISTAKE, UserMistake
+from train.errors import EXIT_NON_FINITE, EXIT_USER_MISTAKE, UserMistake
 from train.flags import leaves, parse_value
 from train.recipes import RECIPES, default_recipe
+from train.runtime import _launch_environment
 
 
 def error_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> str:
@@ -78,7 +79,7 @@ def test_every_flag_changes_the_configuration() -> None:
         for leaf in leaves(getattr(base, part)):
             if leaf.path[-1] in ("method", "recipe", "arch"):
                 continue
-            text = other_value(leaf, samples)
+            text = "byol" if leaf.flag == "--augment.profile" else other_value(leaf, samples)
             config = resolve(["--method", "regioncl-m", leaf.flag, text])
             assert config != base, leaf.flag
 
@@ -104,6 +105,8 @@ def test_unknown_flag_names_the_nearest(capfd: pytest.CaptureFixture[str]) -> No
 
 
 SYNTHETIC = ["--method", "moco-v2", "--loader", "synthetic", "--data", "64", "--device", "cpu"]
+SMALL = [*SYNTHETIC, "--arch", "resnet18", "--image-size", "32", "--global-batch", "8", "--bn.group-size", "8",
+         "--queue-size", "64", "--no-report"]  # fmt: skip
 REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
 
 
@@ -114,7 +117,7 @@ REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
         (["--method", "mocov2"], "choose from"),
         (["--method", "moco-v2", "--recipe", "regioncl-m"], "belongs to --method regioncl-m"),
         (["--method", "moco-v2", "--recipe", "nope"], "choose from moco-v2"),
-        (["--method", "moco-v2", "--epochs", "many"], "--epochs many"),
+        (["--method", "moco-v2", "--epochs", "many"], "--epochs many: give a whole number"),
         (["--method", "moco-v2", "--epochs", "0"], "at least 1"),
         (["--method", "regioncl-m", "--region.sampling", "both"], "choose from paper, official"),
         (["--method", "moco-v2"], "tools/make_ffcv_dataset.py"),
@@ -124,6 +127,14 @@ REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
         ([*SYNTHETIC, "--bn.group-size", "48"], "--bn.group-size 48"),
         ([*SYNTHETIC, "--queue-size", "255"], "--queue-size 255"),
         ([*SYNTHETIC, "--optim.lr", "-1"], "--optim.lr -1"),
+        ([*SYNTHETIC, "--optim.lr", "nan"], "--optim.lr nan: give a finite number"),
+        ([*SMALL, "--optim.kind", "adamw", "--optim.eps", "-1"], "--optim: Invalid epsilon"),
+        ([*SYNTHETIC, "--schedule.warmup-epochs", "-1"], "--schedule.warmup-epochs -1"),
+        ([*SYNTHETIC, "--augment.profile", "linear"], "choose from mocov2"),
+        ([*SYNTHETIC, "--augment.min-scale", "3"], "--augment.min-scale 3"),
+        ([*SYNTHETIC, "--temperature", "0"], "--temperature 0"),
+        ([*SYNTHETIC, "--hidden-dim", "-1"], "--hidden-dim -1"),
+        (["--method", "care", *SYNTHETIC[2:], "--heads", "0"], "--heads 0"),
         ([*SYNTHETIC, "--ema.momentum", "2"], "--ema.momentum 2"),
         ([*SYNTHETIC, "--seed", "4294967296"], "--seed 4294967296"),
         ([*REGIONS, "--image-size", "32"], "2 x 2 feature cells"),
@@ -137,6 +148,39 @@ def test_mistakes_are_one_line(capfd, monkeypatch, tmp_path: Path, argv: list[st
     monkeypatch.chdir(tmp_path)
     # The description of the run may be printed before data are opened, but only on standard output.
     assert expected in error_line(capfd, argv)
+
+
+def test_srun_without_a_meeting_place_is_refused(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Eight tasks that cannot find each other would write eight runs into one folder."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert _launch_environment() == (0, 1, 0)  # a batch script that calls Python itself
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert "MASTER_ADDR" in error_line(capfd, SMALL)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    monkeypatch.setenv("RANK", "")  # so that both are taken back after the test
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.delenv("RANK")
+    assert _launch_environment() == (3, 8, 3)
+
+
+def test_a_backbone_that_has_diverged_ends_the_run(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = [*SMALL, "--max-steps", "1", "--optim.lr", "1e30", "--run-dir", str(tmp_path / "run")]
+    assert train.main.main(argv) == EXIT_NON_FINITE
+    assert "not finite" in capfd.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("more", [["--data", "30"], ["--holdout", "1"], ["--data", "16", "--holdout", "0"]])
+def test_few_images_have_health_figures(tmp_path: Path, more: list[str]) -> None:
+    """Of one image alone there is no spread and no neighbour: then images that are trained on serve."""
+    run_dir = tmp_path / "run"
+    assert train.main.main([*SMALL, "--max-steps", "1", "--run-dir", str(run_dir), *more]) == 0
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "health"] == [0, 1]
 
 
 def test_read_only_run_folder(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ def test_accidents_are_counted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps({"kind": "end", "step": 300, "epoch": 10, "time_s": 150, "bad_records": 7}) + "\n")
-    assert find(folder, "steps were skipped").text.startswith("1 ")
+        stream.write(json.dumps({"kind": "skipped_step", "step": 300, "epoch": 9, "time_s": 149, "steps": 4}) + "\n")
+    assert find(folder, "steps were skipped").text.startswith("5 ")
     assert "7 damaged records" in find(folder, "damaged").text
 
 

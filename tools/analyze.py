@@ -59,7 +59,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserMistake("pictures need matplotlib; run: pip install 'regatta[eval]'") from None
+        raise UserMistake("pictures need matplotlib; run: bash tools/setup.sh --retry") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -232,7 +232,7 @@ def _tsne(features: Tensor, seed: int) -> np.ndarray:
     try:
         from sklearn.manifold import TSNE
     except ImportError:
-        raise UserMistake("--tsne needs scikit-learn; run: pip install 'regatta[eval]'") from None
+        raise UserMistake("--tsne needs scikit-learn; run: bash tools/setup.sh --retry") from None
     rows = torch.nn.functional.normalize(features).numpy()
     points: np.ndarray = TSNE(perplexity=min(30, len(rows) / 4), init="pca", random_state=seed).fit_transform(rows)
     return points

@@ -146,7 +146,8 @@ def _health(run: Run) -> list[Finding]:
 
 def _accidents(run: Run) -> list[Finding]:
     found = []
-    skipped = len(run.of_kind("skipped_step"))
+    # A row of a CUDA run tells of all the steps that were skipped since the row before it.
+    skipped = sum(row.get("steps", 1) for row in run.of_kind("skipped_step"))
     if skipped:
         half = run.config.get("run", {}).get("precision") == "fp16"
         remedy = (

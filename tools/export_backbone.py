@@ -238,7 +238,7 @@ def write_onnx(loaded: LoadedBackbone, path: Path, image_size: int) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as reason:
-        raise UserMistake(f"--format onnx needs {reason.name}; run: pip install 'regatta[export]'") from None
+        raise UserMistake(f"--format onnx needs {reason.name}; run: bash tools/setup.sh --retry") from None
     encoder = loaded.encoder.to("cpu").to(memory_format=torch.contiguous_format)
     example = torch.zeros(2, 3, image_size, image_size)
     free_batch = {"images": {0: torch.export.Dim("batch")}}

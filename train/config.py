@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.methods import METHODS
+from models.resnet import BACKBONES
+from pipeline.augment import PROFILES
 
 from .errors import UserMistake
 from .flags import Leaf, OneLineParser, add_leaf, leaves, parse_flags, replace_leaves
@@ -17,6 +19,11 @@ from .optim import OptimConfig, check_optimizer
 from .schedules import EmaConfig, ScheduleConfig, ema_at
 
 BnMode = Literal["group", "sync", "plain"]
+TWO_VIEW_PROFILES = tuple(name for name, profile in PROFILES.items() if profile.num_views == 2)
+# What counts or divides, in the methods that have it.
+_POSITIVE_IN_METHODS = frozenset(
+    "queue_size temperature dim hidden_dim predictor_hidden_dim n_blocks heads c h".split()
+)
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -78,7 +85,7 @@ class BnConfig:
 class AugmentConfig:
     """Which augmentation profile runs, and what of it is changed."""
 
-    profile: str = _flag("mocov2", "augmentation profile")
+    profile: str = _flag("mocov2", "augmentation profile: " + ", ".join(TWO_VIEW_PROFILES))
     min_scale: float = _flag(0.0, "smallest crop area relative to the image; 0 keeps the profile's")
     implementation: Literal["auto", "reference", "native", "kernel"] = _flag(
         "auto", "which code applies the augmentation"
@@ -89,7 +96,7 @@ class AugmentConfig:
 class Recipe:
     """Everything that decides what is computed. Values and their sources are in `recipes.py`."""
 
-    arch: str = _flag("resnet50", "backbone architecture")
+    arch: str = _flag("resnet50", "backbone architecture: " + ", ".join(BACKBONES))
     image_size: int = _flag(224, "side of a view in pixels")
     epochs: int = _flag(200, "epochs to train")
     global_batch: int = _flag(256, "images of one optimizer step over all devices and micro-batches")
@@ -226,6 +233,27 @@ def _check(config: Config) -> None:
         ema_at(0, 1, config.recipe.ema)
     except ValueError as reason:
         raise UserMistake(f"--{reason}") from None
+    _check_schedule(config.recipe.schedule)
+    _check_augment(config.recipe.augment)
+    for leaf in leaves(config.model):
+        if leaf.path[-1] in _POSITIVE_IN_METHODS and leaf.default <= 0:
+            raise UserMistake(f"{leaf.flag} {leaf.default}: must be above 0")
+
+
+def _check_schedule(schedule: ScheduleConfig) -> None:
+    for name in ("final", "warmup_epochs", "warmup_start", "warmup_offset"):
+        value = getattr(schedule, name)
+        if value < 0:
+            raise UserMistake(f"--schedule.{name.replace('_', '-')} {value}: must not be negative")
+
+
+def _check_augment(augment: AugmentConfig) -> None:
+    if augment.profile not in TWO_VIEW_PROFILES:
+        raise UserMistake(
+            f"--augment.profile {augment.profile}: has no two views; choose from {', '.join(TWO_VIEW_PROFILES)}"
+        )
+    if not 0 <= augment.min_scale <= 1:
+        raise UserMistake(f"--augment.min-scale {augment.min_scale}: a share of the image's area, give 0 to 1")
 
 
 def resolve(argv: Sequence[str]) -> Config:

@@ -15,7 +15,7 @@ from pipeline.loaders import build_pipeline
 from pipeline.sampling import hold_out
 
 from .config import Config
-from .errors import UserMistake
+from .errors import NonFinite, UserMistake
 from .eval.features import center_view, evaluation_mode, extract_features
 from .eval.knn import knn_classify
 from .health import MAX_RETRIEVAL_IMAGES, health
@@ -90,6 +90,8 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     total = whole.num_samples
     held_out_from = config.run.val_data or config.run.data
     count = 0 if config.run.val_data else min(config.run.holdout, total // 20)
+    if count < 2:
+        count = 0  # the figures compare images with one another
     population, held_out = hold_out(total, config.run.seed, count)
     if len(population) < config.recipe.global_batch:
         raise UserMistake(
@@ -124,9 +126,9 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
         held_out = np.arange(queries.num_samples)
     else:
         whole.close()
-    if len(held_out) == 0:
+    if len(held_out) < 2:
         # Too few images to spare any: the figures then come from training images.
-        held_out = population
+        held_out, held_out_from = population, config.run.data
     chosen = held_out[np.linspace(0, len(held_out) - 1, min(len(held_out), MAX_RETRIEVAL_IMAGES)).astype(np.int64)]
     views = _build(
         config,
@@ -139,7 +141,11 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
 
 @torch.no_grad()
 def health_figures(method: Method, data: RunData, config: Config, runtime: Runtime) -> dict[str, float]:
-    """Label-free figures of the backbone on held-out images, the same two views of each every time."""
+    """Label-free figures of the backbone on held-out images, the same two views of each every time.
+
+    Raises:
+        NonFinite: when the features are not finite, which no figure could tell.
+    """
     features: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS}
     data.held_out.set_epoch(0)
     with evaluation_mode(method.encoder):
@@ -149,7 +155,13 @@ def health_figures(method: Method, data: RunData, config: Config, runtime: Runti
                 images = augment.apply(batch.views[name], params.to(runtime.device), torch.float32)
                 with runtime.autocast():
                     features[name].append(method.features(images).float().cpu())
-    return health(torch.cat(features["view1"]), torch.cat(features["view2"]))
+    first, second = (torch.cat(features[name]) for name in VIEWS)
+    if not (first.isfinite().all() and second.isfinite().all()):
+        raise NonFinite(
+            "features of held-out images are not finite: the backbone has diverged; lower --optim.lr, or use "
+            "--precision bf16 or fp32, and go on from the last checkpoint or start over with --resume never"
+        )
+    return health(first, second)
 
 
 def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, float | int]:

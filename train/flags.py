@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -88,8 +89,20 @@ def parse_value(text: str, annotation: Any) -> Any:
             return False
         raise ValueError("choose true or false")
     if annotation is int:
-        return int(text.replace("_", ""))
+        return _number(int, text.replace("_", ""), "a whole number")
+    if annotation is float:
+        return _number(float, text, "a finite number")
     return annotation(text)
+
+
+def _number(kind: type[int] | type[float], text: str, what: str) -> int | float:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ValueError(f"give {what}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"give {what}")
+    return value
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -189,6 +189,13 @@ def run(config: Config) -> int:
         return _train_on(config, runtime, method)
 
 
+def _optimizer(config: Config, method: Method) -> torch.optim.Optimizer:
+    try:
+        return build_optimizer(method, config.recipe.optim, config.recipe.global_batch)
+    except ValueError as reason:
+        raise UserMistake(f"--optim: {reason}; give another value") from None
+
+
 def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
     watch = SignalWatch()
     run_dir = _prepare_run_dir(config) if runtime.is_main else None
@@ -196,7 +203,7 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
     try:
         state = TrainState(
             method=method,
-            optimizer=build_optimizer(method, config.recipe.optim, config.recipe.global_batch),
+            optimizer=_optimizer(config, method),
             scaler=torch.amp.GradScaler("cuda") if runtime.dtype is torch.float16 else None,
             step=0,
             sums={},

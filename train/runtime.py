@@ -80,7 +80,11 @@ class Runtime:
 
 
 def _launch_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun, or from SLURM when srun started one task a process."""
+    """(rank, world size, local rank) from torchrun, or from SLURM when srun started one task a process.
+
+    Raises:
+        UserMistake: when srun started several tasks that cannot find each other; each would train alone.
+    """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
@@ -88,6 +92,12 @@ def _launch_environment() -> tuple[int, int, int]:
         env.setdefault("MASTER_PORT", "29500")
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    # Only srun sets this one; a batch script that calls Python itself is one process, however many tasks the job has.
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserMistake(
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks and MASTER_ADDR is not set: export the first node's "
+            "name in it, or unset SLURM_STEP_NUM_TASKS to train alone"
+        )
     return 0, 1, 0
 
 

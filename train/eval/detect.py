@@ -56,13 +56,17 @@ class DetectConfig(ProtocolConfig):
         "backbone and none elsewhere"
     )
     box_head: Literal["2fc", "4conv1fc"] = flag("2fc", "box head of the FPN detectors; 4conv1fc is LEWEL's")
-    steps: int = flag(0, "optimizer steps; milestones and warm-up move in proportion")
-    global_batch: int = flag(0, "images of a step over all ranks")
+    steps: int = flag(0, "optimizer steps, milestones and warm-up move in proportion; 0: the schedule's")
+    global_batch: int = flag(0, "images of a step over all ranks; 0: the schedule's")
     lr: float = flag(0.0, "peak learning rate at this batch; 0: the schedule's, in proportion to the batch")
     weight_decay: float = flag(1e-4, "L2 coupled to the gradient, of all but norm layers")
-    train_sides: tuple[int, ...] = flag((), "short edges of training images in pixels, one drawn for each image")
-    test_side: int = flag(0, "short edge of validation images in pixels")
-    longest_side: int = flag(0, "the most a long edge may have, in pixels; RegionCL's C4 detectors have 1200")
+    train_sides: tuple[int, ...] = flag(
+        (), "short edges of training images in pixels, one drawn for each image; empty: the data's published ones"
+    )
+    test_side: int = flag(0, "short edge of validation images in pixels; 0: the data's published one")
+    longest_side: int = flag(
+        0, "the most a long edge may have, in pixels; 0: the data's published one; RegionCL's C4 detectors have 1200"
+    )
     anchor_sizes: tuple[float, ...] = flag(ANCHOR_SIZES, "sides of anchors in pixels, one a level of a pyramid")
     regions: int = flag(512, "proposals that an image is trained on (not RetinaNet)")
     precise_bn_steps: int = flag(200, "training batches for the batch-norm statistics used at test; 0: running ones")

@@ -51,7 +51,7 @@ def coco_ap(
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError:
-        raise UserMistake("detection needs faster-coco-eval; install it with: pip install faster-coco-eval") from None
+        raise UserMistake("detection needs faster-coco-eval; run: bash tools/setup.sh --retry") from None
     # The tools write into what they are given, and print.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(copy.deepcopy(ground_truth))

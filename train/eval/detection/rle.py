@@ -14,7 +14,7 @@ def _tools() -> Any:
     try:
         from faster_coco_eval.core import mask
     except ImportError:
-        raise UserMistake("detection needs faster-coco-eval; install it with: pip install faster-coco-eval") from None
+        raise UserMistake("detection needs faster-coco-eval; run: bash tools/setup.sh --retry") from None
     return mask
 
 

@@ -305,7 +305,7 @@ RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
     "regioncl-m-100ep": ("regioncl-m", lambda: regioncl_m(100)),
     "regioncl-m-800ep": ("regioncl-m", lambda: regioncl_m(800)),
     "regioncl-m-symmetric-800ep": ("regioncl-m", regioncl_m_symmetric),
-    "regioncl-m-small": ("regioncl-m", lambda: _small(regioncl_m(), 32, 64, queue_size=4096, temperature=0.1)),
+    "regioncl-m-small": ("regioncl-m", lambda: _gentle(regioncl_m(), queue_size=256, temperature=0.1)),
     "regioncl-m-quick": ("regioncl-m", lambda: _small(regioncl_m(), 8, 64, queue_size=1024, temperature=0.1)),
     "densecl": ("densecl", densecl),
     "regioncl-d": ("regioncl-d", regioncl_d),

@@ -27,6 +27,9 @@ from train.config import Config, resolve
 from train.eval.features import normalise
 from train.eval.knn import knn_predict
 from train.eval.linear import LINEAR_RECIPES, LinearHeads, train_heads
+from train.eval.segmentation.augment import Crop
+from train.eval.segmentation.feed import TrainBatch
+from train.eval.session import linear_images
 from train.inputs import InputBuilder, InputStream
 from train.loop import take_step
 from train.main import build_method, feature_grid
@@ -228,6 +231,20 @@ def test_evaluation_computes_on_the_device(recipe: str) -> None:
         with watch:
             train_heads(heads, lambda _: [(bank, on_device)], 1, 1, LINEAR_RECIPES[recipe], [0.1, 1.0])
         assert all(p.grad is not None and p.grad.device == DEVICE for p in heads.parameters())
+
+
+def test_batches_of_the_protocols_are_made_without_a_wait() -> None:
+    side = 160  # large enough that a copy from ordinary memory would wait
+    numbers = np.arange(BATCH)
+    crop = Crop(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), (side, side - 8))
+    with fake_gpu() as watch:
+        augment._normalisation.cache_clear()
+        augment._normalisation(DEVICE, torch.float32)
+        with watch:
+            pixels, classes = TrainBatch([crop] * BATCH, numbers, numbers).tensors(0, DEVICE)
+            probed = linear_images(uint8_batch(), 0, 0, DEVICE)
+        augment._normalisation.cache_clear()
+        assert {pixels.device, classes.device, probed.device} == {DEVICE}
 
 
 PLANTED = {

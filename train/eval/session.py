@@ -311,7 +311,7 @@ def linear_images(batch: Batch, seed: int, epoch: int, device: torch.device) -> 
     """The batch's one view flipped at random and normalised, (B, 3, S, S) fp32 channels-last."""
     params = augment.draw("linear", seed, epoch, batch.index.numpy(), 0)
     pixels = next(iter(batch.views.values())).to(device, non_blocking=True)
-    return augment.apply(pixels, params.to(device), torch.float32)
+    return augment.apply(pixels, params.to(device, non_blocking=True), torch.float32)
 
 
 def class_count(train_labels: np.ndarray, val_labels: np.ndarray) -> int:

@@ -194,8 +194,8 @@ def change_colours(images: Tensor, colours: Colours) -> Tensor:
         chosen = np.flatnonzero(values != neutral)
         if not len(chosen):
             return
-        rows = torch.from_numpy(chosen).to(images.device)
-        amount = torch.from_numpy(values[chosen]).to(images.device)
+        rows = torch.from_numpy(chosen).to(images.device, non_blocking=True)
+        amount = torch.from_numpy(values[chosen]).to(images.device, non_blocking=True)
         images[rows] = _CHANGES[change](images[rows], amount)
 
     on(colours.brightness, 0.0, "brightness")
@@ -216,8 +216,8 @@ _CHANGES = {
 
 def normalise(images: Tensor) -> Tensor:
     """Levels (B, 3, H, W) to zero mean and unit variance of ImageNet's channels."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    # Made on the device itself they would keep the host until all work before them is done.
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(images.device, non_blocking=True) for v in (MEAN, STD))
     return (images - mean) / std
 
 

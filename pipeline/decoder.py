@@ -176,7 +176,7 @@ class ViewDecoder:
         self.specs = view_array(views)
         self.pool = self._library.rg_pool_open(threads) if self._library else None
         if self._library and not self.pool:
-            raise RuntimeError(f"the system refused to start {threads} decoding threads; choose fewer with --workers")
+            raise ValueError(f"the system refused to start {threads} decoding threads; choose fewer with --workers")
 
     @property
     def native(self) -> bool:

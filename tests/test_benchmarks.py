@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import bench_ops, bench_step, bench_train, cli, reference_port
+from tools import bench_ops, bench_pipeline, bench_step, bench_train, cli, reference_port
 from tools.augment_contenders import CONTENDERS, installed
 from tools.benchmarking import (
     COLUMNS,
@@ -263,8 +263,15 @@ def test_projection_needs_rows_of_a_gpu(tmp_path):
         project(read_measured(path, "regioncl-m", "resnet50"), "8xB42")
 
 
-@pytest.mark.parametrize("tool", [bench_ops, bench_step, bench_train])
-def test_a_mistake_is_one_line_and_code_2(tool, capsys):
-    assert cli.call(tool.main, ["--round", "3"]) == 2
+@pytest.mark.parametrize("tool", [bench_ops, bench_pipeline, bench_step, bench_train])
+@pytest.mark.parametrize("mistake", [["--round", "3"], ["--rounds", "0"]])
+def test_a_mistake_is_one_line_and_code_2(tool, mistake, capsys):
+    assert cli.call(tool.main, mistake) == 2
     message = capsys.readouterr().err
     assert "--rounds" in message and message.count("\n") == 1
+
+
+def test_a_path_that_is_missing_is_one_line_with_a_remedy(tmp_path, capsys):
+    assert cli.call(bench_pipeline.main, ["--data", str(tmp_path / "none.beton"), "--no-csv"]) == 2
+    message = capsys.readouterr().err
+    assert "none.beton" in message and "check the path" in message and message.count("\n") == 1

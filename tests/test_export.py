@@ -203,6 +203,7 @@ def test_the_card_of_a_detectron2_export(tmp_path: Path) -> None:
     [
         (["{file}", "{tmp}/out.bin", "--format", "onnx"], "ends in .onnx"),
         (["{file}", "{file}", "--format", "torchvision"], "exists"),
+        (["{file}", "/proc/out.safetensors", "--format", "torchvision"], "choose a place that can be written"),
         (["{tmp}/none", "{tmp}/out.pkl", "--format", "detectron2"], "does not exist"),
         (["{file}", "{tmp}/out.pkl", "--format", "caffe"], "invalid choice"),
         (["{file}", "{tmp}/out.pkl", "--format", "detectron2", "--image-sise", "3"], "--image-size"),

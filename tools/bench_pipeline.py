@@ -205,10 +205,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, default=None, help="a folder of photos to pack and repeat instead")
     parser.add_argument("--max-resolution", type=int, default=400, help="longest side when packing --photos, in pixels")
     parser.add_argument("--jpeg-quality", type=int, default=90, help="quality when packing --photos")
-    parser.add_argument("--images", type=int, default=8400, help="images of an epoch when packing --photos")
-    parser.add_argument("--slow-images", type=int, default=1024, help="images of an epoch of the PIL contenders")
-    parser.add_argument("--size", type=int, default=224, help="side of a view in pixels")
-    parser.add_argument("--batch", type=int, default=256, help="images of a batch")
+    parser.add_argument("--images", type=cli.positive, default=8400, help="images of an epoch when packing --photos")
+    parser.add_argument("--slow-images", type=cli.positive, default=1024,
+                        help="images of an epoch of the PIL contenders")  # fmt: skip
+    parser.add_argument("--size", type=cli.positive, default=224, help="side of a view in pixels")
+    parser.add_argument("--batch", type=cli.positive, default=256, help="images of a batch")
     parser.add_argument("--workers", type=int, default=0, help="threads or processes that decode; 0: one a core")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="what to measure")
     parser.add_argument("--memory-share", type=float, default=0.0, metavar="SHARE",

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tools.cli import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools" / "results"
 COLUMNS = (
@@ -261,7 +263,7 @@ def library_versions() -> str:
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that every benchmark has."""
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to measure")
-    parser.add_argument("--rounds", type=int, default=20, help="figures of each contender")
+    parser.add_argument("--rounds", type=positive, default=20, help="figures of each contender")
     parser.add_argument("--max-seconds", type=float, default=60.0, help="time limit of each group of contenders")
     parser.add_argument("--output", type=Path, default=None, help="CSV to append to; tools/results/<benchmark>.csv")
     parser.add_argument("--no-csv", action="store_true", help="print the table and keep no rows")

@@ -23,6 +23,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+def positive(text: str) -> int:
+    """The `type` of a flag that takes a whole number of at least 1."""
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments.
 
@@ -56,7 +63,9 @@ def call(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("REGATTA_TRACEBACK") == "1":
             raise
-        print(" ".join(str(error).split()), file=sys.stderr)
+        # The system's own errors name cause and path only.
+        remedy = "; check the path, its permissions and the free space" if getattr(error, "errno", None) else ""
+        print(" ".join(str(error).split()) + remedy, file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:
         print("stopped before it was done; nothing was left under a final name", file=sys.stderr)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -385,8 +386,9 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
             shutil.rmtree(out)
         os.replace(temporary, out)
         card.write_text(text)
-    except OSError as reason:
-        raise UserMistake(f"OUT {out}: {reason.strerror or reason}; choose a place that can be written") from None
+    except (OSError, SafetensorError) as reason:
+        cause = getattr(reason, "strerror", None) or reason
+        raise UserMistake(f"OUT {out}: {cause}; choose a place that can be written") from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

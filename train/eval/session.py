@@ -89,7 +89,7 @@ def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequen
                        ("val_data", "labelled validation images")):
         if not getattr(config, name):
             raise UserMistake(f"--{name.replace('_', '-')} is needed: give {what}")
-    for name in ("image_size", "workers"):
+    for name in ("image_size", "workers", "seed"):
         if getattr(config, name, 0) < 0:
             raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
     return config

@@ -16,7 +16,11 @@ from tests import test_planted_faults as faults
 
 MIN_GAIN = 0.04  # of 20-NN top-1; a share of 384 pictures has a standard error of 0.025 at most
 QUICK = ("simsiam",)  # twenty seconds each
-COLLAPSES = [(faults.no_predictor, "simsiam"), (faults.no_stop_gradient, "simsiam")]
+COLLAPSES = [
+    (faults.no_predictor, "simsiam"),
+    (faults.no_stop_gradient, "simsiam"),
+    (faults.copying_momentum, "moco-v2"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,7 @@ def frozen_momentum(patch: pytest.MonkeyPatch) -> None:
 def copying_momentum(patch: pytest.MonkeyPatch) -> None:
     for module in (queue_method, moco_v3, momentum):
         original = module.ema_update
-        patch.setattr(module, "ema_update", lambda pairs, m, update=original: update(pairs, 0.0))
+        patch.setattr(module, "ema_update", lambda pairs, m, update=original, **more: update(pairs, 0.0, **more))
 
 
 def projector_not_averaged(patch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import train.main
 from models.methods import METHODS
@@ -14,7 +15,7 @@ from train.config import Config, changed_fields, resolve
 from train.errors import EXIT_NON_FINITE, EXIT_USER_MISTAKE, UserMistake
 from train.flags import leaves, parse_value
 from train.recipes import RECIPES, default_recipe
-from train.runtime import _launch_environment
+from train.runtime import _launch_environment, compiles
 
 
 def error_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> str:
@@ -261,3 +262,14 @@ def test_configuration_survives_json() -> None:
     config = resolve(["--method", "regioncl-m"])
     assert isinstance(config, Config)
     assert json.loads(json.dumps(config.to_json()))["model"] == dataclasses.asdict(config.model)
+
+
+def test_heads_are_compiled_on_a_gpu_where_they_can_be(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert compiles(None, gpu) and not compiles(None, cpu)
+    assert compiles(True, cpu) and not compiles(False, gpu)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not compiles(None, gpu) and compiles(True, gpu)

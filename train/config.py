@@ -51,7 +51,9 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
         "auto", "auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
     )
-    compile: bool | None = _flag(None, "compile heads and losses; none: on for CUDA, off for CPU")
+    compile: bool | None = _flag(
+        None, "compile heads and losses; none: on for CUDA where Triton and a C compiler are there, off for CPU"
+    )
     cuda_graph: bool = _flag(
         False, "replay forward and backward as one CUDA graph, on one GPU; not yet run on a GPU, so off by default"
     )

@@ -105,6 +105,12 @@ def describe(config: Config, runtime: Runtime, method: Method) -> str:
         f"batch norm: {recipe.bn.mode}"
         + (f" of {bn_group_size(config) or micro} images" if recipe.bn.mode == "group" else ""),
     ]
+    if runtime.device.type == "cuda":
+        lines.append(
+            "heads and losses: compiled"
+            if runtime.compile
+            else "heads and losses: not compiled (by --no-compile, or for want of Triton or of a C compiler)"
+        )
     if micro != local:
         lines.append(
             "micro-batches: BN statistics, key shuffling and in-batch negatives cover one micro-batch of all devices; "

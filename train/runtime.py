@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,6 +145,14 @@ def bind_to_numa_node(device: torch.device) -> None:
             os.sched_setaffinity(0, near)
 
 
+def compiles(wanted: bool | None, device: torch.device) -> bool:
+    """Whether heads and losses are compiled: as `wanted`, or by default on a GPU where Triton has what it needs."""
+    if wanted is not None or device.type != "cuda":
+        return bool(wanted)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and importlib.util.find_spec("triton") is not None
+
+
 @contextlib.contextmanager
 def start(config: Config) -> Iterator[Runtime]:
     """Set the process up for the run, and take the process group down after it."""
@@ -162,9 +172,9 @@ def start(config: Config) -> Iterator[Runtime]:
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
         host_group = dist.new_group(backend="gloo")
-    compile_heads = device.type == "cuda" if config.run.compile is None else config.run.compile
+    dtype, compiled = choose_dtype(config.run.precision, device), compiles(config.run.compile, device)
     try:
-        yield Runtime(rank, world_size, device, choose_dtype(config.run.precision, device), compile_heads, host_group)
+        yield Runtime(rank, world_size, device, dtype, compiled, host_group)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

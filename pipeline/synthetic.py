@@ -36,11 +36,16 @@ def _hash_uniform(seed: int, rows: torch.Tensor, columns: int) -> torch.Tensor:
 class SyntheticPipeline(EpochPipeline):
     """Coloured cells, half of them shared by a class, cropped as photographs are.
 
-    `config.data` may give the number of images as text; otherwise there are 100,000.
+    `config.data` gives the number of images as text; where it is empty there are 100,000.
+
+    Raises:
+        ValueError: the data are named by anything but a number, and would be left aside without a word.
     """
 
     def __init__(self, config: PipelineConfig):
-        count = int(config.data) if config.data.isdigit() else DEFAULT_IMAGES
+        if config.data and not (config.data.isdecimal() and int(config.data)):
+            raise ValueError(f"--loader synthetic takes a number of images, as 1000; it reads no {config.data}")
+        count = int(config.data) if config.data else DEFAULT_IMAGES
         labels = np.arange(count, dtype=np.int64) % CLASSES
         digest = hashlib.sha256(f"synthetic {config.seed} {count}".encode()).hexdigest()
         super().__init__(config, labels, digest)

@@ -75,7 +75,7 @@ def test_flags_reach_every_part_in_either_spelling() -> None:
 def test_every_flag_changes_the_configuration() -> None:
     """No option is accepted and ignored on the way to the configuration."""
     base = resolve(["--method", "regioncl-m"])
-    samples = {int: "7", float: "0.123", str: "x", bool: "toggle"}
+    samples = {int: "9", float: "0.123", str: "x", bool: "toggle"}
     for part in ("run", "recipe", "model"):
         for leaf in leaves(getattr(base, part)):
             if leaf.path[-1] in ("method", "recipe", "arch"):
@@ -133,6 +133,10 @@ REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
         ([*SYNTHETIC, "--schedule.warmup-epochs", "-1"], "--schedule.warmup-epochs -1"),
         ([*SYNTHETIC, "--augment.profile", "linear"], "choose from mocov2"),
         ([*SYNTHETIC, "--augment.min-scale", "3"], "--augment.min-scale 3"),
+        ([*SMALL, "--augment.implementation", "kernel"], "is for a CUDA device"),
+        ([*SMALL, "--data", "photos.beton"], "reads no photos.beton"),
+        ([*SYNTHETIC, "--global-batch", "1"], "--global-batch 1: must be at least 2"),
+        ([*SYNTHETIC, "--image-size", "1"], "--image-size 1: must be at least 8"),
         ([*SYNTHETIC, "--temperature", "0"], "--temperature 0"),
         ([*SYNTHETIC, "--hidden-dim", "-1"], "--hidden-dim -1"),
         (["--method", "care", *SYNTHETIC[2:], "--heads", "0"], "--heads 0"),

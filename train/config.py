@@ -214,17 +214,17 @@ def _choose_method(argv: Sequence[str], saved: dict[str, Any]) -> str:
 
 def _check(config: Config) -> None:
     """Refuse what cannot work, before anything is built."""
-    positive = {
-        "epochs": config.recipe.epochs,
-        "global-batch": config.recipe.global_batch,
-        "image-size": config.recipe.image_size,
-        "log-every": config.run.log_every,
-        "checkpoint-every": config.run.checkpoint_every,
-        "keep-checkpoints": config.run.keep_checkpoints,
+    least = {
+        "epochs": (config.recipe.epochs, 1),
+        "global-batch": (config.recipe.global_batch, 2),  # one image has no statistics and no negatives
+        "image-size": (config.recipe.image_size, 8),
+        "log-every": (config.run.log_every, 1),
+        "checkpoint-every": (config.run.checkpoint_every, 1),
+        "keep-checkpoints": (config.run.keep_checkpoints, 1),
     }
-    for name, value in positive.items():
-        if value <= 0:
-            raise UserMistake(f"--{name} {value}: must be at least 1")
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise UserMistake(f"--{name} {value}: must be at least {smallest}")
     for name in ("max_steps", "workers", "micro_batch", "knn_every", "holdout"):
         if getattr(config.run, name) < 0:
             raise UserMistake(f"--{name.replace('_', '-')} {getattr(config.run, name)}: must not be negative")

@@ -20,6 +20,7 @@ import torch
 
 from models.methods import METHODS
 from models.methods.base import Method
+from pipeline.augment import choose_implementation
 from pipeline.regions import draw_pairing, draw_region, region_bounds
 from train import data as run_data
 from train.checkpoint import TrainState, newest_good, read_document, restore_checkpoint, write_atomically
@@ -89,6 +90,18 @@ def check_regions(config: Config, runtime: Runtime, method: Method) -> None:
         draw_pairing(settings.pairing, settings.pairing_scope, 0, 0, 0, micro * runtime.world_size, group)
     except ValueError as reason:
         raise UserMistake(str(reason)) from None
+
+
+def check_augment(config: Config, runtime: Runtime) -> None:
+    """Refuse an implementation of the augmentation that this device does not have.
+
+    Raises:
+        UserMistake: naming the one to choose.
+    """
+    try:
+        choose_implementation(runtime.device, runtime.dtype, config.recipe.augment.implementation)
+    except ValueError as reason:
+        raise UserMistake(f"--augment.implementation: {reason}") from None
 
 
 def describe(config: Config, runtime: Runtime, method: Method) -> str:
@@ -186,6 +199,7 @@ def run(config: Config) -> int:
         batch_per_device(config, runtime.world_size)
         method = build_method(config, runtime)
         check_regions(config, runtime, method)
+        check_augment(config, runtime)
         if runtime.is_main:
             print(describe(config, runtime, method), flush=True)
         if config.run.dry_run:

@@ -6,6 +6,6 @@ from dataclasses import field
 from typing import Any
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the line that `--help` shows for its flag."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, positive: bool = False) -> Any:
+    """A dataclass field: default, the line that `--help` shows for its flag, and whether 0 and less are refused."""
+    return field(default=default, metadata={"help": help, "positive": positive})

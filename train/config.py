@@ -20,10 +20,6 @@ from .schedules import EmaConfig, ScheduleConfig, ema_at
 
 BnMode = Literal["group", "sync", "plain"]
 TWO_VIEW_PROFILES = tuple(name for name, profile in PROFILES.items() if profile.num_views == 2)
-# What counts or divides, in the methods that have it.
-_POSITIVE_IN_METHODS = frozenset(
-    "queue_size temperature dim hidden_dim predictor_hidden_dim n_blocks heads c h".split()
-)
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -238,7 +234,7 @@ def _check(config: Config) -> None:
     _check_schedule(config.recipe.schedule)
     _check_augment(config.recipe.augment)
     for leaf in leaves(config.model):
-        if leaf.path[-1] in _POSITIVE_IN_METHODS and leaf.default <= 0:
+        if leaf.positive and leaf.default <= 0:
             raise UserMistake(f"{leaf.flag} {leaf.default}: must be above 0")
 
 

@@ -24,12 +24,14 @@ class Leaf:
         annotation: resolved type of the field.
         default: value before flags.
         help: one line from the field's metadata.
+        positive: whether 0 and less are refused.
     """
 
     path: tuple[str, ...]
     annotation: Any
     default: Any
     help: str
+    positive: bool = False
 
     @property
     def flag(self) -> str:
@@ -47,7 +49,8 @@ def leaves(config: Any, prefix: tuple[str, ...] = ()) -> list[Leaf]:
         if dataclasses.is_dataclass(value):
             found.extend(leaves(value, path))
         else:
-            found.append(Leaf(path, hints[item.name], value, item.metadata.get("help", "")))
+            help, positive = item.metadata.get("help", ""), item.metadata.get("positive", False)
+            found.append(Leaf(path, hints[item.name], value, help, positive))
     return found
 
 

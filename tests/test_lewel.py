@@ -388,7 +388,7 @@ def _maps_detached(patch: pytest.MonkeyPatch) -> None:
 
 
 def _own_image_as_negative(patch: pytest.MonkeyPatch) -> None:
-    def contrast(query: Tensor, key: Tensor, own: Tensor, temperature: float, negatives: str) -> Tensor:
+    def contrast(query: Tensor, key: Tensor, own: Tensor, temperature: float, *options: str) -> Tensor:
         logits = query.flatten(0, 1) @ key.flatten(0, 1).T / temperature
         place = (own[:, None] * query.shape[1] + torch.arange(query.shape[1])).flatten()
         return nn.functional.cross_entropy(logits, place)

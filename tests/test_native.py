@@ -240,6 +240,13 @@ def as_libjpeg(library: ctypes.CDLL, records: list[bytes], flags: int, views: tu
 CROPS_AND_WHOLE = (ViewSpec("a", 96), ViewSpec("b", 64, draw_id=1), ViewSpec("c", 200, kind="whole"))
 
 
+@pytest.mark.parametrize("flags", [0, WHOLE_IMAGE])
+def test_data_that_ends_early_is_damage(library: ctypes.CDLL, large_photos: list[Image.Image], flags: int) -> None:
+    whole = jpeg(large_photos[3].resize((150, 110)))
+    records = [whole[: -2 - missing] + whole[-2:] for missing in range(1, 40)]
+    assert not as_libjpeg(library, records, flags, CROPS_AND_WHOLE).any()
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_our_decoder_has_the_bits_of_libjpeg(
     any_level: ctypes.CDLL, large_photos: list[Image.Image], level: int

@@ -228,7 +228,7 @@ class BaselineDecoder {
       if (row_wanted && !transform_row(row, level)) return false;
     }
     if (whole) return at_end(reader, segment) && segment + 2 == starts_.size();
-    return reader.next <= coded_.data() + starts_[segment + 1] + 8;
+    return bits_left(reader, segment) >= 0;
   }
 
   // The blocks of one unit, into the strips or, where it is not wanted, only to know where the next one begins.
@@ -262,11 +262,16 @@ class BaselineDecoder {
     }
   }
 
+  // Bits of the segment that were not taken; negative where some of what follows it was.
+  int64_t bits_left(const BitReader& reader, size_t segment) const {
+    const int64_t used = (reader.next - coded_.data()) * 8 - static_cast<int64_t>(reader.count);
+    return static_cast<int64_t>(starts_[segment + 1]) * 8 - used;
+  }
+
   // Whether less than a byte of the segment is left, and none of the next was taken.
   bool at_end(const BitReader& reader, size_t segment) const {
-    const int64_t used = (reader.next - coded_.data()) * 8 - static_cast<int64_t>(reader.count);
-    const int64_t end = static_cast<int64_t>(starts_[segment + 1]) * 8;
-    return used <= end && used > end - 8;
+    const int64_t left = bits_left(reader, segment);
+    return left >= 0 && left < 8;
   }
 
   bool transform_row(int row, int32_t level) {

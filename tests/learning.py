@@ -175,12 +175,18 @@ def record(report: Report, method: str, fault: str, found: Sequence[Learned]) ->
     report.add(method, GAIN, "share", [min(each.gain for each in found)], text)
 
 
-def measured_gain(method: str) -> float | None:
-    """The least gain of the seeds in the newest row of a method without a fault; None where there is no row."""
+def measured_gain(method: str, fault: str = "") -> float:
+    """The least gain of the seeds in the newest row of a method.
+
+    Raises:
+        LookupError: there is no row at these settings.
+    """
     with (RESULTS / "behaviour.csv").open(newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["contender"] == method and row["metric"] == GAIN]
-    gains = [float(row["median"]) for row in rows if row["setting"] == setting(method)]
-    return gains[-1] if gains else None
+    gains = [float(row["median"]) for row in rows if row["setting"] == setting(method, fault)]
+    if not gains:
+        raise LookupError(f"no row of {method} {fault}; run python -m tests.learning --methods {method}")
+    return gains[-1]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,8 +1,10 @@
-"""The `sharded` order of a packed file that is larger than memory: windows are read before they are used.
+"""A packed file that is larger than memory: windows of its order are read before they are used.
 
-What a rank needs of a window of the order is read as few long sequential reads in the order of the file, one window
-ahead, into the system's page cache, from where the decoder takes it through the mapped file. Two windows are all that
-needs to fit into memory; ranks of one machine share them, so each page is read about once an epoch.
+What a rank needs of a window is read in the order of the file, one window ahead, into the system's page cache, from
+where the decoder takes it through the mapped file. Two windows are all that needs to fit into memory, and each page is
+read about once an epoch. A window of the `sharded` order is a few long sequential reads, which the ranks of one machine
+share. One of the `global` order is some steps' records, each a read of its own; left alone, the system reads far around
+every page that is touched.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ from .stores import PackedStore, Store
 
 # Reading what lies between two records is cheaper than another read where the gap is shorter than this.
 MAX_GAP = 512 << 10
+RECORD_GAP = 64 << 10  # the same for records all over the file, where joined reads gain less
 PIECE = 4 << 20
+STEPS_A_WINDOW = 2  # of the global order
+ROOMY = 0.5
+"""Share of memory up to which a file is left to the system: it stays in memory after the first epoch."""
 
 
 def extents(offsets: np.ndarray, sizes: np.ndarray, max_gap: int = MAX_GAP) -> np.ndarray:
@@ -57,6 +63,7 @@ class WindowReader:
         sizes: (N,) int64 bytes.
         batches: this rank's samples of each step.
         windows: of each step, the numbers of the windows its samples belong to, (B,) int64 ascending over the epoch.
+        max_gap: reads with fewer bytes between them are joined.
     """
 
     def __init__(
@@ -66,12 +73,13 @@ class WindowReader:
         sizes: np.ndarray,
         batches: list[np.ndarray],
         windows: list[np.ndarray],
+        max_gap: int = MAX_GAP,
     ):
         samples = np.concatenate(batches) if batches else np.zeros(0, dtype=np.int64)
         window_of = np.concatenate(windows) if windows else np.zeros(0, dtype=np.int64)
         self._windows = np.unique(window_of)  # ascending; positions in this array are what is counted below
         members = [samples[window_of == window] for window in self._windows]
-        self._extents = [extents(offsets[each], sizes[each]) for each in members]
+        self._extents = [extents(offsets[each], sizes[each], max_gap) for each in members]
         self._last = [int(np.searchsorted(self._windows, each[-1])) if len(each) else -1 for each in windows]
         self._path = path
         self._changed = threading.Condition()
@@ -129,8 +137,27 @@ class WindowReader:
             start += count
 
 
+def memory_bytes() -> int:
+    """Bytes of memory that this process may fill: the machine's, or its control group's limit where that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for file in (each / name for each in (folder, *folder.parents)):
+            if file.is_file() and file.read_text().strip().isdigit():
+                limits.append(int(file.read_text()))
+    return min(limits)
+
+
 def window_reader(plan: EpochPlan, store: Store, epoch: int, batches: list[np.ndarray]) -> WindowReader | None:
-    """What reads the windows of the rest of an epoch ahead; None for other orders and stores than packed files.
+    """What reads the rest of an epoch ahead; None for other stores than packed files and where all fits into memory.
 
     Args:
         plan: whose order the batches have.
@@ -138,8 +165,15 @@ def window_reader(plan: EpochPlan, store: Store, epoch: int, batches: list[np.nd
         epoch: epoch number.
         batches: this rank's samples of the last `len(batches)` steps of the epoch.
     """
-    if plan.config.order != "sharded" or not isinstance(store, PackedStore) or not batches:
+    if not isinstance(store, PackedStore) or not batches:
         return None
-    advise_random(store.reader.data)
-    windows = plan.windows(epoch, plan.steps - len(batches))
-    return WindowReader(store.reader.path, store.reader.offsets, store.reader.sizes, batches, windows)
+    reader = store.reader
+    if plan.config.order == "sharded":
+        windows, max_gap = plan.windows(epoch, plan.steps - len(batches)), MAX_GAP
+    elif reader.path.stat().st_size > ROOMY * memory_bytes():
+        windows = [np.full(len(batch), step // STEPS_A_WINDOW) for step, batch in enumerate(batches)]
+        max_gap = RECORD_GAP
+    else:
+        return None
+    advise_random(reader.data)
+    return WindowReader(reader.path, reader.offsets, reader.sizes, batches, windows, max_gap)

@@ -125,6 +125,29 @@ def test_loaders_read_windows_before_use_and_end_with_the_epoch(loader, packed, 
     assert not [thread for thread in threading.enumerate() if thread.name == "regatta-read-ahead"]
 
 
+@pytest.mark.parametrize("loader", ["folder", pytest.param("ffcv", marks=has_ffcv)])
+def test_the_global_order_of_a_large_file_is_read_a_record_at_a_time(loader, packed, monkeypatch):
+    reads = []
+    monkeypatch.setattr(WindowReader, "_read_stretch", lambda self, fd, start, end, piece: reads.append((start, end)))
+    monkeypatch.setattr(read_ahead, "RECORD_GAP", 0)
+    pipeline = build_pipeline(loader, PipelineConfig(str(packed), VIEWS, 8, workers=1))
+    list(pipeline)
+    assert not reads, "a file that fits into memory is left to the system"
+    monkeypatch.setattr(read_ahead, "memory_bytes", lambda: packed.stat().st_size)
+    pipeline.set_epoch(1, 1)
+    samples = np.concatenate([batch.index for batch in pipeline])
+    reader = pipeline.store.reader  # type: ignore[attr-defined]
+    covered = np.concatenate([np.arange(start, end) for start, end in reads])
+    wanted = np.concatenate([np.arange(reader.offsets[i], reader.offsets[i] + reader.sizes[i]) for i in samples])
+    assert np.array_equal(np.sort(covered), np.sort(wanted)), "just the records of the epoch's rest, each once"
+    pipeline.close()
+
+
+def test_memory_is_the_machines_or_less():
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < read_ahead.memory_bytes() <= physical
+
+
 def test_a_file_that_cannot_be_read_is_an_error_and_no_hang(packed, monkeypatch):
     def fail(*arguments):
         raise OSError("disk")

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+from pipeline import read_ahead
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from tools.benchmarking import Report
@@ -92,7 +94,8 @@ def measure_bounded(
         except (ImportError, ValueError) as error:
             print(f"left out: {name} ({error})", file=sys.stderr)
     figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in calls}
-    with PageLimit(data, int(size * share)) as limit:
+    memory = int(size * share)
+    with PageLimit(data, memory) as limit, mock.patch.object(read_ahead, "memory_bytes", lambda: memory):
         for turn in range(rounds + 1):
             for name, epoch in calls.items():
                 limit.empty()

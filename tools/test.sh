@@ -14,5 +14,6 @@ unset PYTHONHOME PYTHONPATH
 cores=$(nproc)
 workers=$((cores < 8 ? cores : 8))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# In the order of the files: by the number of tests, the longest file, which has few, would come last and alone.
 # A later -m or -n among the extra arguments replaces these.
-exec "$python" -m pytest -n "$workers" --dist loadfile -m "not slow" "$@"
+exec "$python" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m "not slow" "$@"

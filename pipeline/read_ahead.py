@@ -26,6 +26,7 @@ PIECE = 4 << 20
 STEPS_A_WINDOW = 2  # of the global order
 ROOMY = 0.5
 """Share of memory up to which a file is left to the system: it stays in memory after the first epoch."""
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def extents(offsets: np.ndarray, sizes: np.ndarray, max_gap: int = MAX_GAP) -> np.ndarray:
@@ -77,8 +78,9 @@ class WindowReader:
     ):
         samples = np.concatenate(batches) if batches else np.zeros(0, dtype=np.int64)
         window_of = np.concatenate(windows) if windows else np.zeros(0, dtype=np.int64)
-        self._windows = np.unique(window_of)  # ascending; positions in this array are what is counted below
-        members = [samples[window_of == window] for window in self._windows]
+        # Positions in this array are what is counted below; the samples of a window follow one another.
+        self._windows, first = np.unique(window_of, return_index=True)
+        members = np.split(samples, first[1:])
         self._extents = [extents(offsets[each], sizes[each], max_gap) for each in members]
         self._last = [int(np.searchsorted(self._windows, each[-1])) if len(each) else -1 for each in windows]
         self._path = path
@@ -140,13 +142,12 @@ class WindowReader:
 def memory_bytes() -> int:
     """Bytes of memory that this process may fill: the machine's, or its control group's limit where that is less."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    groups = Path("/proc/self/cgroup")
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else ():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
+            root, name = GROUPS, "memory.max"
         elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            root, name = GROUPS / "memory", "memory.limit_in_bytes"
         else:
             continue
         folder = root / path.lstrip("/")

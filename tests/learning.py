@@ -107,13 +107,17 @@ MODEL = {"queue_size": 64, "hidden_dim": 256, "dim": 128, "predictor_hidden_dim"
          "t_bn_group_size": 16}  # fmt: skip
 
 
+def family(method: str) -> list[str]:
+    """Flags that a method shares with its family."""
+    return next(flags for names, flags in FAMILIES.items() if method in names)
+
+
 def settings(method: str) -> list[str]:
     """Flags of a method's run, less data, folder, seed and length."""
     fields = METHODS[method].Config.__dataclass_fields__  # type: ignore[attr-defined]
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in MODEL.items() if name in fields]
     arch = "swin-shapes" if method in SWIN_METHODS else "resnet-shapes"
-    family = next(flags for names, flags in FAMILIES.items() if method in names)
-    return ["--method", method, "--arch", arch, *SETTINGS, *sizes, *family]
+    return ["--method", method, "--arch", arch, *SETTINGS, *sizes, *family(method)]
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,9 @@ GAIN = "gain of 20-NN top-1, least of the seeds"
 
 def setting(method: str, fault: str = "") -> str:
     """What a row says about its runs; rows of other settings are not compared."""
-    family = next(flags for names, flags in FAMILIES.items() if method in names)
     return (
         f"{len(CLASSES)} classes, {TRAINING} + {HELD_OUT} drawn pictures each, 32 px, batch 64, {STEPS} steps, "
-        f"{' '.join(family).replace('--', '')}" + (f"; {fault.replace('_', ' ')}" if fault else "")
+        f"{' '.join(family(method)).replace('--', '')}" + (f"; {fault.replace('_', ' ')}" if fault else "")
     )
 
 

@@ -148,6 +148,21 @@ def test_memory_is_the_machines_or_less():
     assert 0 < read_ahead.memory_bytes() <= physical
 
 
+@pytest.mark.parametrize(
+    ("line", "limited"), [("0::/job/step", "job/memory.max"), ("5:cpu,memory:/job", "memory/job/memory.limit_in_bytes")]
+)
+def test_memory_is_that_of_the_control_group(line, limited, tmp_path, monkeypatch):
+    own, limit = tmp_path / "own", tmp_path / limited
+    own.write_text(f"7:cpuset:/\n{line}\n")
+    limit.parent.mkdir(parents=True)
+    limit.write_text("12345678\n")
+    monkeypatch.setattr(read_ahead, "OWN_GROUPS", own)
+    monkeypatch.setattr(read_ahead, "GROUPS", tmp_path)
+    assert read_ahead.memory_bytes() == 12345678
+    limit.write_text("max\n")
+    assert read_ahead.memory_bytes() > 12345678
+
+
 def test_a_file_that_cannot_be_read_is_an_error_and_no_hang(packed, monkeypatch):
     def fail(*arguments):
         raise OSError("disk")

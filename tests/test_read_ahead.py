@@ -140,6 +140,10 @@ def test_the_global_order_of_a_large_file_is_read_a_record_at_a_time(loader, pac
     covered = np.concatenate([np.arange(start, end) for start, end in reads])
     wanted = np.concatenate([np.arange(reader.offsets[i], reader.offsets[i] + reader.sizes[i]) for i in samples])
     assert np.array_equal(np.sort(covered), np.sort(wanted)), "just the records of the epoch's rest, each once"
+    batches = pipeline.plan.batches(1)  # type: ignore[attr-defined]
+    ahead = read_ahead.window_reader(pipeline.plan, pipeline.store, 1, batches)  # type: ignore[attr-defined]
+    assert ahead is not None and len(ahead._windows) == -(-len(batches) // read_ahead.STEPS_A_WINDOW) > 2
+    ahead.stop()
     pipeline.close()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from models.methods import METHODS
+from models.options import option
 from models.resnet import BACKBONES
 from pipeline.augment import PROFILES
 
@@ -22,59 +23,55 @@ BnMode = Literal["group", "sync", "plain"]
 TWO_VIEW_PROFILES = tuple(name for name, profile in PROFILES.items() if profile.num_views == 2)
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """What varies between runs of one recipe; every field is a flag."""
 
-    method: str = _flag("", "method to train: " + ", ".join(METHODS))
-    data: str = _flag(
+    method: str = option("", "method to train: " + ", ".join(METHODS))
+    data: str = option(
         "", "packed file, folder, list or shard pattern of images; a number of images for --loader synthetic"
     )
-    run_dir: str = _flag("", "folder of the run; runs/METHOD when empty")
-    val_data: str = _flag("", "labelled images for online k-NN, classes as in --data")
-    loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "synthetic"] = _flag(
+    run_dir: str = option("", "folder of the run; runs/METHOD when empty")
+    val_data: str = option("", "labelled images for online k-NN, classes as in --data")
+    loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "synthetic"] = option(
         "auto", "where images come from"
     )
-    recipe: str = _flag("", "recipe by name; the method's own when empty")
-    max_steps: int = _flag(0, "stop after this many optimizer steps in total; 0 runs all epochs")
-    seed: int = _flag(0, "every random draw follows from it")
-    order: Literal["global", "sharded"] = _flag("global", "order of samples: any sample next, or blocks in turn")
-    init: str = _flag("", "backbone weights to start from: a run, our backbone file, torchvision or timm weights")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _flag(
+    recipe: str = option("", "recipe by name; the method's own when empty")
+    max_steps: int = option(0, "stop after this many optimizer steps in total; 0 runs all epochs")
+    seed: int = option(0, "every random draw follows from it")
+    order: Literal["global", "sharded"] = option("global", "order of samples: any sample next, or blocks in turn")
+    init: str = option("", "backbone weights to start from: a run, our backbone file, torchvision or timm weights")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
     )
-    compile: bool | None = _flag(
+    compile: bool | None = option(
         None, "compile heads and losses; none: on for CUDA where Triton and a C compiler are there, off for CPU"
     )
-    cuda_graph: bool = _flag(
+    cuda_graph: bool = option(
         False, "replay forward and backward as one CUDA graph, on one GPU; not yet run on a GPU, so off by default"
     )
-    deterministic: bool = _flag(False, "deterministic kernels and a fixed order of summation, for byte-identical runs")
-    device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where to train")
-    workers: int = _flag(0, "decoding threads of this process; 0 follows from the cores it may use")
-    micro_batch: int = _flag(0, "images per device and forward pass; 0 is the whole batch per device")
-    knn_every: int = _flag(10, "epochs between online k-NN and health figures; 0 only at the start and the end")
-    checkpoint_every: int = _flag(1000, "steps between checkpoints; the end of the run always has one")
-    keep_checkpoints: int = _flag(2, "newest checkpoints kept")
-    resume: Literal["auto", "never"] = _flag("auto", "auto continues from the run folder's newest good checkpoint")
-    log_every: int = _flag(10, "steps between rows of metrics; the only time the host waits for the device")
-    holdout: int = _flag(500, "images held out of training for health figures without --val-data (at most 5 percent)")
-    report: bool = _flag(True, "write report.html into the run's folder at the end")
-    dry_run: bool = _flag(False, "print what would run, and stop")
+    deterministic: bool = option(False, "deterministic kernels and a fixed order of summation, for byte-identical runs")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train")
+    workers: int = option(0, "decoding threads of this process; 0 follows from the cores it may use")
+    micro_batch: int = option(0, "images per device and forward pass; 0 is the whole batch per device")
+    knn_every: int = option(10, "epochs between online k-NN and health figures; 0 only at the start and the end")
+    checkpoint_every: int = option(1000, "steps between checkpoints; the end of the run always has one")
+    keep_checkpoints: int = option(2, "newest checkpoints kept")
+    resume: Literal["auto", "never"] = option("auto", "auto continues from the run folder's newest good checkpoint")
+    log_every: int = option(10, "steps between rows of metrics; the only time the host waits for the device")
+    holdout: int = option(500, "images held out of training for health figures without --val-data (at most 5 percent)")
+    report: bool = option(True, "write report.html into the run's folder at the end")
+    dry_run: bool = option(False, "print what would run, and stop")
 
 
 @dataclass(frozen=True)
 class BnConfig:
     """Which images share batch-normalisation statistics (methods.md 1.2)."""
 
-    mode: BnMode = _flag(
+    mode: BnMode = option(
         "group", "group: consecutive images of the global batch; sync: all of it; plain: the rank's batch"
     )
-    group_size: int = _flag(
+    group_size: int = option(
         0, "images that share statistics in mode group, and that exchange regions in any; 0 is the rank's whole batch"
     )
 
@@ -83,9 +80,9 @@ class BnConfig:
 class AugmentConfig:
     """Which augmentation profile runs, and what of it is changed."""
 
-    profile: str = _flag("mocov2", "augmentation profile: " + ", ".join(TWO_VIEW_PROFILES))
-    min_scale: float = _flag(0.0, "smallest crop area relative to the image; 0 keeps the profile's")
-    implementation: Literal["auto", "reference", "native", "kernel"] = _flag(
+    profile: str = option("mocov2", "augmentation profile: " + ", ".join(TWO_VIEW_PROFILES))
+    min_scale: float = option(0.0, "smallest crop area relative to the image; 0 keeps the profile's")
+    implementation: Literal["auto", "reference", "native", "kernel"] = option(
         "auto", "which code applies the augmentation"
     )
 
@@ -94,10 +91,10 @@ class AugmentConfig:
 class Recipe:
     """Everything that decides what is computed. Values and their sources are in `recipes.py`."""
 
-    arch: str = _flag("resnet50", "backbone architecture: " + ", ".join(BACKBONES))
-    image_size: int = _flag(224, "side of a view in pixels")
-    epochs: int = _flag(200, "epochs to train")
-    global_batch: int = _flag(256, "images of one optimizer step over all devices and micro-batches")
+    arch: str = option("resnet50", "backbone architecture: " + ", ".join(BACKBONES))
+    image_size: int = option(224, "side of a view in pixels")
+    epochs: int = option(200, "epochs to train")
+    global_batch: int = option(256, "images of one optimizer step over all devices and micro-batches")
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.options import option
+
 from .schedules import scaled_lr
-
-
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class LarsConfig:
     """Details in which published LARS implementations differ."""
 
-    trust: float = _flag(1e-3, "trust coefficient: a layer's step relative to its weight norm")
-    lr_in_buffer: bool = _flag(
+    trust: float = option(1e-3, "trust coefficient: a layer's step relative to its weight norm")
+    lr_in_buffer: bool = option(
         False, "learning rate inside the momentum buffer (LEWEL) or applied outside it (MoCo v3)"
     )
 
@@ -31,20 +29,20 @@ class LarsConfig:
 class OptimConfig:
     """Which optimizer, and what it does to which parameter."""
 
-    kind: Literal["sgd", "adamw", "lars"] = _flag("sgd", "optimizer")
-    lr: float = _flag(0.03, "base learning rate, at lr_reference_batch images a step")
-    lr_reference_batch: int = _flag(256, "global batch that lr belongs to; lr grows linearly with it; 0: no scaling")
-    weight_decay: float = _flag(1e-4, "weight decay: added to the gradient in sgd and lars, decoupled in adamw")
-    exclude: Literal["none", "1d", "bias_bn", "bias_bn_encoder", "1d_tables"] = _flag(
+    kind: Literal["sgd", "adamw", "lars"] = option("sgd", "optimizer")
+    lr: float = option(0.03, "base learning rate, at lr_reference_batch images a step")
+    lr_reference_batch: int = option(256, "global batch that lr belongs to; lr grows linearly with it; 0: no scaling")
+    weight_decay: float = option(1e-4, "weight decay: added to the gradient in sgd and lars, decoupled in adamw")
+    exclude: Literal["none", "1d", "bias_bn", "bias_bn_encoder", "1d_tables"] = option(
         "none",
         "what has no weight decay and no LARS trust ratio: nothing; 1d: vectors (MoCo v3; MoBY, whose 2-D position "
         "tables are decayed); bias_bn: biases and batch norms; bias_bn_encoder: the same, but batch-norm scales only "
         "inside the encoder (LEWEL's code with SyncBN); 1d_tables: vectors and relative-position tables",
     )
-    sgd_momentum: float = _flag(0.9, "momentum of sgd and lars")
-    betas: tuple[float, ...] = _flag((0.9, 0.999), "decay rates of adamw's two averages")
-    eps: float = _flag(1e-8, "adamw's addition to the denominator")
-    clip_grad_norm: float = _flag(0.0, "largest norm of all gradients together; 0: no clipping")
+    sgd_momentum: float = option(0.9, "momentum of sgd and lars")
+    betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of adamw's two averages")
+    eps: float = option(1e-8, "adamw's addition to the denominator")
+    clip_grad_norm: float = option(0.0, "largest norm of all gradients together; 0: no clipping")
     lars: LarsConfig = field(default_factory=LarsConfig)
 
 

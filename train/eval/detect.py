@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from models.options import option
 from pipeline.prefetch import decoding_threads
 
 from ..errors import UserMistake
@@ -23,7 +24,7 @@ from .detection.records import DetectionData, Format, check_same_classes, traina
 from .detection.schedule import DEFAULT_SCHEDULE, SIZES, Schedule, Sizes, schedule_of
 from .detection.training import Course, build_state, precise_statistics, train
 from .detection.voc_ap import voc_ap
-from .session import ProtocolConfig, ProtocolSession, flag, open_protocol, parse_config, percent, result_path, table
+from .session import ProtocolConfig, ProtocolSession, open_protocol, parse_config, percent, result_path, table
 from .tuning_state import TuningCheckpoints, TuningState, discard_state, fingerprint, state_folder
 
 MODEL_NAMES = {
@@ -42,37 +43,39 @@ _NO_SETTING = (
 class DetectConfig(ProtocolConfig):
     """Flags of the detection protocol; a value of 0 or an empty one is the published protocol's."""
 
-    data: str = flag(
+    data: str = option(
         "", "training images: COCO's folder or instances JSON; VOCdevkit, VOC2007 or lists of ImageSets/Main, apart by "
         "commas; Cityscapes' folder"
     )
-    val_data: str = flag("", "validation images of the same format and classes; the same folder may serve for both")
-    detector: DetectorName = flag("mask-rcnn-fpn", "what is built on the backbone")
-    schedule: Literal["", "1x", "2x", "24k", "12k"] = flag(
+    val_data: str = option("", "validation images of the same format and classes; the same folder may serve for both")
+    detector: DetectorName = option("mask-rcnn-fpn", "what is built on the backbone")
+    schedule: Literal["", "1x", "2x", "24k", "12k"] = option(
         "", "published length: 1x is 90k steps of 16 images, 2x twice that; empty: 1x for COCO, else 24k"
     )
-    norm: Literal["sync", "plain", "frozen"] = flag(
+    norm: Literal["sync", "plain", "frozen"] = option(
         "sync", "batch norm, in the new layers too, over the global batch or each rank's part; or constant in the "
         "backbone and none elsewhere"
     )
-    box_head: Literal["2fc", "4conv1fc"] = flag("2fc", "box head of the FPN detectors; 4conv1fc is LEWEL's")
-    steps: int = flag(0, "optimizer steps, milestones and warm-up move in proportion; 0: the schedule's")
-    global_batch: int = flag(0, "images of a step over all ranks; 0: the schedule's")
-    lr: float = flag(0.0, "peak learning rate at this batch; 0: the schedule's, in proportion to the batch")
-    weight_decay: float = flag(1e-4, "L2 coupled to the gradient, of all but norm layers")
-    train_sides: tuple[int, ...] = flag(
+    box_head: Literal["2fc", "4conv1fc"] = option("2fc", "box head of the FPN detectors; 4conv1fc is LEWEL's")
+    steps: int = option(0, "optimizer steps, milestones and warm-up move in proportion; 0: the schedule's")
+    global_batch: int = option(0, "images of a step over all ranks; 0: the schedule's")
+    lr: float = option(0.0, "peak learning rate at this batch; 0: the schedule's, in proportion to the batch")
+    weight_decay: float = option(1e-4, "L2 coupled to the gradient, of all but norm layers")
+    train_sides: tuple[int, ...] = option(
         (), "short edges of training images in pixels, one drawn for each image; empty: the data's published ones"
     )
-    test_side: int = flag(0, "short edge of validation images in pixels; 0: the data's published one")
-    longest_side: int = flag(
+    test_side: int = option(0, "short edge of validation images in pixels; 0: the data's published one")
+    longest_side: int = option(
         0, "the most a long edge may have, in pixels; 0: the data's published one; RegionCL's C4 detectors have 1200"
     )
-    anchor_sizes: tuple[float, ...] = flag(ANCHOR_SIZES, "sides of anchors in pixels, one a level of a pyramid")
-    regions: int = flag(512, "proposals that an image is trained on (not RetinaNet)")
-    precise_bn_steps: int = flag(200, "training batches for the batch-norm statistics used at test; 0: running ones")
-    checkpoint_every: int = flag(1000, "steps between checkpoints; the last step always has one")
-    log_every: int = flag(20, "steps between lines and rows of losses")
-    resume: Literal["auto", "never"] = flag("auto", "auto continues from the newest good checkpoint beside the result")
+    anchor_sizes: tuple[float, ...] = option(ANCHOR_SIZES, "sides of anchors in pixels, one a level of a pyramid")
+    regions: int = option(512, "proposals that an image is trained on (not RetinaNet)")
+    precise_bn_steps: int = option(200, "training batches for the batch-norm statistics used at test; 0: running ones")
+    checkpoint_every: int = option(1000, "steps between checkpoints; the last step always has one")
+    log_every: int = option(20, "steps between lines and rows of losses")
+    resume: Literal["auto", "never"] = option(
+        "auto", "auto continues from the newest good checkpoint beside the result"
+    )
 
 
 @dataclass(frozen=True)

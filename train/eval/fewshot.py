@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from models.options import option
+
 from .features import center_view
 from .linear import LinearConfig, choose_recipe, probe, report
-from .session import EvalConfig, Session, flag, open_session, parse_config, result_path
+from .session import EvalConfig, Session, open_session, parse_config, result_path
 from .splits import balanced_subset, read_list, source_names, write_list
 
 
@@ -23,8 +25,8 @@ class FewshotConfig(LinearConfig):
     available, so the linear protocol's recipes are used; tune `--lrs` on the baseline.
     """
 
-    fraction: float = flag(0.01, "share of each class's training images: 0.01 or 0.1 in the paper")
-    list: str = flag("", "text file with one training image a line, instead of --fraction")
+    fraction: float = option(0.01, "share of each class's training images: 0.01 or 0.1 in the paper")
+    list: str = option("", "text file with one training image a line, instead of --fraction")
 
 
 def labelled_subset(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.options import option
+
 from ..errors import UserMistake
 from .accuracy import read_real_labels, real_accuracy
 from .knn import DEFAULT_KS, DEFAULT_TEMPERATURE, knn_predict
-from .session import EvalConfig, class_count, flag, open_session, parse_config, percent, table
+from .session import EvalConfig, class_count, open_session, parse_config, percent, table
 from .splits import source_names
 
 
@@ -16,10 +18,10 @@ from .splits import source_names
 class KnnConfig(EvalConfig):
     """Flags of the k-NN protocol."""
 
-    k: tuple[int, ...] = flag(DEFAULT_KS, "how many neighbours vote, comma-separated")
-    temperature: float = flag(DEFAULT_TEMPERATURE, "the weighted vote of a neighbour is exp(cosine / temperature)")
-    block: int = flag(512, "validation images compared with all training images at a time; only memory depends on it")
-    real_labels: str = flag("", "ImageNet-ReaL label file (real.json), for its top-1")
+    k: tuple[int, ...] = option(DEFAULT_KS, "how many neighbours vote, comma-separated")
+    temperature: float = option(DEFAULT_TEMPERATURE, "the weighted vote of a neighbour is exp(cosine / temperature)")
+    block: int = option(512, "validation images compared with all training images at a time; only memory depends on it")
+    real_labels: str = option("", "ImageNet-ReaL label file (real.json), for its top-1")
 
 
 def _check(config: KnnConfig) -> None:

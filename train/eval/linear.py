@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.collectives import average_buffers
 from models.norm import convert_batch_norm
+from models.options import option
 from pipeline.interface import Pipeline
 
 from ..errors import UserMistake
@@ -26,7 +27,6 @@ from .session import (
     EvalConfig,
     Session,
     class_count,
-    flag,
     linear_images,
     linear_views,
     open_session,
@@ -94,17 +94,17 @@ RECIPE_OF_METHOD: dict[str, str] = {
 class LinearConfig(EvalConfig):
     """Flags of the linear protocol."""
 
-    recipe: str = flag("", "one of " + ", ".join(LINEAR_RECIPES) + "; empty: the pre-training method's, else moco-v2")
-    lrs: tuple[float, ...] = flag(
+    recipe: str = option("", "one of " + ", ".join(LINEAR_RECIPES) + "; empty: the pre-training method's, else moco-v2")
+    lrs: tuple[float, ...] = option(
         (), "peak learning rates trained side by side, comma-separated (L2 strengths for logistic); empty: the recipe's"
     )
-    epochs: int = flag(0, "passes over the training images; 0: the recipe's. Milestones move in proportion")
-    global_batch: int = flag(0, "images of a step over all ranks; 0: the recipe's, or all where there are fewer")
-    weight_decay: float = flag(-1.0, "L2 coupled to the gradient; negative: the recipe's")
-    head_bn: Literal["recipe", "yes", "no"] = flag("recipe", "BatchNorm1d after the linear layer")
-    eval_every: int = flag(1, "epochs between validations; the last epoch always has one")
-    real_labels: str = flag("", "ImageNet-ReaL label file (real.json), for its top-1")
-    resume: Literal["auto", "never"] = flag(
+    epochs: int = option(0, "passes over the training images; 0: the recipe's. Milestones move in proportion")
+    global_batch: int = option(0, "images of a step over all ranks; 0: the recipe's, or all where there are fewer")
+    weight_decay: float = option(-1.0, "L2 coupled to the gradient; negative: the recipe's")
+    head_bn: Literal["recipe", "yes", "no"] = option("recipe", "BatchNorm1d after the linear layer")
+    eval_every: int = option(1, "epochs between validations; the last epoch always has one")
+    real_labels: str = option("", "ImageNet-ReaL label file (real.json), for its top-1")
+    resume: Literal["auto", "never"] = option(
         "auto", "auto continues a run that was stopped from its last whole epoch, kept beside the result"
     )
 

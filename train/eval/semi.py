@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.collectives import average_buffers
 from models.norm import convert_batch_norm, running_buffers
+from models.options import option
 from pipeline.interface import Pipeline
 
 from ..errors import UserMistake
@@ -25,7 +26,6 @@ from .session import (
     EvalConfig,
     Session,
     class_count,
-    flag,
     linear_images,
     linear_views,
     open_session,
@@ -50,16 +50,18 @@ class SemiConfig(EvalConfig):
     at 30 and 40. Differs: batch norm spans the global batch by default, so that the number of devices changes nothing.
     """
 
-    fraction: float = flag(0.01, "share of each class's training images: 0.01 or 0.1 in the paper")
-    list: str = flag("", "text file with one training image a line (as SimCLR's 1percent.txt), instead of a drawn one")
-    lr_backbone: float = flag(0.0, "peak learning rate of the backbone; 0: the recipe's for 1% or 10%")
-    lr_head: float = flag(0.0, "peak learning rate of the classifier; 0: the recipe's for 1% or 10%")
-    weight_decay: float = flag(1e-4, "L2 coupled to the gradient")
-    epochs: int = flag(EPOCHS, "passes over the labelled images; milestones move in proportion")
-    global_batch: int = flag(0, "images of a step over all ranks; 0: 256, or fewer where there are fewer images")
-    bn: Literal["sync", "plain"] = flag("sync", "batch norm over the global batch, or over each rank's part")
-    eval_every: int = flag(10, "epochs between validations; the last epoch always has one")
-    resume: Literal["auto", "never"] = flag(
+    fraction: float = option(0.01, "share of each class's training images: 0.01 or 0.1 in the paper")
+    list: str = option(
+        "", "text file with one training image a line (as SimCLR's 1percent.txt), instead of a drawn one"
+    )
+    lr_backbone: float = option(0.0, "peak learning rate of the backbone; 0: the recipe's for 1% or 10%")
+    lr_head: float = option(0.0, "peak learning rate of the classifier; 0: the recipe's for 1% or 10%")
+    weight_decay: float = option(1e-4, "L2 coupled to the gradient")
+    epochs: int = option(EPOCHS, "passes over the labelled images; milestones move in proportion")
+    global_batch: int = option(0, "images of a step over all ranks; 0: 256, or fewer where there are fewer images")
+    bn: Literal["sync", "plain"] = option("sync", "batch norm over the global batch, or over each rank's part")
+    eval_every: int = option(10, "epochs between validations; the last epoch always has one")
+    resume: Literal["auto", "never"] = option(
         "auto", "auto continues a run that was stopped from its last whole epoch, kept beside the result"
     )
 

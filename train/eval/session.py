@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.options import option
 from pipeline import augment
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
@@ -33,42 +34,37 @@ FEATURE_BATCH = 256
 DEFAULT_IMAGE_SIZE = 224
 
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field that becomes a flag with this help."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class ProtocolConfig:
     """Flags that every protocol has which trains or evaluates a network."""
 
-    checkpoint: str = flag("", "a run's folder, our backbone file, or a torchvision or timm checkpoint")
-    arch: str = flag("", "backbone architecture; empty finds it out from the checkpoint")
-    untrained: bool = flag(
+    checkpoint: str = option("", "a run's folder, our backbone file, or a torchvision or timm checkpoint")
+    arch: str = option("", "backbone architecture; empty finds it out from the checkpoint")
+    untrained: bool = option(
         False, "evaluate a fresh backbone of the checkpoint's architecture instead, as a baseline; its weights follow "
         "from --seed"
     )
-    data: str = flag("", "training images with their labels")
-    val_data: str = flag("", "validation images with the same classes")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+    data: str = option("", "training images with their labels")
+    val_data: str = option("", "validation images with the same classes")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "of the network; auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
     )
-    deterministic: bool = flag(False, "deterministic kernels, for byte-identical runs on CUDA; the CPU needs no flag")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute")
-    workers: int = flag(0, "decoding threads of this process; 0 follows from the cores it may use")
-    seed: int = flag(0, "every random draw follows from it")
-    output: str = flag("", "result file; empty is eval-PROTOCOL.json beside the checkpoint")
+    deterministic: bool = option(False, "deterministic kernels, for byte-identical runs on CUDA; the CPU needs no flag")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+    workers: int = option(0, "decoding threads of this process; 0 follows from the cores it may use")
+    seed: int = option(0, "every random draw follows from it")
+    output: str = option("", "result file; empty is eval-PROTOCOL.json beside the checkpoint")
 
 
 @dataclass(frozen=True)
 class EvalConfig(ProtocolConfig):
     """Flags that every classification protocol has."""
 
-    data: str = flag("", "labelled training images: packed file, folder, list or shard pattern")
-    loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "reference", "synthetic"] = flag(
+    data: str = option("", "labelled training images: packed file, folder, list or shard pattern")
+    loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "reference", "synthetic"] = option(
         "auto", "where images come from; for synthetic, --data and --val-data are numbers of images"
     )
-    image_size: int = flag(0, "side of the evaluated square in pixels; 0 is the run's own, or 224")
+    image_size: int = option(0, "side of the evaluated square in pixels; 0 is the run's own, or 224")
 
 
 ConfigT = TypeVar("ConfigT", bound=ProtocolConfig)
@@ -341,6 +337,6 @@ def percent(share: float | None) -> str:
 
 
 __all__ = [
-    "EvalConfig", "ProtocolConfig", "ProtocolSession", "Session", "class_count", "flag", "linear_images",
+    "EvalConfig", "ProtocolConfig", "ProtocolSession", "Session", "class_count", "linear_images",
     "linear_views", "open_protocol", "open_session", "parse_config", "percent", "result_path", "table", "warn_of_bad",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from models.options import option
+
 from ...errors import UserMistake
-from ..session import ProtocolConfig, flag
+from ..session import ProtocolConfig
 from .augment import Geometry
 
 POWER, LOWEST_LR, MOMENTUM = 0.9, 1e-4, 0.9
@@ -52,35 +54,37 @@ class SegmentConfig(ProtocolConfig):
     0.01 (LEWEL searches it), weight decay 5e-4 on everything, batch 16, polynomial decay.
     """
 
-    data: str = flag("", "VOC2012, Cityscapes, or a folder with images and labels (or train/images and train/labels)")
-    val_data: str = flag("", "the same for validation; may be the same folder where it has both splits")
-    model: Literal["fcn", "upernet"] = flag("fcn", "dilated FCN (VOC12 of LEWEL) or UPerNet (Cityscapes of RegionCL)")
-    schedule: Literal["protocol", "20k", "40k", "80k"] = flag(
+    data: str = option("", "VOC2012, Cityscapes, or a folder with images and labels (or train/images and train/labels)")
+    val_data: str = option("", "the same for validation; may be the same folder where it has both splits")
+    model: Literal["fcn", "upernet"] = option("fcn", "dilated FCN (VOC12 of LEWEL) or UPerNet (Cityscapes of RegionCL)")
+    schedule: Literal["protocol", "20k", "40k", "80k"] = option(
         "protocol", "optimizer steps; protocol: 20k for fcn, 40k for upernet"
     )
-    steps: int = flag(0, "optimizer steps, another number than the schedules'; 0: the schedule's")
-    global_batch: int = flag(16, "images of a step over all ranks")
-    lr: float = flag(0.01, "initial learning rate, falls by (1 - step / steps)^0.9 to 1e-4")
-    weight_decay: float = flag(5e-4, "L2 coupled to the gradient, on all parameters")
-    crop: tuple[int, ...] = flag((), "height,width of training crops; empty: 512,512 for fcn, 512,1024 for upernet")
-    scale: tuple[int, ...] = flag(
+    steps: int = option(0, "optimizer steps, another number than the schedules'; 0: the schedule's")
+    global_batch: int = option(16, "images of a step over all ranks")
+    lr: float = option(0.01, "initial learning rate, falls by (1 - step / steps)^0.9 to 1e-4")
+    weight_decay: float = option(5e-4, "L2 coupled to the gradient, on all parameters")
+    crop: tuple[int, ...] = option((), "height,width of training crops; empty: 512,512 for fcn, 512,1024 for upernet")
+    scale: tuple[int, ...] = option(
         (), "long,short edge that images are made to fit into; 0,0 keeps their size; empty: 2048,512 for fcn, "
         "2048,1024 for upernet"
     )
-    ratio: tuple[float, ...] = flag((0.5, 2.0), "limits of the random factor on the scale in training")
-    channels: int = flag(0, "width of the head, half of it in the auxiliary head; 0: 512")
-    bn: Literal["sync", "plain"] = flag("sync", "batch norm over the global batch, or over each rank's part")
-    test: Literal["whole", "slide"] = flag("whole", "validate images in one pass or by sliding windows")
-    window: tuple[int, ...] = flag((), "height,width of sliding windows; empty: the crop")
-    stride: tuple[int, ...] = flag((), "height,width between sliding windows; empty: two thirds of the window")
-    classes: int = flag(0, "number of classes of plain folders without classes.json; 0: highest label + 1")
-    ignore_index: int = flag(-1, "label value that does not count; -1: that of classes.json, else 255")
-    train_split: str = flag("", "list or folder of --data; empty: train, in VOC trainaug where there is such a list")
-    val_split: str = flag("", "list or folder of --val-data; empty: val")
-    eval_every: int = flag(0, "steps between validations; 0: only after the last step")
-    checkpoint_every: int = flag(2000, "steps between checkpoints; the last step always has one")
-    resume: Literal["auto", "never"] = flag("auto", "auto continues from the newest good checkpoint beside the result")
-    log_every: int = flag(50, "steps between lines of loss and learning rate")
+    ratio: tuple[float, ...] = option((0.5, 2.0), "limits of the random factor on the scale in training")
+    channels: int = option(0, "width of the head, half of it in the auxiliary head; 0: 512")
+    bn: Literal["sync", "plain"] = option("sync", "batch norm over the global batch, or over each rank's part")
+    test: Literal["whole", "slide"] = option("whole", "validate images in one pass or by sliding windows")
+    window: tuple[int, ...] = option((), "height,width of sliding windows; empty: the crop")
+    stride: tuple[int, ...] = option((), "height,width between sliding windows; empty: two thirds of the window")
+    classes: int = option(0, "number of classes of plain folders without classes.json; 0: highest label + 1")
+    ignore_index: int = option(-1, "label value that does not count; -1: that of classes.json, else 255")
+    train_split: str = option("", "list or folder of --data; empty: train, in VOC trainaug where there is such a list")
+    val_split: str = option("", "list or folder of --val-data; empty: val")
+    eval_every: int = option(0, "steps between validations; 0: only after the last step")
+    checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one")
+    resume: Literal["auto", "never"] = option(
+        "auto", "auto continues from the newest good checkpoint beside the result"
+    )
+    log_every: int = option(50, "steps between lines of loss and learning rate")
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,7 @@ def _matmul_dtype(rows: Tensor) -> torch.dtype:
     return rows.dtype
 
 
-def info_nce(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, extra: Tensor | None = None
-) -> Tensor:
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float, extra: Tensor | None = None) -> Tensor:
     """Contrastive loss of each row against its key, a queue of negatives and optionally a few more.
 
         loss[i] = -log( e(q_i.k_i) / (e(q_i.k_i) + sum_e e(x_ie) + sum_j e(q_i.Q_j)) ),  e(s) = exp(s / temperature)

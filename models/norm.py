@@ -167,9 +167,15 @@ class _ViewsBatchNorm(_BatchNorm):
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         if self.momentum is not None:
             move_running_statistics(
-                self.running_mean, self.running_var, self.num_batches_tracked, mean, variance,
-                count, self.views, self.momentum,
-            )  # fmt: skip
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                mean,
+                variance,
+                count,
+                self.views,
+                self.momentum,
+            )
             return
         unbiased = variance * (count / (count - 1))
         for means, variances in zip(mean.chunk(self.views), unbiased.chunk(self.views), strict=True):

@@ -28,8 +28,18 @@ def library() -> ctypes.CDLL | None:
     loaded.regatta_augment_scratch.argtypes = (ctypes.c_int, ctypes.c_int)
     pointer, number = ctypes.c_void_p, ctypes.c_int
     loaded.regatta_augment.argtypes = (
-        pointer, ctypes.c_int64, number, number, pointer, number, number, number, pointer, pointer, number,
-    )  # fmt: skip
+        pointer,
+        ctypes.c_int64,
+        number,
+        number,
+        pointer,
+        number,
+        number,
+        number,
+        pointer,
+        pointer,
+        number,
+    )
     assert loaded.regatta_augment_columns() == COLUMNS
     return loaded
 

@@ -212,9 +212,16 @@ class ViewDecoder:
         jobs = self._jobs(index, index, np.arange(len(index)))
         keep_alive = self._store.fill(jobs, index)
         self._library.rg_decode_finish(
-            self.pool, jobs.ctypes.data, len(jobs), self.specs.ctypes.data, len(self.specs), finish,
-            self._seed & _LOW_64, epoch, MAX_PIXELS,
-        )  # fmt: skip
+            self.pool,
+            jobs.ctypes.data,
+            len(jobs),
+            self.specs.ctypes.data,
+            len(self.specs),
+            finish,
+            self._seed & _LOW_64,
+            epoch,
+            MAX_PIXELS,
+        )
         del keep_alive
         return jobs["status"]
 
@@ -271,16 +278,28 @@ class ViewDecoder:
         keep_alive = self._store.fill(jobs, sources)
         pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
         self._library.rg_decode(
-            self.pool, jobs.ctypes.data, len(jobs), self.specs.ctypes.data, len(outs), pointers.ctypes.data,
-            self._seed & _LOW_64, epoch, MAX_PIXELS,
-        )  # fmt: skip
+            self.pool,
+            jobs.ctypes.data,
+            len(jobs),
+            self.specs.ctypes.data,
+            len(outs),
+            pointers.ctypes.data,
+            self._seed & _LOW_64,
+            epoch,
+            MAX_PIXELS,
+        )
         del keep_alive
         return jobs["status"]
 
     def _general_pass(
-        self, status: np.ndarray, epoch: int, sources: np.ndarray, keys: np.ndarray, slots: np.ndarray,
+        self,
+        status: np.ndarray,
+        epoch: int,
+        sources: np.ndarray,
+        keys: np.ndarray,
+        slots: np.ndarray,
         outs: Sequence[np.ndarray],
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """The general path for what has a status other than OK; returns the positions that are bad records."""
         bad = []
         for at in np.flatnonzero(status).tolist():
@@ -314,9 +333,16 @@ class ViewDecoder:
         pixels = np.ascontiguousarray(pixels)
         pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
         done = self._library.rg_views_of_rgb(
-            pixels.ctypes.data, *pixels.shape[:2], self.specs.ctypes.data, len(outs), slot, pointers.ctypes.data,
-            self._seed & _LOW_64, epoch, key,
-        )  # fmt: skip
+            pixels.ctypes.data,
+            *pixels.shape[:2],
+            self.specs.ctypes.data,
+            len(outs),
+            slot,
+            pointers.ctypes.data,
+            self._seed & _LOW_64,
+            epoch,
+            key,
+        )
         return None if done == OK else _REASONS[TOO_LARGE]
 
     def close(self) -> None:

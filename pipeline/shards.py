@@ -72,13 +72,15 @@ class ShardIndex:
         rows = np.repeat(kept, self.samples)
         chosen = tuple(name for name, keep in zip(self.names, kept, strict=True) if keep)
         identity = hashlib.sha256("\0".join((self.data_hash, *chosen)).encode()).hexdigest()
-        columns = {
-            name: getattr(self, name)[rows] for name in ("offsets", "sizes", "labels", "checksums")
-        }
+        columns = {name: getattr(self, name)[rows] for name in ("offsets", "sizes", "labels", "checksums")}
         return replace(
-            self, names=chosen, samples=self.samples[kept], shard_bytes=self.shard_bytes[kept],
-            data_hash=identity, **columns,
-        )  # fmt: skip
+            self,
+            names=chosen,
+            samples=self.samples[kept],
+            shard_bytes=self.shard_bytes[kept],
+            data_hash=identity,
+            **columns,
+        )
 
 
 def parse_index(text: str, where: str) -> ShardIndex:

@@ -338,9 +338,7 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
         raise ValueError(
             f"{data} is streamed, and the global order would need every shard at once; choose --order sharded"
         )
-    files = (
-        StreamedShards(base, index, ahead=window, capacity=2 * window) if remote else LocalShards(Path(base), index)
-    )
+    files = StreamedShards(base, index, ahead=window, capacity=2 * window) if remote else LocalShards(Path(base), index)
     return ShardStore(index, files, base)
 
 

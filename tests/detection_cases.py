@@ -32,20 +32,27 @@ def draw_image(path: Path, size: tuple[int, ...], boxes: list[tuple[int, tuple[i
 def coco_document(images: int, size: tuple[int, int] = (80, 64)) -> dict[str, Any]:
     """Images of two rectangles each, of three classes with ids 3, 7 and 8."""
     document: dict[str, Any] = {
-        "images": [], "annotations": [],
+        "images": [],
+        "annotations": [],
         "categories": [{"id": number, "name": f"class {number}"} for number in (3, 7, 8)],
-    }  # fmt: skip
+    }
     for number in range(images):
         document["images"].append(
             {"id": 10 + number, "file_name": f"{number}.png", "width": size[0], "height": size[1]}
         )
         for part in range(2):
             box = (4 + 3 * number + 34 * part, 8 + 2 * number, 28, 36)
-            document["annotations"].append({
-                "id": len(document["annotations"]) + 1, "image_id": 10 + number,
-                "category_id": (3, 7, 8)[(number + part) % 3], "bbox": [float(v) for v in box], "iscrowd": 0,
-                "area": float(box[2] * box[3]), "segmentation": [rectangle(*box)],
-            })  # fmt: skip
+            document["annotations"].append(
+                {
+                    "id": len(document["annotations"]) + 1,
+                    "image_id": 10 + number,
+                    "category_id": (3, 7, 8)[(number + part) % 3],
+                    "bbox": [float(v) for v in box],
+                    "iscrowd": 0,
+                    "area": float(box[2] * box[3]),
+                    "segmentation": [rectangle(*box)],
+                }
+            )
     return document
 
 
@@ -98,6 +105,9 @@ def found(
     """Detections from (class, score, x0 y0 x1 y1) rows."""
     boxes = np.array([row[2] for row in rows], dtype=np.float32).reshape(-1, 4)
     return Detections(
-        image_id, boxes, np.array([row[1] for row in rows], dtype=np.float32),
-        np.array([row[0] for row in rows], dtype=np.int64), tuple(rle.encode(mask) for mask in masks or ()),
-    )  # fmt: skip
+        image_id,
+        boxes,
+        np.array([row[1] for row in rows], dtype=np.float32),
+        np.array([row[0] for row in rows], dtype=np.int64),
+        tuple(rle.encode(mask) for mask in masks or ()),
+    )

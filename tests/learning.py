@@ -103,8 +103,14 @@ FAMILIES = {
     ("lewel-b",): [*FAST_ADAMW, *QUICK_EMA, "--c=32", "--momentum-norm=own", "--bn.mode=sync", "--bn.group-size=0"],
 }
 # Heads and queues in proportion to a backbone of 128 channels and 1536 pictures.
-MODEL = {"queue_size": 64, "hidden_dim": 256, "dim": 128, "predictor_hidden_dim": 64, "n_blocks": 2,
-         "t_bn_group_size": 16}  # fmt: skip
+MODEL = {
+    "queue_size": 64,
+    "hidden_dim": 256,
+    "dim": 128,
+    "predictor_hidden_dim": 64,
+    "n_blocks": 2,
+    "t_bn_group_size": 16,
+}
 
 
 def family(method: str) -> list[str]:

@@ -17,9 +17,14 @@ from models.swin import SwinTrunk
 
 SIZE, BATCH, GROUP = 64, 8, 4  # pixels; images of a global batch; images of a batch-norm group
 SMALL = {
-    "queue_size": 40, "hidden_dim": 24, "dim": 16, "c": 16, "predictor_hidden_dim": 12, "n_blocks": 2,
+    "queue_size": 40,
+    "hidden_dim": 24,
+    "dim": 16,
+    "c": 16,
+    "predictor_hidden_dim": 12,
+    "n_blocks": 2,
     "t_bn_group_size": GROUP,
-}  # fmt: skip
+}
 SWIN_METHODS = ("moby", "regioncl-moby")
 
 
@@ -129,7 +134,12 @@ def make_inputs(
     mine = slice(rank * local, (rank + 1) * local)
     generator = torch.Generator().manual_seed(7 + step)
     inputs = StepInputs(
-        view1=views["view1"][mine], view2=views["view2"][mine], seed=seed, step=step, rank=rank, world_size=world_size,
+        view1=views["view1"][mine],
+        view2=views["view2"][mine],
+        seed=seed,
+        step=step,
+        rank=rank,
+        world_size=world_size,
         key_permutation=tuple(torch.randperm(batch, generator=generator) for _ in range(method.key_directions)),
     )
     for direction, name in enumerate(("view1", "view2")):

@@ -65,8 +65,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, encoder, monkeypatch:
 def test_torchvision_files_with_wrappers_are_found_out(tmp_path: Path, arch: str) -> None:
     model = getattr(torchvision.models, arch)()
     state = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}},
-               tmp_path / "a.pth")  # fmt: skip
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "a.pth"
+    )
     said: list[str] = []
     loaded = load(tmp_path / "a.pth", say=said.append)
     assert loaded.arch == arch and loaded.report.classifier == ("fc.weight", "fc.bias")
@@ -138,8 +139,13 @@ def test_run_folders_and_what_is_no_backbone(tmp_path: Path, encoder) -> None:
     (tmp_path / "x.json").write_text(json.dumps({}))
     torch.save({"model": 3}, tmp_path / "x.pth")
     torch.save(quiet, tmp_path / "code.pth")
-    for name, message in [("none.pth", "does not exist"), ("x.safetensors", "cannot be read|no tensors"),
-                          ("x.json", "unknown ending"), ("x.pth", "no tensors"), ("code.pth", "plain tensors")]:
+    for name, message in [
+        ("none.pth", "does not exist"),
+        ("x.safetensors", "cannot be read|no tensors"),
+        ("x.json", "unknown ending"),
+        ("x.pth", "no tensors"),
+        ("code.pth", "plain tensors"),
+    ]:
         with pytest.raises(UserMistake, match=message):
             load(tmp_path / name)
     with pytest.raises(UserMistake, match="fits no known architecture; nearest is resnet18"):

@@ -34,8 +34,10 @@ def test_bench_of_a_file_larger_than_memory(packed, tmp_path, capsys, monkeypatc
     assert bench_pipeline.main(["--data", str(packed), *flags, str(tmp_path / "rows.csv")]) == 0
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
     assert len(rows) == 3 * len(few) and {row["metric"] for row in rows} == {
-        "throughput", "read in an epoch", "most in the page cache",
-    }  # fmt: skip
+        "throughput",
+        "read in an epoch",
+        "most in the page cache",
+    }
     assert capsys.readouterr().out.splitlines()[-1].startswith("bottleneck: --order sharded reads ")
 
 

@@ -115,9 +115,10 @@ def test_bench_ops_measures_fused_batch_norm(tmp_path, capsys):
 def test_bench_ops_refuses_a_wrong_fused_batch_norm(monkeypatch):
     original = bench_ops.norm_relu
     monkeypatch.setattr(
-        bench_ops, "norm_relu",
+        bench_ops,
+        "norm_relu",
         lambda *inputs: original(*inputs) * (1.1 if bench_ops.norm_kernels.operator_chosen() else 1.0),
-    )  # fmt: skip
+    )
     with pytest.raises(RuntimeError, match="batch_norm_act, definition"):
         bench_ops.main([*NORM, "--no-csv"])
 

@@ -64,8 +64,11 @@ def test_fused_attention_is_exact(pos: Position, channels_last: bool) -> None:
     actual, expected = attention(x), attention_reference(x, attention)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     weights = torch.randn_like(actual)
-    for a, b in zip(torch.autograd.grad((actual * weights).sum(), inputs),
-                    torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((actual * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
@@ -87,10 +90,21 @@ def test_positions_matter_and_start_as_published() -> None:
 
 def test_sincos_table_tells_cells_apart() -> None:
     table = sincos_table(7, 8)
-    torch.testing.assert_close(table[9], torch.tensor([  # y = 1, x = 2
-        math.sin(2), math.sin(2 / 100), math.cos(2), math.cos(2 / 100),
-        math.sin(1), math.sin(1 / 100), math.cos(1), math.cos(1 / 100),
-    ]))  # fmt: skip
+    torch.testing.assert_close(
+        table[9],
+        torch.tensor(
+            [  # y = 1, x = 2
+                math.sin(2),
+                math.sin(2 / 100),
+                math.cos(2),
+                math.cos(2 / 100),
+                math.sin(1),
+                math.sin(1 / 100),
+                math.cos(1),
+                math.cos(1 / 100),
+            ]
+        ),
+    )
     assert torch.cdist(table, table).add(torch.eye(49) * 9).min() > 0.1
     with pytest.raises(ValueError, match="multiple of 4"):
         sincos_table(7, 6)
@@ -106,9 +120,7 @@ def block_reference(x: Tensor, block: Any) -> Tensor:
     main = attention_reference(main, block.attention)
     if isinstance(block.pool, nn.AvgPool2d):
         side = main.shape[2]
-        cells = [
-            main[:, :, y : y + 2, x : x + 2].mean((2, 3)) for y in range(0, side, 2) for x in range(0, side, 2)
-        ]
+        cells = [main[:, :, y : y + 2, x : x + 2].mean((2, 3)) for y in range(0, side, 2) for x in range(0, side, 2)]
         main = torch.stack(cells, -1).unflatten(2, (-(-side // 2), -1))
     main = batch_norm(main, block.attention_norm).clamp(min=0)
     main = batch_norm(conv(main, block.expand), block.expand_norm)
@@ -246,8 +258,12 @@ def test_average_covers_all_but_predictors() -> None:
     statistics = copy.deepcopy(method.momentum_encoder.bn1.running_mean)
     method.after_step(output, 0.9)
     for name in pairs:
-        for p, q, old in zip(getattr(method, name).parameters(), getattr(method, f"momentum_{name}").parameters(),
-                             getattr(before, f"momentum_{name}").parameters(), strict=True):
+        for p, q, old in zip(
+            getattr(method, name).parameters(),
+            getattr(method, f"momentum_{name}").parameters(),
+            getattr(before, f"momentum_{name}").parameters(),
+            strict=True,
+        ):
             torch.testing.assert_close(q, 0.9 * old + 0.1 * p, rtol=1e-9, atol=1e-12)
     assert torch.equal(method.momentum_encoder.bn1.running_mean, statistics)
     assert method.momentum_attention_stream.training and method.ema_index_offset == 1

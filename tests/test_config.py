@@ -44,11 +44,19 @@ def test_every_method_has_a_recipe_of_its_name() -> None:
 @pytest.mark.parametrize(
     ("name", "rate"),
     [
-        ("moco-v2", 0.03), ("regioncl-m", 0.15), ("simsiam", 0.1), ("moco-v3", 9.6), ("moco-v3-300ep", 4.8),
-        ("moby", 1e-3), ("care", 0.2), ("lewel-m", 0.06), ("lewel-b", 3.6), ("lewel-b-400ep", 7.2),
+        ("moco-v2", 0.03),
+        ("regioncl-m", 0.15),
+        ("simsiam", 0.1),
+        ("moco-v3", 9.6),
+        ("moco-v3-300ep", 4.8),
+        ("moby", 1e-3),
+        ("care", 0.2),
+        ("lewel-m", 0.06),
+        ("lewel-b", 3.6),
+        ("lewel-b-400ep", 7.2),
         ("byol-paper-1000ep", 3.2),
     ],
-)  # fmt: skip
+)
 def test_actual_learning_rates(name: str, rate: float) -> None:
     from train.schedules import scaled_lr
 
@@ -60,9 +68,22 @@ def test_actual_learning_rates(name: str, rate: float) -> None:
 
 def test_flags_reach_every_part_in_either_spelling() -> None:
     config = resolve(
-        ["--method", "regioncl-m", "--region.sampling", "official", "--optim.lr", "0.5", "--bn.group_size=16",
-         "--no-deterministic", "--compile", "--seed", "3", "--symmetric.enabled", "true"]
-    )  # fmt: skip
+        [
+            "--method",
+            "regioncl-m",
+            "--region.sampling",
+            "official",
+            "--optim.lr",
+            "0.5",
+            "--bn.group_size=16",
+            "--no-deterministic",
+            "--compile",
+            "--seed",
+            "3",
+            "--symmetric.enabled",
+            "true",
+        ]
+    )
     assert config.model.region.sampling == "official"
     assert config.recipe.optim.lr == 0.5
     assert config.recipe.bn.group_size == 16
@@ -106,8 +127,20 @@ def test_unknown_flag_names_the_nearest(capfd: pytest.CaptureFixture[str]) -> No
 
 
 SYNTHETIC = ["--method", "moco-v2", "--loader", "synthetic", "--data", "64", "--device", "cpu"]
-SMALL = [*SYNTHETIC, "--arch", "resnet18", "--image-size", "32", "--global-batch", "8", "--bn.group-size", "8",
-         "--queue-size", "64", "--no-report"]  # fmt: skip
+SMALL = [
+    *SYNTHETIC,
+    "--arch",
+    "resnet18",
+    "--image-size",
+    "32",
+    "--global-batch",
+    "8",
+    "--bn.group-size",
+    "8",
+    "--queue-size",
+    "64",
+    "--no-report",
+]
 REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
 
 
@@ -148,7 +181,7 @@ REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
         (["--method", "moco-v2", "--device", "cpu", "--precision", "fp16", "--data", "1"], "--precision fp16"),
         (["--method", "moco-v2", "--config", "/nowhere.json"], "/nowhere.json"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(capfd, monkeypatch, tmp_path: Path, argv: list[str], expected: str) -> None:
     monkeypatch.chdir(tmp_path)
     # The description of the run may be printed before data are opened, but only on standard output.
@@ -192,9 +225,24 @@ def test_read_only_run_folder(capfd: pytest.CaptureFixture[str], tmp_path: Path)
     blocker = tmp_path / "file"
     blocker.write_text("")
     line = error_line(
-        capfd, ["--method", "moco-v2", "--loader", "synthetic", "--data", "64", "--device", "cpu", "--arch", "resnet18",
-                "--image-size", "32", "--run-dir", str(blocker / "run")]
-    )  # fmt: skip
+        capfd,
+        [
+            "--method",
+            "moco-v2",
+            "--loader",
+            "synthetic",
+            "--data",
+            "64",
+            "--device",
+            "cpu",
+            "--arch",
+            "resnet18",
+            "--image-size",
+            "32",
+            "--run-dir",
+            str(blocker / "run"),
+        ],
+    )
     assert "--run-dir" in line and "choose a folder that can be written" in line
 
 
@@ -237,8 +285,21 @@ def test_a_run_of_an_earlier_version_goes_on() -> None:
 
 
 def test_dry_run_prints_what_follows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    argv = ["--method", "regioncl-m", "--loader", "synthetic", "--device", "cpu", "--arch", "resnet18", "--dry-run",
-            "--image-size", "128", "--run-dir", str(tmp_path / "run")]  # fmt: skip
+    argv = [
+        "--method",
+        "regioncl-m",
+        "--loader",
+        "synthetic",
+        "--device",
+        "cpu",
+        "--arch",
+        "resnet18",
+        "--dry-run",
+        "--image-size",
+        "128",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     assert train.main.main(argv) == 0
     printed = capfd.readouterr().out
     assert "2 to 3 cells a side on a 4 x 4 grid" in printed

@@ -75,12 +75,14 @@ def test_plan_follows_the_format_and_the_flags() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"lr": -1.0}, "--lr -1.0"), ({"regions": 0}, "--regions 0"), ({"train_sides": (0,)}, "--train-sides"),
+        ({"lr": -1.0}, "--lr -1.0"),
+        ({"regions": 0}, "--regions 0"),
+        ({"train_sides": (0,)}, "--train-sides"),
         ({"detector": "retinanet", "box_head": "4conv1fc"}, "--box-head"),
         ({"detector": "mask-rcnn-c4", "box_head": "4conv1fc"}, "--box-head"),
         ({"detector": "retinanet", "regions": 64}, "--regions"),
     ],
-)  # fmt: skip
+)
 def test_flags_out_of_range_or_at_odds_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UserMistake, match=message):
         check(dataclasses.replace(DetectConfig(), **flags))
@@ -316,10 +318,31 @@ def backbone(tmp_path: Path) -> Path:
 
 def command(backbone: Path, data: Path, *more: str) -> list[str]:
     return [
-        "detect", "--checkpoint", str(backbone), "--data", str(data), "--val-data", str(data), "--train-sides", "48,64",
-        "--test-side", "64", "--longest-side", "96", "--anchor-sizes", "8,16,32,48,64", "--global-batch", "2",
-        "--precise-bn-steps", "1", "--workers", "1", "--device", "cpu", *more,
-    ]  # fmt: skip
+        "detect",
+        "--checkpoint",
+        str(backbone),
+        "--data",
+        str(data),
+        "--val-data",
+        str(data),
+        "--train-sides",
+        "48,64",
+        "--test-side",
+        "64",
+        "--longest-side",
+        "96",
+        "--anchor-sizes",
+        "8,16,32,48,64",
+        "--global-batch",
+        "2",
+        "--precise-bn-steps",
+        "1",
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 class Asked:
@@ -380,9 +403,12 @@ def test_the_headline_is_the_data_s_own_metric() -> None:
 # --- long runs ---
 
 OVERFIT = {  # detector -> (steps, learning rate, proposals an image)
-    "faster-rcnn-c4": (300, 0.02, 8), "mask-rcnn-c4": (300, 0.02, 8), "faster-rcnn-fpn": (300, 0.02, 16),
-    "mask-rcnn-fpn": (300, 0.02, 16), "retinanet": (700, 0.01, 512),
-}  # fmt: skip
+    "faster-rcnn-c4": (300, 0.02, 8),
+    "mask-rcnn-c4": (300, 0.02, 8),
+    "faster-rcnn-fpn": (300, 0.02, 16),
+    "mask-rcnn-fpn": (300, 0.02, 16),
+    "retinanet": (700, 0.01, 512),
+}
 
 
 @pytest.mark.slow
@@ -391,11 +417,35 @@ def test_each_detector_learns_eight_images_by_heart(backbone: Path, eight: Path,
     steps, lr, regions = OVERFIT[name]
     output = tmp_path / "result.json"
     arguments = [
-        "detect", "--checkpoint", str(backbone), "--data", str(eight), "--val-data", str(eight), "--detector", name,
-        "--steps", str(steps), "--lr", str(lr), "--global-batch", "2", "--train-sides", "64", "--test-side", "64",
-        "--anchor-sizes", "8,16,32,48,64", "--precise-bn-steps", "4", "--workers", "1", "--output", str(output),
+        "detect",
+        "--checkpoint",
+        str(backbone),
+        "--data",
+        str(eight),
+        "--val-data",
+        str(eight),
+        "--detector",
+        name,
+        "--steps",
+        str(steps),
+        "--lr",
+        str(lr),
+        "--global-batch",
+        "2",
+        "--train-sides",
+        "64",
+        "--test-side",
+        "64",
+        "--anchor-sizes",
+        "8,16,32,48,64",
+        "--precise-bn-steps",
+        "4",
+        "--workers",
+        "1",
+        "--output",
+        str(output),
         *(() if name == "retinanet" else ("--regions", str(regions))),
-    ]  # fmt: skip
+    ]
     assert main(arguments) == 0
     result = json.loads(output.read_text())
     assert result["metrics"]["box_ap50"] > 0.5

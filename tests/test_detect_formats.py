@@ -77,8 +77,9 @@ def test_objects_without_area_or_drawable_mask_are_left_out(coco: Callable[..., 
     data = coco(odd)
     assert [len(record.labels) for record in data.records] == [0, 1, 2]
     assert data.notes == (
-        "1 objects without a drawable mask are not trained on", "2 objects without area are not trained on"
-    )  # fmt: skip
+        "1 objects without a drawable mask are not trained on",
+        "2 objects without area are not trained on",
+    )
     assert len(data.records[1].outlines[0]) == 1, "of an object's polygons those of two points are left out"
     np.testing.assert_array_equal(data.records[2].boxes[0], [70, 50, 80, 64])
     assert [len(record.labels) for record in coco(odd, masks=False).records] == [1, 1, 2]
@@ -100,7 +101,7 @@ def test_objects_without_area_or_drawable_mask_are_left_out(coco: Callable[..., 
         (lambda d: d.pop("categories"), "lacks images, annotations, categories"),
         (lambda d: d["categories"].clear(), "no images or no categories|has category"),
     ],
-)  # fmt: skip
+)
 def test_broken_ground_truth_is_refused_by_name(tmp_path: Path, change: Callable[[Any], object], message: str) -> None:
     file = write_coco(tmp_path, coco_document(3), "val")
     document = json.loads(file.read_text())

@@ -77,8 +77,13 @@ def test_full_size_detectors_have_the_protocol_s_parameters(name: str) -> None:
     assert parameters(meta_detector(name=name, norm="frozen")) == EXPECTED[name]
     # With batch norm: the trunk's, one after C4's last stage, or one for each convolution of the pyramid (whose biases
     # go) and of the mask head.
-    added = {"faster-rcnn-c4": 2 * 2048, "mask-rcnn-c4": 2 * 2048, "faster-rcnn-fpn": 8 * 256,
-             "mask-rcnn-fpn": 12 * 256, "retinanet": 6 * 256}  # fmt: skip
+    added = {
+        "faster-rcnn-c4": 2 * 2048,
+        "mask-rcnn-c4": 2 * 2048,
+        "faster-rcnn-fpn": 8 * 256,
+        "mask-rcnn-fpn": 12 * 256,
+        "retinanet": 6 * 256,
+    }
     assert parameters(meta_detector(name=name, norm="sync")) == EXPECTED[name] + 53_120 + added[name]
 
 

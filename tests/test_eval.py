@@ -101,10 +101,12 @@ def test_real_labels_follow_the_file_names(tmp_path: Path) -> None:
     (tmp_path / "named.json").write_text(json.dumps({Path(n).name: [k] for k, n in enumerate(names)}))
     assert read_real_labels(str(tmp_path / "named.json"), names, 3, 4) == [[0], [1], [2]]
     for file, named, samples, classes, message in [
-        ("list.json", None, 5, 4, "3 entries for 5 images"), ("list.json", names, 3, 3, "label 3 with 3 classes"),
-        ("named.json", None, 3, 4, "needs file names"), ("named.json", ["other.jpg"], 1, 4, "no entry for other.jpg"),
+        ("list.json", None, 5, 4, "3 entries for 5 images"),
+        ("list.json", names, 3, 3, "label 3 with 3 classes"),
+        ("named.json", None, 3, 4, "needs file names"),
+        ("named.json", ["other.jpg"], 1, 4, "no entry for other.jpg"),
         ("none.json", names, 3, 4, "real.json"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UserMistake, match=message):
             read_real_labels(str(tmp_path / file), named, samples, classes)
 
@@ -199,8 +201,12 @@ def test_batch_and_recipe_mistakes_are_named() -> None:
             linear.batch_for(256, wanted, 1000, world)
     assert linear.choose_recipe(LinearConfig(), "care")[0] == "care"
     assert linear.choose_recipe(LinearConfig(head_bn="no"), "care")[1].batch_norm is False
-    for config in (LinearConfig(recipe="mocov2"), LinearConfig(lrs=(0.0,)), LinearConfig(eval_every=0),
-                   LinearConfig(recipe="logistic", epochs=3)):  # fmt: skip
+    for config in (
+        LinearConfig(recipe="mocov2"),
+        LinearConfig(lrs=(0.0,)),
+        LinearConfig(eval_every=0),
+        LinearConfig(recipe="logistic", epochs=3),
+    ):
         with pytest.raises(UserMistake):
             linear.choose_recipe(config, "")
 
@@ -230,9 +236,13 @@ def test_lists_are_read_back_and_wrong_ones_refused(tmp_path: Path) -> None:
     path.write_text("# published\nz.jpg\n\ny.jpg\n")
     assert splits.read_list(str(path), names, 4).tolist() == [1, 3]
     for text, known, message in [
-        ("q.jpg", names, "not in the data"), ("x.jpg", names, "fits 2 images"), ("z.jpg\nb/z.jpg", names, "twice"),
-        ("7", names, "index 7"), ("", names, "names no image"), ("z.jpg", None, "file names"),
-    ]:  # fmt: skip
+        ("q.jpg", names, "not in the data"),
+        ("x.jpg", names, "fits 2 images"),
+        ("z.jpg\nb/z.jpg", names, "twice"),
+        ("7", names, "index 7"),
+        ("", names, "names no image"),
+        ("z.jpg", None, "file names"),
+    ]:
         path.write_text(text)
         with pytest.raises(UserMistake, match=message):
             splits.read_list(str(path), known, 4)
@@ -315,10 +325,20 @@ def test_two_ranks_give_the_result_of_one(checkpoint: Path, tmp_path: Path) -> N
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     both = command("linear", checkpoint, *flags, "--output", str(tmp_path / "two.json"))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(ROOT / "train/evaluate.py"), *both],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(ROOT / "train/evaluate.py"),
+            *both,
+        ],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["world_size"] == 2 and done.stdout.count("all 120 tensors") == 1
@@ -337,7 +357,7 @@ def test_two_ranks_give_the_result_of_one(checkpoint: Path, tmp_path: Path) -> N
         (["knn", "--checkpoint", "x", "--data", "8", "--val-data", "8", "--k", "0"], "--k 0"),
         (["linear", "--checkpoint", "x", "--data", "8", "--val-data", "8", "--recipe", "moco"], "choose from moco-v2"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line_and_code_2(arguments, message: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     error = capfd.readouterr().err.strip()
@@ -351,8 +371,9 @@ def test_the_table_of_protocols_imports() -> None:
 
 
 def test_help_from_a_foreign_directory(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / "train/evaluate.py"), "--help"], cwd=tmp_path,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train/evaluate.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and all(name in done.stdout for name in PROTOCOLS)
 
 

@@ -122,8 +122,11 @@ def test_a_published_list_finds_packed_images(checkpoint: Path, misleading, tmp_
 def test_several_learning_rates_share_one_pass_of_the_backbone(checkpoint, misleading, tmp_path, monkeypatch) -> None:
     encoded = []
     forward = type(build_encoder("resnet18")).forward
-    monkeypatch.setattr(type(build_encoder("resnet18")), "forward",
-                        lambda self, images: (encoded.append(len(images)), forward(self, images))[1])  # fmt: skip
+    monkeypatch.setattr(
+        type(build_encoder("resnet18")),
+        "forward",
+        lambda self, images: (encoded.append(len(images)), forward(self, images))[1],
+    )
     train, val, _ = misleading
     counts = []
     for lrs in ("0.1", "0.1,0.3,1"):
@@ -195,10 +198,27 @@ def test_torchrun_with_two_gloo_ranks(checkpoint: Path, misleading, tmp_path: Pa
     protocol, *flags = command.split()
     one = evaluate(checkpoint, tmp_path / "one.json", protocol, train, val, *flags)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [protocol, "--checkpoint", str(checkpoint), "--data", str(train), "--val-data", str(val), "--loader",
-             "folder", "--output", str(tmp_path / "two.json"), *flags]  # fmt: skip
-    done = subprocess.run([*launch, str(ROOT / "train/evaluate.py"), *words], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    words = [
+        protocol,
+        "--checkpoint",
+        str(checkpoint),
+        "--data",
+        str(train),
+        "--val-data",
+        str(val),
+        "--loader",
+        "folder",
+        "--output",
+        str(tmp_path / "two.json"),
+        *flags,
+    ]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train/evaluate.py"), *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["world_size"] == 2 and one["world_size"] == 1

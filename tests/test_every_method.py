@@ -43,9 +43,19 @@ def argv(method: str, data: Path, run_dir: Path) -> list[str]:
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items() if name in fields]
     arch = "swin-t" if method in SWIN_METHODS else "resnet18"
     return [
-        "--method", method, "--arch", arch, "--data", str(data), "--run-dir", str(run_dir), "--max-steps", str(STEPS),
-        *COMMON, *sizes,
-    ]  # fmt: skip
+        "--method",
+        method,
+        "--arch",
+        arch,
+        "--data",
+        str(data),
+        "--run-dir",
+        str(run_dir),
+        "--max-steps",
+        str(STEPS),
+        *COMMON,
+        *sizes,
+    ]
 
 
 def run(command: list[str], world_size: int = 1, log: Path | None = None) -> list[int]:

@@ -70,16 +70,28 @@ def exported_features(tmp_path: Path, cases: list[tuple[str, str]]) -> dict[str,
         if target == "onnx":
             arguments += ["--image-size", str(size)]
         assert main(arguments) == 0
-        requests.append({"name": name, "format": target, "arch": arch, "path": str(out),
-                         "images": str(tmp_path / f"{arch}-{target}.npy")})
+        requests.append(
+            {
+                "name": name,
+                "format": target,
+                "arch": arch,
+                "path": str(out),
+                "images": str(tmp_path / f"{arch}-{target}.npy"),
+            }
+        )
     (tmp_path / "request.json").write_text(json.dumps(requests))
     reader = Path(__file__).with_name("export_reader.py").read_text()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "reader.py").write_text(reader)
     command = [sys.executable, "-I", "reader.py", str(tmp_path / "request.json"), str(tmp_path / "result.npz")]
-    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True,
-                          env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        command,
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = np.load(tmp_path / "result.npz")
     return {name: (features, theirs[name]) for name, features in ours.items()}
@@ -96,10 +108,18 @@ def test_exports_agree_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
     pytest.importorskip("onnxruntime")
-    check(tmp_path, [
-        ("resnet18", "torchvision"), ("resnet18", "timm"), ("resnet18", "hf"), ("resnet18", "onnx"),
-        ("resnet18", "detectron2"), ("swin-t", "timm"), ("swin-t", "hf"),
-    ])  # fmt: skip
+    check(
+        tmp_path,
+        [
+            ("resnet18", "torchvision"),
+            ("resnet18", "timm"),
+            ("resnet18", "hf"),
+            ("resnet18", "onnx"),
+            ("resnet18", "detectron2"),
+            ("swin-t", "timm"),
+            ("swin-t", "hf"),
+        ],
+    )
 
 
 @pytest.mark.slow
@@ -121,8 +141,9 @@ def test_detectron2_keys_and_shapes(tmp_path: Path, arch: str) -> None:
     assert {name: list(value.shape) for name, value in arrays.items()} == expected
     if arch == "swin-t":
         assert torch.equal(arrays["norm3.weight"], encoder.state_dict()["norm.weight"])
-        assert torch.equal(arrays["layers.1.downsample.reduction.weight"],
-                           encoder.state_dict()["features.4.reduction.weight"])
+        assert torch.equal(
+            arrays["layers.1.downsample.reduction.weight"], encoder.state_dict()["features.4.reduction.weight"]
+        )
 
 
 def test_detectron2_reads_it(tmp_path: Path) -> None:
@@ -155,22 +176,47 @@ def test_model_card_tells_what_the_run_was(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     random_backbone("resnet18", run / "backbone.safetensors")
-    (run / "config.json").write_text(json.dumps({
-        "run": {"method": "regioncl-m", "recipe": "regioncl-m-200"}, "recipe": {"image_size": 96, "optim": {"lr": 0.5}},
-        "model": {"temperature": 0.2}, "data_hash": "abc123", "data_images": 77, "versions": {"commit": "f00d"},
-    }))
+    (run / "config.json").write_text(
+        json.dumps(
+            {
+                "run": {"method": "regioncl-m", "recipe": "regioncl-m-200"},
+                "recipe": {"image_size": 96, "optim": {"lr": 0.5}},
+                "model": {"temperature": 0.2},
+                "data_hash": "abc123",
+                "data_images": 77,
+                "versions": {"commit": "f00d"},
+            }
+        )
+    )
     (run / "metrics.jsonl").write_text(
         json.dumps({"kind": "knn", "step": 5, "k": 20, "top1": 0.4321, "val_images": 50}) + "\n" + '{"kind": "tr'
     )
-    (run / "eval-linear.json").write_text(json.dumps(
-        {"protocol": "linear", "recipe": "moco-v2", "top1": 0.1234, "top5": 0.3, "val_images": 9,
-         "val_data_hash": "beef"}
-    ))
+    (run / "eval-linear.json").write_text(
+        json.dumps(
+            {
+                "protocol": "linear",
+                "recipe": "moco-v2",
+                "top1": 0.1234,
+                "top5": 0.3,
+                "val_images": 9,
+                "val_data_hash": "beef",
+            }
+        )
+    )
     assert main([str(run), str(tmp_path / "out.safetensors"), "--format", "timm"]) == 0
     card = (tmp_path / "out.safetensors.md").read_text()
-    for fact in ("regioncl-m-200", "abc123", "77", "f00d", "43.21%",
-                 "linear, recipe moco-v2 | top-1 12.3, top-5 30.0 | 9 images", "optim.lr: 0.5", "temperature: 0.2",
-                 "timm.create_model", "torch.zeros(1, 3, 96, 96)"):
+    for fact in (
+        "regioncl-m-200",
+        "abc123",
+        "77",
+        "f00d",
+        "43.21%",
+        "linear, recipe moco-v2 | top-1 12.3, top-5 30.0 | 9 images",
+        "optim.lr: 0.5",
+        "temperature: 0.2",
+        "timm.create_model",
+        "torch.zeros(1, 3, 96, 96)",
+    ):
         assert fact in card, fact
 
 
@@ -208,7 +254,7 @@ def test_the_card_of_a_detectron2_export(tmp_path: Path) -> None:
         (["{file}", "{tmp}/out.pkl", "--format", "caffe"], "invalid choice"),
         (["{file}", "{tmp}/out.pkl", "--format", "detectron2", "--image-sise", "3"], "--image-size"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(tmp_path: Path, capfd, arguments: list[str], message: str) -> None:
     file = tmp_path / "backbone.safetensors"
     random_backbone("resnet18", file)

@@ -39,8 +39,15 @@ from train.runtime import Runtime
 BATCH, SIZE = 8, 64
 INDEX = torch.arange(BATCH)  # of a batch; made outside the mode, because its values are read on the host
 CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
-SIZES = {"queue_size": 40, "hidden_dim": 24, "dim": 16, "c": 16, "predictor_hidden_dim": 12, "n_blocks": 2,
-         "t_bn_group_size": 4}  # fmt: skip
+SIZES = {
+    "queue_size": 40,
+    "hidden_dim": 24,
+    "dim": 16,
+    "c": 16,
+    "predictor_hidden_dim": 12,
+    "n_blocks": 2,
+    "t_bn_group_size": 4,
+}
 
 
 def settings(method: str, *flags: str) -> Config:
@@ -86,10 +93,14 @@ def one_step(config: Config, dtype: torch.dtype) -> dict[str, Tensor]:
         on_gpu(method)
         runtime = Runtime(0, 1, DEVICE, dtype, False)
         state = TrainState(
-            method=method, optimizer=build_optimizer(method, config.recipe.optim, BATCH),
+            method=method,
+            optimizer=build_optimizer(method, config.recipe.optim, BATCH),
             scaler=torch.amp.GradScaler("cuda") if dtype is torch.float16 else None,
-            step=0, sums={}, sum_steps=0, non_finite=torch.zeros(1, dtype=torch.int64, device=DEVICE),
-        )  # fmt: skip
+            step=0,
+            sums={},
+            sum_steps=0,
+            non_finite=torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        )
         augment._normalisation.cache_clear()
         augment._normalisation(DEVICE, torch.float32)  # made once in a run; the host may wait for that
         builder = InputBuilder(config, method, runtime, feature_grid(method, SIZE))

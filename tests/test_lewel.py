@@ -164,9 +164,13 @@ def test_random_scores_are_normal_and_a_function_of_their_address() -> None:
     assert flat.unique().numel() > 0.99 * flat.numel() * 0.98
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ((16, 10, 12, 6, 5), "--h 5 must divide"), ((16, 10, 12, 6, 0), "--h 0 must divide"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((16, 10, 12, 6, 5), "--h 5 must divide"),
+        ((16, 10, 12, 6, 0), "--h 0 must divide"),
+    ],
+)
 def test_head_refuses_what_does_not_fit(arguments: tuple[int, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         AlignmentHead(*arguments)
@@ -330,9 +334,13 @@ def _rank_losses(rank: int, world: int, name: str, changes: dict[str, Any]) -> t
     return output.loss.item(), state.double()
 
 
-@pytest.mark.parametrize(("name", "changes"), [
-    ("lewel-m", {"align": "random", "coupled": False}), ("lewel-b", {"align": "random"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("lewel-m", {"align": "random", "coupled": False}),
+        ("lewel-b", {"align": "random"}),
+    ],
+)
 def test_random_maps_keys_and_statistics_do_not_depend_on_the_ranks(
     tmp_path: Path, name: str, changes: dict[str, Any]
 ) -> None:

@@ -159,10 +159,13 @@ def test_queue_terms_in_source_order(partner, intra):
 
     canvas_terms = [contrast(canvas[i], key[i], paste[i] if intra else None) for i in range(3)]
     paste_terms = [contrast(paste[inverse[j]], key[j], canvas[inverse[j]] if intra else None) for j in range(3)]
-    expected = torch.stack([
-        torch.stack([contrast(query[i], key[i], None) for i in range(3)]).mean(),
-        torch.stack(canvas_terms).mean(), torch.stack(paste_terms).mean(),
-    ])
+    expected = torch.stack(
+        [
+            torch.stack([contrast(query[i], key[i], None) for i in range(3)]).mean(),
+            torch.stack(canvas_terms).mean(),
+            torch.stack(paste_terms).mean(),
+        ]
+    )
     assert terms is not None and terms.canvas is not None and terms.paste is not None
     compare(torch.stack([instance, terms.canvas, terms.paste]), expected, query, canvas, paste, key, queue)
     torch.testing.assert_close(terms.total(), (expected[1] + expected[2]) / 2)
@@ -179,10 +182,12 @@ def test_batch_terms_in_source_order():
         scores = torch.stack([*[row @ k.detach() for k in keys], row @ other.detach()]) / 0.5
         return 2 * 0.5 * (torch.logsumexp(scores, 0) - scores[positive])
 
-    expected = torch.stack([
-        torch.stack([contrast(canvas[i], 2 + i, paste[i]) for i in range(3)]).mean(),
-        torch.stack([contrast(paste[inverse[j]], 2 + j, canvas[inverse[j]]) for j in range(3)]).mean(),
-    ])
+    expected = torch.stack(
+        [
+            torch.stack([contrast(canvas[i], 2 + i, paste[i]) for i in range(3)]).mean(),
+            torch.stack([contrast(paste[inverse[j]], 2 + j, canvas[inverse[j]]) for j in range(3)]).mean(),
+        ]
+    )
     assert terms.canvas is not None and terms.paste is not None
     compare(torch.stack([terms.canvas, terms.paste]), expected, canvas, paste, keys)
 

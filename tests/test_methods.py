@@ -251,7 +251,8 @@ RANK_CASES = {
     "two ranks, no queue": (2, [Case(name) for name in ("simsiam", "byol", "moco-v3", "care", "lewel-b")]),
     "two ranks, regions": (2, [Case(name) for name in ("regioncl-s", "regioncl-m3", "moby", "regioncl-moby")]),
     "two ranks, pairs across": (
-        2, [Case(name, ACROSS_RANKS) for name in ("regioncl-m", "regioncl-s", "regioncl-m3", "regioncl-moby")]
+        2,
+        [Case(name, ACROSS_RANKS) for name in ("regioncl-m", "regioncl-s", "regioncl-m3", "regioncl-moby")],
     ),
     "two ranks, grouped heads": (2, [Case("regioncl-s", options={"bn_mode": "group"})]),
     "four ranks": (4, [Case("regioncl-m", ACROSS_RANKS), Case("lewel-m")]),

@@ -153,10 +153,19 @@ def test_pictures_are_as_close_to_pil_as_promised(decode: Decode, large_photos: 
     assert found.mean() <= 0.40 and np.percentile(found, 99) <= 2.2, (found.mean(), np.percentile(found, 99))
 
 
-@pytest.mark.parametrize("options", [
-    {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"restart_marker_blocks": 7},
-    {"optimize": True}, {"quality": 30}, {"keep_rgb": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"progressive": True},
+        {"restart_marker_blocks": 7},
+        {"optimize": True},
+        {"quality": 30},
+        {"keep_rgb": True},
+    ],
+)
 def test_kinds_of_jpeg(decode: Decode, large_photos: list[Image.Image], options: dict[str, object]) -> None:
     photo = large_photos[0].resize((397, 301))  # not whole blocks in either direction
     found = gaps(decode, jpeg(photo, **options), PAIR, 5)
@@ -190,9 +199,11 @@ def test_instruction_sets_agree_to_the_bit(
     if any_level.rg_level() == 0:
         pytest.skip("this processor has no vector kernels to compare")
     views = (
-        *PAIR, ViewSpec("small", 21, draw_id=2), ViewSpec("cubic", 100, interpolation="bicubic", draw_id=3),
+        *PAIR,
+        ViewSpec("small", 21, draw_id=2),
+        ViewSpec("cubic", 100, interpolation="bicubic", draw_id=3),
         ViewSpec("whole", 50, kind="whole"),
-    )  # fmt: skip
+    )
     strip = Image.fromarray(np.random.default_rng(3).integers(0, 256, (90, 4000, 3), dtype=np.uint8))
     for index, photo in enumerate([*large_photos[:4], strip]):
         data = jpeg(photo)
@@ -256,9 +267,16 @@ def test_our_decoder_has_the_bits_of_libjpeg(
         pytest.skip("this processor lacks the instructions")
     photo = large_photos[0].resize((397, 301))
     kinds: list[dict[str, object]] = [
-        {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"restart_marker_blocks": 7}, {"keep_rgb": True},
-        {"restart_marker_rows": 2}, {"optimize": True}, {"quality": 1}, {"quality": 100, "subsampling": 0},
-    ]  # fmt: skip
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"restart_marker_blocks": 7},
+        {"keep_rgb": True},
+        {"restart_marker_rows": 2},
+        {"optimize": True},
+        {"quality": 1},
+        {"quality": 100, "subsampling": 0},
+    ]
     records = [jpeg(photo, **kind) for kind in kinds] + [jpeg(photo.convert("L"))]
     for side in (1, 7, 8, 9, 15, 16, 17, 31, 33):
         records.append(jpeg(large_photos[1].resize((side, 49 - side)), subsampling=side % 3))
@@ -277,10 +295,18 @@ def test_what_is_not_plainly_sound_is_left_to_libjpeg(library: ctypes.CDLL, larg
     huge[table : table + 64] = b"\xff" * 64  # coefficients beyond those of any picture
     missing = good.replace(b"\xff\xc4", b"\xff\xe3", 1)
     records = [
-        jpeg(photo, progressive=True), jpeg(photo.convert("CMYK")), good[:-2], good[:-2] + b"\x00\x00\xff\xd9",
-        good[: len(good) // 2], restarts.replace(b"\xff\xd3", b"\xff\xd5", 1), restarts.replace(b"\xff\xd0", b"", 1),
-        bytes(huge), missing, b"\xff\xd8", b"",
-    ]  # fmt: skip
+        jpeg(photo, progressive=True),
+        jpeg(photo.convert("CMYK")),
+        good[:-2],
+        good[:-2] + b"\x00\x00\xff\xd9",
+        good[: len(good) // 2],
+        restarts.replace(b"\xff\xd3", b"\xff\xd5", 1),
+        restarts.replace(b"\xff\xd0", b"", 1),
+        bytes(huge),
+        missing,
+        b"\xff\xd8",
+        b"",
+    ]
     assert not as_libjpeg(library, records[:-1], WHOLE_IMAGE, CROPS_AND_WHOLE).any()
     if library.rg_level() > 0:
         assert as_libjpeg(library, [good, restarts], WHOLE_IMAGE, CROPS_AND_WHOLE).all()
@@ -363,22 +389,33 @@ def test_damaged_files_under_sanitizers(seconds: int, large_photos: list[Image.I
     library = build("views", flags)
     photo = large_photos[3].resize((150, 110))
     samples = [
-        jpeg(photo, quality=70), jpeg(photo, subsampling=0), jpeg(photo, progressive=True), jpeg(photo.convert("L")),
-        jpeg(photo, restart_marker_blocks=3), jpeg(photo.convert("CMYK")), jpeg(photo, optimize=True, subsampling=1),
-    ]  # fmt: skip
+        jpeg(photo, quality=70),
+        jpeg(photo, subsampling=0),
+        jpeg(photo, progressive=True),
+        jpeg(photo.convert("L")),
+        jpeg(photo, restart_marker_blocks=3),
+        jpeg(photo.convert("CMYK")),
+        jpeg(photo, optimize=True, subsampling=1),
+    ]
     paths = []
     for number, sample in enumerate(samples):
         paths.append(str(tmp_path / f"{number}.jpg"))
         Path(paths[-1]).write_bytes(sample)
     script = Path(__file__).with_name("fuzz_native.py")
     environment = {
-        **os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-    }  # fmt: skip
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, str(script), str(library), str(seconds), "0", *paths],
-        env=environment, capture_output=True, text=True, timeout=seconds + 120,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds + 120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     tried, decoded, ours = map(int, done.stdout.split())
     assert tried > 50 and 0 < ours < decoded < tried

@@ -76,8 +76,9 @@ def test_group_statistics_equal_the_formula_with_gradients(columns: tuple[int, .
     expected, mean, variance = reference(x, norm.weight, norm.bias, group or 8)
     actual = norm(x)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-    for a, b in zip(gradients(actual, [x, norm.weight, norm.bias]),
-                    gradients(expected, [x, norm.weight, norm.bias]), strict=True):
+    for a, b in zip(
+        gradients(actual, [x, norm.weight, norm.bias]), gradients(expected, [x, norm.weight, norm.bias]), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(norm.running_mean, 0.1 * mean, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * variance, rtol=1e-10, atol=1e-12)
@@ -258,8 +259,14 @@ def test_sync_equals_one_process_on_the_joined_batch(
     y = norm(x)
     expected = [y, *gradients(y, [x, norm.weight, norm.bias]), norm.running_mean, norm.running_var]
     ranks = run_ranks(_one_rank, world, tmp_path, columns, 1, uneven)
-    joined = [torch.cat([r[0] for r in ranks]), torch.cat([r[1] for r in ranks]),
-              sum(r[2] for r in ranks), sum(r[3] for r in ranks), ranks[0][4], ranks[1][5]]
+    joined = [
+        torch.cat([r[0] for r in ranks]),
+        torch.cat([r[1] for r in ranks]),
+        sum(r[2] for r in ranks),
+        sum(r[3] for r in ranks),
+        ranks[0][4],
+        ranks[1][5],
+    ]
     for a, b in zip(joined, expected, strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-9)
 

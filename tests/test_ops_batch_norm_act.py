@@ -193,8 +193,13 @@ def test_kernels_agree_with_the_definition(host_load, case, dtype, blocks):
         plain, defined = (
             eager_results(x, added, weight, bias, groups, relu, grad, network=net) for net in (separate, fused)
         )
-        exact = eager_results(*(t if t is None else t.double() for t in (x, added, weight, bias)), groups, relu,
-                              grad.double(), like=y if relu else None)  # fmt: skip
+        exact = eager_results(
+            *(t if t is None else t.double() for t in (x, added, weight, bias)),
+            groups,
+            relu,
+            grad.double(),
+            like=y if relu else None,
+        )
         names = ("y", "x", "residual", "weight", "bias")
         ours = dict(zip(names, (y, *gradients), strict=True))
         for name, truth in exact.items():
@@ -236,9 +241,11 @@ def test_kernels_equal_the_definition_bit_by_bit_in_the_mask(host_load):
     wanted = batch_norm_act_definition(x, residual, weight, bias, 2, EPS, True, True)
     assert torch.equal(ours[3], wanted[3])
     grad = normal(4, 24, 3, 3, dtype=torch.float16, seed=5)
-    for a, b in zip(kernels.backward(grad, x, weight, bias, *ours[1:], EPS, True, True),
-                    batch_norm_act_backward_definition(grad, x, weight, bias, *wanted[1:], EPS, True, True),
-                    strict=True):  # fmt: skip
+    for a, b in zip(
+        kernels.backward(grad, x, weight, bias, *ours[1:], EPS, True, True),
+        batch_norm_act_backward_definition(grad, x, weight, bias, *wanted[1:], EPS, True, True),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b.to(a.dtype), rtol=2e-3, atol=2e-3)
 
 

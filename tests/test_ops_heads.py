@@ -67,10 +67,13 @@ def test_methods_hand_their_heads_to_the_compiler(name):
         target.compile(backend="eager")
     images = torch.randn(3, BATCH, 3, 64, 64)
     inputs = StepInputs(
-        view1=images[0], view2=images[1], mixed={"view1": images[2]},
-        box_cells={"view1": torch.tensor([[0, 0, 1, 1]] * BATCH)}, partner={"view1": torch.arange(BATCH).flip(0)},
+        view1=images[0],
+        view2=images[1],
+        mixed={"view1": images[2]},
+        box_cells={"view1": torch.tensor([[0, 0, 1, 1]] * BATCH)},
+        partner={"view1": torch.arange(BATCH).flip(0)},
         key_permutation=(torch.arange(BATCH),),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(method(inputs).loss, plain(inputs).loss)
 
 

@@ -227,9 +227,11 @@ def test_kernels_take_other_layouts_and_half_weights(host_kernels):
     strided = torch.stack([features, features], dim=4)[..., 0]
     assert not strided.is_contiguous() and not strided.is_contiguous(memory_format=torch.channels_last)
     for given in (features, strided, strided.to(memory_format=torch.channels_last)):
-        compare(host_kernels.masked_pool(given, weights[:, :, :1].expand(4, 1, 2, 6, 6)),
-                masked_pool_definition(given, weights[:, :, :1].expand(4, 1, 2, 6, 6)),
-                expected[:, :1].expand(4, 2, 16))  # fmt: skip
+        compare(
+            host_kernels.masked_pool(given, weights[:, :, :1].expand(4, 1, 2, 6, 6)),
+            masked_pool_definition(given, weights[:, :, :1].expand(4, 1, 2, 6, 6)),
+            expected[:, :1].expand(4, 2, 16),
+        )
         compare(host_kernels.masked_pool(given, weights), eager, expected)
 
 

@@ -70,9 +70,16 @@ def test_each_page_is_read_about_once_on_any_number_of_ranks(world_size, tmp_pat
     by_window: dict[int, set[int]] = {}
     for rank in range(world_size):
         config = PipelineConfig(
-            str(data), VIEWS, 64, rank=rank, world_size=world_size, order="sharded", block_size=50, shard_window=3,
+            str(data),
+            VIEWS,
+            64,
+            rank=rank,
+            world_size=world_size,
+            order="sharded",
+            block_size=50,
+            shard_window=3,
             drop_last=False,
-        )  # fmt: skip
+        )
         plan = EpochPlan(config, 1200)
         batches, windows = plan.batches(1), plan.windows(1)
         ahead = WindowReader(data, reader.offsets, reader.sizes, batches, windows)

@@ -107,9 +107,12 @@ def data_given(words: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(shlex.split(command, comments=True)[1:3]))
 def test_command_runs(
-    command: str, workplace: Path, unpack: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    workplace: Path,
+    unpack: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     program, script, *arguments = shlex.split(command, comments=True)
     assert program == "python" and (ROOT / script).is_file()
     monkeypatch.chdir(workplace)

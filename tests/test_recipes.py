@@ -35,8 +35,16 @@ CONSTANT, TO_ONE = (0.999, "constant"), "cosine"
 MOCO = (("queue_size", 65536), ("temperature", 0.2), ("dim", 128), ("hidden_dim", 2048))
 V3 = (("temperature", 1.0), ("dim", 256), ("hidden_dim", 4096))
 MOBY = (("queue_size", 4096), ("temperature", 0.2), ("dim", 256), ("hidden_dim", 4096), ("drop_path", 0.2))
-CARE = (("lambda_att", 100.0), ("n_blocks", 5), ("heads", 4), ("pos", "absolute"), ("t_bn_group_size", 128),
-        ("att_loss", "mse_mean"), ("t_input", "layer3"), ("t_zero_init", False))  # fmt: skip
+CARE = (
+    ("lambda_att", 100.0),
+    ("n_blocks", 5),
+    ("heads", 4),
+    ("pos", "absolute"),
+    ("t_bn_group_size", 128),
+    ("att_loss", "mse_mean"),
+    ("t_input", "layer3"),
+    ("t_zero_init", False),
+)
 LEWEL = (("beta", 0.5), ("h", 4), ("grouping", "contiguous"))
 EMAN, OWN = (("momentum_norm", "ema"),), (("momentum_norm", "own"),)
 
@@ -46,32 +54,60 @@ def moco(lr: float, batch: int, epochs: int, group: int, model: tuple[tuple[str,
 
 
 def v3(lr: float, decay: float, start: float, epochs: int) -> Row:
-    return Row("lars", lr, 4096, decay, "1d", 10, "cosine-step", (start, TO_ONE), epochs, "sync", "byol-mocov3",
-               model=V3)  # fmt: skip
+    return Row(
+        "lars", lr, 4096, decay, "1d", 10, "cosine-step", (start, TO_ONE), epochs, "sync", "byol-mocov3", model=V3
+    )
 
 
 def moby(epochs: int) -> Row:
-    return Row("adamw", 1e-3, 512, 0.05, "1d", 5, "cosine-step", (0.99, TO_ONE), epochs, "sync", "byol-moby",
-               "swin-t", MOBY)  # fmt: skip
+    return Row(
+        "adamw", 1e-3, 512, 0.05, "1d", 5, "cosine-step", (0.99, TO_ONE), epochs, "sync", "byol-moby", "swin-t", MOBY
+    )
 
 
 def care(epochs: int) -> Row:
-    return Row("sgd", 0.2, 1024, 1e-4, "none", 10, "cosine-step", (0.99, TO_ONE), epochs, "sync", "byol-care",
-               model=CARE)  # fmt: skip
+    return Row(
+        "sgd", 0.2, 1024, 1e-4, "none", 10, "cosine-step", (0.99, TO_ONE), epochs, "sync", "byol-care", model=CARE
+    )
 
 
 def byol(lr: float, decay: float, start: float, epochs: int) -> Row:
-    return Row("lars", lr, 4096, decay, "bias_bn", 10, "cosine-step", (start, TO_ONE), epochs, "sync", "byol",
-               model=OWN)  # fmt: skip
+    return Row(
+        "lars", lr, 4096, decay, "bias_bn", 10, "cosine-step", (start, TO_ONE), epochs, "sync", "byol", model=OWN
+    )
 
 
 def eman(decay: float, epochs: int, model: tuple[tuple[str, Any], ...], lr: float = 3.6) -> Row:
-    return Row("lars", lr, 1024, decay, "bias_bn", 10, "cosine-epoch", (0.98, TO_ONE), epochs, 128, "byol-lewel",
-               model=EMAN + model)  # fmt: skip
+    return Row(
+        "lars",
+        lr,
+        1024,
+        decay,
+        "bias_bn",
+        10,
+        "cosine-epoch",
+        (0.98, TO_ONE),
+        epochs,
+        128,
+        "byol-lewel",
+        model=EMAN + model,
+    )
 
 
-SIMSIAM = Row("sgd", 0.1, 512, 1e-4, "none", 0, "cosine-epoch", CONSTANT, 100, "sync", "mocov2",
-              model=(("fixed_predictor_lr", True), ("dim", 2048), ("predictor_hidden_dim", 512)))  # fmt: skip
+SIMSIAM = Row(
+    "sgd",
+    0.1,
+    512,
+    1e-4,
+    "none",
+    0,
+    "cosine-epoch",
+    CONSTANT,
+    100,
+    "sync",
+    "mocov2",
+    model=(("fixed_predictor_lr", True), ("dim", 2048), ("predictor_hidden_dim", 512)),
+)
 TABLE = {
     "moco-v2": moco(0.03, 256, 200, 32),
     "moco-v2-800ep": moco(0.03, 256, 800, 32),
@@ -109,20 +145,40 @@ TABLE = {
     "lewel-b": eman(1.5e-6, 200, (*LEWEL, ("dim", 256), ("c", 256), ("hidden_dim", 4096))),
     "lewel-b-100ep": eman(1e-6, 100, LEWEL),
     "lewel-b-in100": eman(1.5e-6, 240, LEWEL, 7.2),
-    "lewel-b-400ep": Row("lars", 7.2, 4096, 1e-6, "bias_bn", 10, "cosine-epoch", (0.996, TO_ONE), 400, "sync",
-                         "byol-lewel", model=OWN + LEWEL),
-}  # fmt: skip
+    "lewel-b-400ep": Row(
+        "lars",
+        7.2,
+        4096,
+        1e-6,
+        "bias_bn",
+        10,
+        "cosine-epoch",
+        (0.996, TO_ONE),
+        400,
+        "sync",
+        "byol-lewel",
+        model=OWN + LEWEL,
+    ),
+}
 
 
 def row_of(recipe: Recipe, model: Any, wanted: Row) -> Row:
     optim, schedule = recipe.optim, recipe.schedule
     return Row(
-        optim.kind, round(scaled_lr(optim, recipe.global_batch), 9), recipe.global_batch, optim.weight_decay,
-        optim.exclude, schedule.warmup_epochs, schedule.decay,  # type: ignore[arg-type]
-        (recipe.ema.momentum, recipe.ema.schedule), recipe.epochs,
-        "sync" if recipe.bn.mode == "sync" else recipe.bn.group_size, recipe.augment.profile, recipe.arch,
+        optim.kind,
+        round(scaled_lr(optim, recipe.global_batch), 9),
+        recipe.global_batch,
+        optim.weight_decay,
+        optim.exclude,
+        schedule.warmup_epochs,
+        schedule.decay,  # type: ignore[arg-type]
+        (recipe.ema.momentum, recipe.ema.schedule),
+        recipe.epochs,
+        "sync" if recipe.bn.mode == "sync" else recipe.bn.group_size,
+        recipe.augment.profile,
+        recipe.arch,
         tuple((name, getattr(model, name)) for name, _ in wanted.model),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", TABLE)

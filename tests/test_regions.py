@@ -79,8 +79,15 @@ def test_width_is_drawn_before_height_and_both_are_independent():
 
 def test_bounds_on_other_grids():
     assert [region_bounds(n) for n in (2, 3, 4, 5, 6, 7, 10, 14)] == [
-        (1, 1), (1, 2), (2, 3), (2, 4), (3, 4), (3, 5), (4, 7), (6, 10),
-    ]  # fmt: skip
+        (1, 1),
+        (1, 2),
+        (2, 3),
+        (2, 4),
+        (3, 4),
+        (3, 5),
+        (4, 7),
+        (6, 10),
+    ]
     with pytest.raises(ValueError, match="not 1 x 1"):
         region_bounds(1)
     for grid in (2, 3, 5, 10):

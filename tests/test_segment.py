@@ -55,12 +55,21 @@ def conv_norm(inputs: int, outputs: int, kernel: int) -> int:
 ENCODER = 23_508_032
 AUXILIARY = conv_norm(1024, 256, 3)
 EXPECTED = {
-    ("fcn", 21): ENCODER + AUXILIARY + conv_norm(2048, 512, 3) + conv_norm(512, 512, 3) + conv_norm(2560, 512, 3)
+    ("fcn", 21): ENCODER
+    + AUXILIARY
+    + conv_norm(2048, 512, 3)
+    + conv_norm(512, 512, 3)
+    + conv_norm(2560, 512, 3)
     + 21 * (512 + 1 + 256 + 1),
-    ("upernet", 19): ENCODER + AUXILIARY + 4 * conv_norm(2048, 512, 1) + conv_norm(2048 + 4 * 512, 512, 3)
-    + sum(conv_norm(width, 512, 1) for width in (256, 512, 1024)) + 3 * conv_norm(512, 512, 3)
-    + conv_norm(4 * 512, 512, 3) + 19 * (512 + 1 + 256 + 1),
-}  # fmt: skip
+    ("upernet", 19): ENCODER
+    + AUXILIARY
+    + 4 * conv_norm(2048, 512, 1)
+    + conv_norm(2048 + 4 * 512, 512, 3)
+    + sum(conv_norm(width, 512, 1) for width in (256, 512, 1024))
+    + 3 * conv_norm(512, 512, 3)
+    + conv_norm(4 * 512, 512, 3)
+    + 19 * (512 + 1 + 256 + 1),
+}
 
 
 @pytest.mark.parametrize(("model", "classes"), EXPECTED)
@@ -127,8 +136,10 @@ def test_upernet_is_its_definition() -> None:
         return F.interpolate(x, size=other.shape[2:], mode="bilinear", align_corners=False)
 
     deepest = stages[3]
-    pools = [to(unit(block[1], F.adaptive_avg_pool2d(deepest, n)), deepest)
-             for block, n in zip(decoder.psp.blocks, (1, 2, 3, 6), strict=True)]  # fmt: skip
+    pools = [
+        to(unit(block[1], F.adaptive_avg_pool2d(deepest, n)), deepest)
+        for block, n in zip(decoder.psp.blocks, (1, 2, 3, 6), strict=True)
+    ]
     path = [unit(decoder.psp.out_conv, torch.cat([deepest, *pools], 1))]
     for stage, block in zip(stages[2::-1], decoder.fpn_lateral_blocks, strict=True):
         lateral = unit(block.conv_norm_relu, stage)
@@ -324,16 +335,19 @@ def test_colours_against_colorsys_and_their_frequencies() -> None:
     drawn = augment.draw_colours(1, np.zeros(4000, dtype=np.int64), samples)
     contrast = drawn.contrast_first * drawn.contrast_last
     for values, neutral, low, high in (
-        (drawn.brightness, 0, -32, 32), (contrast, 1, 0.5, 1.5), (drawn.saturation, 1, 0.5, 1.5),
+        (drawn.brightness, 0, -32, 32),
+        (contrast, 1, 0.5, 1.5),
+        (drawn.saturation, 1, 0.5, 1.5),
         (drawn.hue, 0, -0.1, 0.1),
-    ):  # fmt: skip
+    ):
         changed = values[values != neutral]
         assert 0.47 < len(changed) / 4000 < 0.53 and low <= changed.min() < changed.max() <= high
         assert abs(changed.mean() - (low + high) / 2) < 0.03 * (high - low)
     assert 0.22 < np.mean(drawn.contrast_first != 1) < 0.28 and 0.22 < np.mean(drawn.contrast_last != 1) < 0.28
     one = {name: getattr(drawn, name)[:3] for name in vars(drawn)}
-    quiet = augment.Colours(*(np.array([n, n, v[2]], dtype=np.float32) for n, v in
-                              zip((0, 1, 1, 0, 1), one.values(), strict=True)))  # fmt: skip
+    quiet = augment.Colours(
+        *(np.array([n, n, v[2]], dtype=np.float32) for n, v in zip((0, 1, 1, 0, 1), one.values(), strict=True))
+    )
     changed = augment.change_colours(images.clone(), quiet)
     assert torch.equal(changed[:2], images[:2])
 
@@ -432,8 +446,27 @@ def test_cityscapes(tmp_path: Path) -> None:
     assert labels.classes == 19 and labels.names[0] == "road" and labels.names[18] == "bicycle"
     train_ids = read_label(found.pairs[0].label, labels).reshape(-1)
     # the label table that comes with Cityscapes
-    expected = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
-                27: 14, 28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
+    expected = {
+        7: 0,
+        8: 1,
+        11: 2,
+        12: 3,
+        13: 4,
+        17: 5,
+        19: 6,
+        20: 7,
+        21: 8,
+        22: 9,
+        23: 10,
+        24: 11,
+        25: 12,
+        26: 13,
+        27: 14,
+        28: 15,
+        31: 16,
+        32: 17,
+        33: 18,
+    }
     assert train_ids.tolist() == [expected.get(value, IGNORED) for value in range(34)]
     with pytest.raises(UserMistake, match="holds no image"):
         read_layout(str(tmp_path), "val")
@@ -485,9 +518,30 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(backbone: Path, data: Path, output: Path, *more: str) -> list[str]:
-    return ["segment", "--checkpoint", str(backbone), "--data", str(data), "--val-data", str(data), "--output",
-            str(output), "--crop", "32,48", "--scale", "0,0", "--channels", "16", "--global-batch", "4",
-            "--log-every", "1", "--workers", "1", *more]  # fmt: skip
+    return [
+        "segment",
+        "--checkpoint",
+        str(backbone),
+        "--data",
+        str(data),
+        "--val-data",
+        str(data),
+        "--output",
+        str(output),
+        "--crop",
+        "32,48",
+        "--scale",
+        "0,0",
+        "--channels",
+        "16",
+        "--global-batch",
+        "4",
+        "--log-every",
+        "1",
+        "--workers",
+        "1",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("model", ["fcn", "upernet"])
@@ -501,8 +555,11 @@ def test_the_loss_falls_over_twenty_steps(model: str, backbone: Path, street: Pa
     assert len(losses) == 20 and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     assert found["protocol"] == "segment" and found["model"] == model and found["val_images"] == 3
     assert 0 < found["miou"] <= found["pixel_accuracy"] <= 1 and [c["name"] for c in found["classes"]] == [
-        "c0", "c1", "c2", "c3",
-    ]  # fmt: skip
+        "c0",
+        "c1",
+        "c2",
+        "c3",
+    ]
     assert not state_folder(output).exists()
 
 
@@ -556,10 +613,20 @@ def test_two_ranks_give_the_run_of_one(model: str, backbone: Path, street: Path,
     flags = ["--model", model, "--steps", "3", "--lr", "0.001"]
     assert main(command(backbone, street, tmp_path / "one.json", *flags)) == 0
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(ROOT / "train/evaluate.py"), *command(backbone, street, tmp_path / "two.json", *flags)],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            str(ROOT / "train/evaluate.py"),
+            *command(backbone, street, tmp_path / "two.json", *flags),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["world_size"] == 2 and done.stdout.count("result: ") == 1
@@ -631,13 +698,18 @@ def test_what_is_wrong_with_data_is_one_line(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"global_batch": 0}, "--global-batch 0: must be at least 1"), ({"lr": 0.0}, "--lr 0.0"),
-        ({"crop": (64,)}, "--crop 64: give two numbers"), ({"crop": (16, 64)}, "at least 32"),
-        ({"scale": (512, 2048)}, "give the long edge first"), ({"ratio": (2.0, 0.5)}, "--ratio 2.0,0.5"),
-        ({"stride": (8, 8)}, "belong to --test slide"), ({"model": "upernet", "global_batch": 1}, "at least 2 images"),
-        ({"ignore_index": 300}, "values up to 255"), ({"checkpoint_every": 0}, "--checkpoint-every 0"),
+        ({"global_batch": 0}, "--global-batch 0: must be at least 1"),
+        ({"lr": 0.0}, "--lr 0.0"),
+        ({"crop": (64,)}, "--crop 64: give two numbers"),
+        ({"crop": (16, 64)}, "at least 32"),
+        ({"scale": (512, 2048)}, "give the long edge first"),
+        ({"ratio": (2.0, 0.5)}, "--ratio 2.0,0.5"),
+        ({"stride": (8, 8)}, "belong to --test slide"),
+        ({"model": "upernet", "global_batch": 1}, "at least 2 images"),
+        ({"ignore_index": 300}, "values up to 255"),
+        ({"checkpoint_every": 0}, "--checkpoint-every 0"),
     ],
-)  # fmt: skip
+)
 def test_flags_outside_their_range(flags: dict, message: str) -> None:
     with pytest.raises(UserMistake, match=message):
         make_plan(SegmentConfig(**flags), 1)
@@ -692,8 +764,26 @@ def test_eight_real_images_are_learned_by_heart(
             shutil.copy(source / "train" / part / f"{stem}.{ending}", tmp_path / "eight" / part)
     shutil.copy(source / "classes.json", tmp_path / "eight")
     # Whole images at two thirds of their size: in smaller ones poles and pedestrians are thinner than a cell.
-    flags = ["--model", model, "--steps", str(steps), "--global-batch", str(batch), "--crop", "240,320", "--scale",
-             "320,240", "--ratio", "1,1", "--channels", "64", "--lr", "0.03", "--log-every", "10"]  # fmt: skip
+    flags = [
+        "--model",
+        model,
+        "--steps",
+        str(steps),
+        "--global-batch",
+        str(batch),
+        "--crop",
+        "240,320",
+        "--scale",
+        "320,240",
+        "--ratio",
+        "1,1",
+        "--channels",
+        "64",
+        "--lr",
+        "0.03",
+        "--log-every",
+        "10",
+    ]
     assert main(command(backbone, tmp_path / "eight", tmp_path / "out.json", *flags)) == 0
     assert json.loads((tmp_path / "out.json").read_text())["miou"] > 0.6
 

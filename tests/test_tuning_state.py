@@ -191,8 +191,20 @@ def test_a_stopped_protocol_goes_on_exactly(protocol: str, tmp_path: Path, monke
     torch.set_num_threads(1)
     torch.manual_seed(0)
     save_backbone(build_encoder("resnet18"), tmp_path / "r18.safetensors", arch="resnet18")
-    command = [protocol, "--checkpoint", str(tmp_path / "r18.safetensors"), "--loader", "synthetic", "--data", "32",
-               "--val-data", "16", "--image-size", "32", *FLAGS[protocol]]  # fmt: skip
+    command = [
+        protocol,
+        "--checkpoint",
+        str(tmp_path / "r18.safetensors"),
+        "--loader",
+        "synthetic",
+        "--data",
+        "32",
+        "--val-data",
+        "16",
+        "--image-size",
+        "32",
+        *FLAGS[protocol],
+    ]
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     with monkeypatch.context() as patch:
         for module in (train.eval.linear, train.eval.semi):

@@ -72,8 +72,9 @@ def _pyplot() -> Any:
 
 def _pipeline(arguments: argparse.Namespace, data: str, population: np.ndarray | None = None) -> Pipeline:
     views = (center_view(arguments.image_size),)
-    settings = PipelineConfig(data, views, 128, order="sequential", drop_last=False, population=population,
-                              device=_device())  # fmt: skip
+    settings = PipelineConfig(
+        data, views, 128, order="sequential", drop_last=False, population=population, device=_device()
+    )
     try:
         return build_pipeline(arguments.loader, settings, quiet=True)
     except (ValueError, OSError, ImportError) as reason:
@@ -158,8 +159,9 @@ def gradcam(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     for each in _backbones(arguments):
         features = _features(arguments, each.encoder, arguments.data, subset)
         mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
-        weight, bias = (part.float().to(_device()) for part in fit_logistic((features - mean) / std, targets, classes,
-                                                                             PROBE_L2))  # fmt: skip
+        weight, bias = (
+            part.float().to(_device()) for part in fit_logistic((features - mean) / std, targets, classes, PROBE_L2)
+        )
         mean, std = mean.to(_device()), std.to(_device())
 
         def logits_of(
@@ -325,9 +327,11 @@ def _knn_curve(folder: str) -> tuple[list[int], list[float]]:
 
 
 def _box_gradients(
-    arguments: argparse.Namespace, folder: str, files: Sequence[Path],
+    arguments: argparse.Namespace,
+    folder: str,
+    files: Sequence[Path],
     members: list[list[tuple[float, float, float, float]]],
-) -> list[dict[str, float]]:  # fmt: skip
+) -> list[dict[str, float]]:
     """One row for each checkpoint of a run: step, mean magnitude inside and outside the boxes."""
     config = _run_config(folder)
     size = config.recipe.image_size
@@ -404,11 +408,13 @@ class Analysis:
 
 ANALYSES: dict[str, Analysis] = {
     "gradcam": Analysis(
-        gradcam, "Grad-CAM",
+        gradcam,
+        "Grad-CAM",
         "Where the right class's score under a linear probe comes from; all maps on one scale, red is the largest.",
     ),
     "boxes": Analysis(
-        boxes, "Gradient inside object boxes",
+        boxes,
+        "Gradient inside object boxes",
         "Mean magnitude of the pre-training loss's gradient by the pixels inside object boxes, at each checkpoint.",
     ),
     "align": Analysis(
@@ -420,7 +426,7 @@ ANALYSES: dict[str, Analysis] = {
     "embedding": Analysis(
         embedding, "Features in the plane", "One dot an image, coloured by class where there are labels."
     ),
-}  # fmt: skip
+}
 
 
 def _default_out(name: str, checkpoint: str) -> Path:
@@ -439,8 +445,14 @@ def _own_image_size(checkpoint: str) -> int:
 
 def _write(out: Path, figure: Any, arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
     kind = ANALYSES[arguments.analysis]
-    about = {"analysis": arguments.analysis, "title": kind.title, "note": kind.note,
-             "checkpoints": arguments.checkpoint, "data": arguments.data, **figures}  # fmt: skip
+    about = {
+        "analysis": arguments.analysis,
+        "title": kind.title,
+        "note": kind.note,
+        "checkpoints": arguments.checkpoint,
+        "data": arguments.data,
+        **figures,
+    }
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=130)

@@ -83,9 +83,12 @@ def multiply_pool(features: Tensor, weights: Tensor) -> Tensor:
 
 
 def _pool_contenders(
-    definition: Callable[..., Tensor], op: Callable[..., Tensor], eager: dict[str, Callable[..., Tensor]],
-    device: torch.device, compiled: bool,
-) -> dict[str, tuple[str, Callable[..., Tensor]]]:  # fmt: skip
+    definition: Callable[..., Tensor],
+    op: Callable[..., Tensor],
+    eager: dict[str, Callable[..., Tensor]],
+    device: torch.device,
+    compiled: bool,
+) -> dict[str, tuple[str, Callable[..., Tensor]]]:
     """Name -> (implementation for `set_pool_kernel`, function)."""
     contenders = {"definition": ("definition", op)}
     contenders |= {name: ("definition", function) for name, function in eager.items()}
@@ -101,9 +104,12 @@ class _Differentiated:
     """A contender's forward, and forward with backward, under the implementation it needs."""
 
     def __init__(
-        self, contender: tuple[str, Callable[..., Tensor]], inputs: Sequence[Tensor], wanted: Sequence[Tensor],
+        self,
+        contender: tuple[str, Callable[..., Tensor]],
+        inputs: Sequence[Tensor],
+        wanted: Sequence[Tensor],
         choose: Callable[[str], None] = pool_kernels.set_pool_kernel,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.mode, self.function = contender
         self.choose = choose
         self.inputs, self.wanted = inputs, list(wanted)
@@ -124,9 +130,14 @@ class _Differentiated:
 
 
 def _measure_pool(
-    report: Report, name: str, setting: str, calls: dict[str, _Differentiated], exact: Sequence[Tensor],
-    bytes_moved: tuple[int, int], options: argparse.Namespace,
-) -> None:  # fmt: skip
+    report: Report,
+    name: str,
+    setting: str,
+    calls: dict[str, _Differentiated],
+    exact: Sequence[Tensor],
+    bytes_moved: tuple[int, int],
+    options: argparse.Namespace,
+) -> None:
     """Check every contender's result and gradients, then time forward alone and with backward."""
     eager = calls["eager"].both()
     for contender, call in calls.items():
@@ -137,9 +148,13 @@ def _measure_pool(
 
 
 def _time_passes(
-    report: Report, name: str, setting: str, calls: dict[str, _Differentiated], bytes_moved: tuple[int, int],
+    report: Report,
+    name: str,
+    setting: str,
+    calls: dict[str, _Differentiated],
+    bytes_moved: tuple[int, int],
     options: argparse.Namespace,
-) -> None:  # fmt: skip
+) -> None:
     """Time forward alone and with backward, with the bandwidth that the bytes moved at least then mean."""
     passes: dict[str, list[Callable[[], object]]] = {
         "forward": [call.forward_only for call in calls.values()],
@@ -207,9 +222,11 @@ def bench_norm(report: Report, options: argparse.Namespace) -> None:
     shape = (options.batch, options.norm_channels, options.norm_grid, options.norm_grid)
     generator = torch.Generator().manual_seed(5)
     x, residual, cotangent = (
-        torch.randn(shape, generator=generator).to(report.device, DTYPES[options.dtype])
-        .contiguous(memory_format=torch.channels_last) for _ in range(3)
-    )  # fmt: skip
+        torch.randn(shape, generator=generator)
+        .to(report.device, DTYPES[options.dtype])
+        .contiguous(memory_format=torch.channels_last)
+        for _ in range(3)
+    )
     maps = (x.requires_grad_(), residual.requires_grad_())
     calls: dict[str, _Differentiated] = {}
     try:
@@ -238,8 +255,9 @@ def _norm_contenders(
     """Name -> (implementation for `set_norm_kernel`, function of map and residual)."""
     block = partial(norm_relu, norm)
     contenders: dict[str, tuple[str, Callable[..., Tensor]]] = {
-        "eager": ("auto", block), "definition": ("definition", block),
-    }  # fmt: skip
+        "eager": ("auto", block),
+        "definition": ("definition", block),
+    }
     if device.type == "cuda":
         contenders["CUDA kernel"] = ("cuda", block)
     if compiled:
@@ -247,9 +265,7 @@ def _norm_contenders(
     return contenders
 
 
-def _check_norm(
-    calls: Mapping[str, _Differentiated], norm: GroupBatchNorm, groups: int, cotangent: Tensor
-) -> None:
+def _check_norm(calls: Mapping[str, _Differentiated], norm: GroupBatchNorm, groups: int, cotangent: Tensor) -> None:
     """Refuse one of ours whose result or gradients err more than twice as much as eager's."""
     eager = calls["eager"].both()
     maps = calls["eager"].inputs
@@ -383,9 +399,12 @@ def _bandwidth_share(report: Report) -> str:
 
 
 BENCHES = {
-    "box_pool": bench_box_pool, "masked_pool": bench_masked_pool, "batch_norm_act": bench_norm,
-    "queue_contrast": bench_queue, "augment": bench_augment,
-}  # fmt: skip
+    "box_pool": bench_box_pool,
+    "masked_pool": bench_masked_pool,
+    "batch_norm_act": bench_norm,
+    "queue_contrast": bench_queue,
+    "augment": bench_augment,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -403,8 +422,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--queue", type=int, default=65536, help="keys in the queue")
     parser.add_argument("--size", type=int, default=224, help="side of an augmented view in pixels")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bf16 on CUDA, fp32 on CPU")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                        help="compiled contenders too; none: on CUDA only")  # fmt: skip
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compiled contenders too; none: on CUDA only",
+    )
     add_common_flags(parser)
     options = cli.parse(parser, argv)
     device = choose_device(options.device)

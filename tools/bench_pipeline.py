@@ -42,8 +42,15 @@ from tools.pipeline_contenders import crops_transform, dataloader_epoch, moco_v2
 from tools.pipeline_levers import measure_levers
 
 CONTENDERS = (
-    "stock-ffcv", "pil-crops", "pil-full", "ffcv", "folder", "dali", "ffcv-augment", "ffcv-augment-bf16",
-)  # fmt: skip
+    "stock-ffcv",
+    "pil-crops",
+    "pil-full",
+    "ffcv",
+    "folder",
+    "dali",
+    "ffcv-augment",
+    "ffcv-augment-bf16",
+)
 LARGEST_RECORD = 1 << 26
 RING = 4  # batches of buffers that the decoder alone writes in turn, like our loaders
 EXPLAINED = {
@@ -146,9 +153,16 @@ class DecoderAlone:
         pointers = np.array([out.ctypes.data for out in self._outs], dtype=np.uint64)
         started = time.perf_counter()
         self._library.rg_decode(
-            self._pool, jobs.ctypes.data, len(jobs), self._specs.ctypes.data, len(self._outs), pointers.ctypes.data,
-            self._config.seed, epoch, MAX_PIXELS,
-        )  # fmt: skip
+            self._pool,
+            jobs.ctypes.data,
+            len(jobs),
+            self._specs.ctypes.data,
+            len(self._outs),
+            pointers.ctypes.data,
+            self._config.seed,
+            epoch,
+            MAX_PIXELS,
+        )
         return time.perf_counter() - started
 
     def __call__(self) -> float:
@@ -206,14 +220,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-resolution", type=int, default=400, help="longest side when packing --photos, in pixels")
     parser.add_argument("--jpeg-quality", type=int, default=90, help="quality when packing --photos")
     parser.add_argument("--images", type=cli.positive, default=8400, help="images of an epoch when packing --photos")
-    parser.add_argument("--slow-images", type=cli.positive, default=1024,
-                        help="images of an epoch of the PIL contenders")  # fmt: skip
+    parser.add_argument(
+        "--slow-images", type=cli.positive, default=1024, help="images of an epoch of the PIL contenders"
+    )
     parser.add_argument("--size", type=cli.positive, default=224, help="side of a view in pixels")
     parser.add_argument("--batch", type=cli.positive, default=256, help="images of a batch")
     parser.add_argument("--workers", type=int, default=0, help="threads or processes that decode; 0: one a core")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="what to measure")
-    parser.add_argument("--memory-share", type=float, default=0.0, metavar="SHARE",
-                        help="instead, as if only this share of the file fitted into memory; 0: all of it")  # fmt: skip
+    parser.add_argument(
+        "--memory-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="instead, as if only this share of the file fitted into memory; 0: all of it",
+    )
     parser.add_argument("--levers", action="store_true", help="instead, change one device of our loader at a time")
     add_common_flags(parser)
     parser.set_defaults(rounds=5, max_seconds=600.0)
@@ -299,10 +319,14 @@ def main(argv: Sequence[str]) -> int:
         if options.photos is not None:
             pack_repeated(options.photos, data, options.max_resolution, options.jpeg_quality, options.images)
         reader = BetonReader(data)
-        source = "a packed file" if options.photos is None else (
-            f"{len(list_images(options.photos)[0])} photos packed at {options.max_resolution} px, quality "
-            f"{options.jpeg_quality}, repeated"
-        )  # fmt: skip
+        source = (
+            "a packed file"
+            if options.photos is None
+            else (
+                f"{len(list_images(options.photos)[0])} photos packed at {options.max_resolution} px, quality "
+                f"{options.jpeg_quality}, repeated"
+            )
+        )
         setting = (
             f"{source}; {len(reader)} images of {reader.sizes.mean() / 1024:.0f} KiB and "
             f"{(reader.widths.astype(float) * reader.heights).mean() / 1e6:.3f} Mpx; two views of {options.size} px; "
@@ -319,9 +343,14 @@ def main(argv: Sequence[str]) -> int:
             data = data.resolve()
             check(data, config, ["folder"])
             found = measure_bounded(
-                report, data, config, len(reader), options.memory_share, options.rounds,
+                report,
+                data,
+                config,
+                len(reader),
+                options.memory_share,
+                options.rounds,
                 setting.removesuffix("; warm cache"),
-            )  # fmt: skip
+            )
             report.finish(bounded_conclusion(found), options.output, write=not options.no_csv)
             return 0
         measure(report, options, data, config, setting)

@@ -75,9 +75,14 @@ class OurStep:
     """
 
     def __init__(
-        self, config: Config, runtime: Runtime, compile_parts: str = "", graph: bool = False,
-        pool_kernel: str = "auto", norm_kernel: str = "auto",
-    ) -> None:  # fmt: skip
+        self,
+        config: Config,
+        runtime: Runtime,
+        compile_parts: str = "",
+        graph: bool = False,
+        pool_kernel: str = "auto",
+        norm_kernel: str = "auto",
+    ) -> None:
         self.config, self.runtime = config, runtime
         self.pool_kernel, self.norm_kernel = pool_kernel, norm_kernel
         self.method: Method = build_method(config, runtime)
@@ -100,11 +105,19 @@ class OurStep:
             non_finite=torch.zeros(1, dtype=torch.int64, device=runtime.device),
         )
         self.job = Job(
-            config=config, runtime=runtime, wrapped=self.method, stream=None, metrics=Metrics(None, TOTAL_STEPS),  # type: ignore[arg-type]
-            run_dir=None, total_steps=TOTAL_STEPS, last_step=TOTAL_STEPS, steps_per_epoch=1000,
-            evaluate=lambda step, epoch: None, config_json={},
+            config=config,
+            runtime=runtime,
+            wrapped=self.method,
+            stream=None,  # type: ignore[arg-type]
+            metrics=Metrics(None, TOTAL_STEPS),
+            run_dir=None,
+            total_steps=TOTAL_STEPS,
+            last_step=TOTAL_STEPS,
+            steps_per_epoch=1000,
+            evaluate=lambda step, epoch: None,
+            config_json={},
             graphed=GraphedForwardBackward(self.method, runtime) if graph else None,
-        )  # fmt: skip
+        )
         self.method.train()
         self.inputs: list[StepInputs] = []
 
@@ -132,9 +145,14 @@ def synthetic_batches(config: Config, runtime: Runtime, count: int) -> Iterator:
     """`count` batches of synthetic views on the device."""
     size = config.recipe.global_batch
     settings = PipelineConfig(
-        str(count * size), train_views(config), size, seed=config.run.seed, rank=runtime.rank,
-        world_size=runtime.world_size, device=runtime.device,
-    )  # fmt: skip
+        str(count * size),
+        train_views(config),
+        size,
+        seed=config.run.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+    )
     return iter(SyntheticPipeline(settings))
 
 
@@ -145,9 +163,12 @@ class PortStep:
         config = ours.config
         assert isinstance(ours.method, MoCoV2)
         self.port = PortedStep(
-            ours.method, config.recipe.arch, config.run.method == "regioncl-m",
-            ours.state.optimizer.param_groups[0]["lr"], options,
-        )  # fmt: skip
+            ours.method,
+            config.recipe.arch,
+            config.run.method == "regioncl-m",
+            ours.state.optimizer.param_groups[0]["lr"],
+            options,
+        )
         self.views = [(inputs.view1.float(), inputs.view2.float()) for inputs in ours.inputs]
         self.step = 0
 
@@ -166,8 +187,12 @@ def port_options(dtype: torch.dtype, compiled: bool) -> dict[str, PortOptions]:
         "channels-last alone": PortOptions(channels_last=True),
         "fused SGD alone": PortOptions(fused_sgd=True),
     }
-    added = {"box pooling": "box_pool", "blockwise queue loss": "queue_contrast", "fused EMA": "fused_ema",
-             "no host waits": "no_waits"}  # fmt: skip
+    added = {
+        "box pooling": "box_pool",
+        "blockwise queue loss": "queue_contrast",
+        "fused EMA": "fused_ema",
+        "no host waits": "no_waits",
+    }
     if compiled:
         added["compiled head"] = "compile_head"
     contenders = {"official port": PortOptions(), **{f"port + {name}": value for name, value in single.items()}}
@@ -194,8 +219,20 @@ def configure(
     Raises:
         ValueError: flags that the trainer refuses.
     """
-    flags = ["--method", options.method, "--loader", "synthetic", "--device", choose_device(options.device).type,
-             "--global-batch", str(batch), "--precision", precision, "--holdout", "0"]  # fmt: skip
+    flags = [
+        "--method",
+        options.method,
+        "--loader",
+        "synthetic",
+        "--device",
+        choose_device(options.device).type,
+        "--global-batch",
+        str(batch),
+        "--precision",
+        precision,
+        "--holdout",
+        "0",
+    ]
     for name, value in (("--arch", options.arch), ("--image-size", options.image_size)):
         flags += [name, str(value)] if value else []
     if options.queue and hasattr(METHODS[options.method].Config(), "queue_size"):
@@ -242,9 +279,13 @@ def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
 
 
 def attempted_step(
-    names: frozenset[str], options: argparse.Namespace, runtime: Runtime, batch: int, group_size: int | None,
+    names: frozenset[str],
+    options: argparse.Namespace,
+    runtime: Runtime,
+    batch: int,
+    group_size: int | None,
     compile_parts: str,
-) -> OurStep:  # fmt: skip
+) -> OurStep:
     """Our step with what `--try` named.
 
     Args:
@@ -460,8 +501,10 @@ def measure(options: argparse.Namespace, runtime: Runtime) -> None:
     contenders = build_contenders(options, runtime)
     ours = next(step for step in contenders.values() if isinstance(step, OurStep))
     recipe = ours.config.recipe
-    setting = (f"{options.method}, {recipe.arch}, {recipe.image_size} px, batch {options.batch}, "
-               f"bn {recipe.bn.mode} {recipe.bn.group_size}, {str(runtime.dtype)[6:]}")  # fmt: skip
+    setting = (
+        f"{options.method}, {recipe.arch}, {recipe.image_size} px, batch {options.batch}, "
+        f"bn {recipe.bn.mode} {recipe.bn.group_size}, {str(runtime.dtype)[6:]}"
+    )
     warmup = 3 if runtime.device.type == "cuda" else 1  # on CUDA the first steps choose convolutions and compile
     seconds = time_interleaved(
         contenders, device=runtime.device, rounds=options.rounds, warmup=warmup, max_seconds=options.max_seconds
@@ -502,11 +545,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=256, help="images a step on this device")
     parser.add_argument("--queue", type=int, default=0, help="keys in the queue; 0 is the method's own")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="as in training")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                        help="contenders with compiled heads; none: on CUDA only")  # fmt: skip
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="contenders with compiled heads; none: on CUDA only",
+    )
     described = "; ".join(f"{name}: {text}" for name, text in ATTEMPTS.items())
-    parser.add_argument("--try", dest="attempt", nargs="*", default=[], type=parse_attempt, metavar="NAME[+NAME]",
-                        help=f"contenders with what is off by default, alone or joined by +. {described}")  # fmt: skip
+    parser.add_argument(
+        "--try",
+        dest="attempt",
+        nargs="*",
+        default=[],
+        type=parse_attempt,
+        metavar="NAME[+NAME]",
+        help=f"contenders with what is off by default, alone or joined by +. {described}",
+    )
     parser.add_argument("--contenders", nargs="*", default=[], help="which variants of the port to run; all when empty")
     parser.add_argument("--ours-only", action="store_true", help="leave the ported step out")
     parser.add_argument("--profile", action="store_true", help="time the parts of a step")

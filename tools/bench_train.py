@@ -91,9 +91,15 @@ Contender = LoaderAlone | ModelAlone | EndToEnd
 def _pipeline(options: argparse.Namespace, ours: OurStep, loader: str, data: str) -> Pipeline:
     config, runtime = ours.config, ours.runtime
     settings = PipelineConfig(
-        data=data, views=train_views(config), global_batch=options.batch, seed=config.run.seed, rank=runtime.rank,
-        world_size=runtime.world_size, workers=options.workers, device=runtime.device,
-    )  # fmt: skip
+        data=data,
+        views=train_views(config),
+        global_batch=options.batch,
+        seed=config.run.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        workers=options.workers,
+        device=runtime.device,
+    )
     return build_pipeline(loader, settings, quiet=True)
 
 
@@ -157,8 +163,10 @@ def _report(
     options: argparse.Namespace, ours: OurStep, rates: dict[str, list[float]], waits: dict[str, list[float]]
 ) -> None:
     recipe = ours.config.recipe
-    setting = (f"{options.method}, {recipe.arch}, {recipe.image_size} px, batch {options.batch}, "
-               f"{ours.runtime.world_size} processes, {str(ours.runtime.dtype)[6:]}, warm cache")  # fmt: skip
+    setting = (
+        f"{options.method}, {recipe.arch}, {recipe.image_size} px, batch {options.batch}, "
+        f"{ours.runtime.world_size} processes, {str(ours.runtime.dtype)[6:]}, warm cache"
+    )
     report = Report("bench_train", ours.runtime.device)
     for name, values in rates.items():
         report.add(name, "throughput", "images/s", values, setting)
@@ -200,8 +208,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=256, help="images a step over all processes")
     parser.add_argument("--queue", type=int, default=0, help="keys in the queue; 0 is the method's own")
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="as in training")
-    parser.add_argument("--loader", default="auto", choices=("auto", "ffcv", "dali", "webdataset", "folder"),
-                        help="where images come from")  # fmt: skip
+    parser.add_argument(
+        "--loader",
+        default="auto",
+        choices=("auto", "ffcv", "dali", "webdataset", "folder"),
+        help="where images come from",
+    )
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0 follows from the cores")
     parser.add_argument("--steps", type=int, default=20, help="steps of a window")
     parser.add_argument("--settle", type=int, default=8, help="steps before each window, not timed")

@@ -27,9 +27,23 @@ from tools.cli import positive
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tools" / "results"
 COLUMNS = (
-    "date", "commit", "benchmark", "contender", "setting", "metric", "unit", "median", "p20", "p80", "n",
-    "device", "cpu", "cores", "torch", "libraries",
-)  # fmt: skip
+    "date",
+    "commit",
+    "benchmark",
+    "contender",
+    "setting",
+    "metric",
+    "unit",
+    "median",
+    "p20",
+    "p80",
+    "n",
+    "device",
+    "cpu",
+    "cores",
+    "torch",
+    "libraries",
+)
 LIBRARIES = ("torchvision", "numpy", "numba", "ffcv", "nvidia-dali-cuda130", "webdataset", "kornia", "pillow", "triton")
 
 
@@ -80,10 +94,18 @@ class Report:
         """Every row, aligned."""
         header = ("contender", "setting", "metric", "median", "p20", "p80", "n", "unit")
         body = [
-            (row.contender, row.setting, row.metric, _figure(row.value.median), _figure(row.value.p20),
-             _figure(row.value.p80), str(row.value.n), row.unit)
+            (
+                row.contender,
+                row.setting,
+                row.metric,
+                _figure(row.value.median),
+                _figure(row.value.p20),
+                _figure(row.value.p80),
+                str(row.value.n),
+                row.unit,
+            )
             for row in self.rows
-        ]  # fmt: skip
+        ]
         return format_table(header, body)
 
     def append_csv(self, path: Path | None = None) -> Path:
@@ -92,20 +114,34 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = not path.exists() or path.stat().st_size == 0
         common = {
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": commit(),
-            "benchmark": self.benchmark, "device": device_name(self.device), "cpu": cpu_name(),
-            "cores": str(usable_cores()), "torch": torch.__version__, "libraries": library_versions(),
-        }  # fmt: skip
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "commit": commit(),
+            "benchmark": self.benchmark,
+            "device": device_name(self.device),
+            "cpu": cpu_name(),
+            "cores": str(usable_cores()),
+            "torch": torch.__version__,
+            "libraries": library_versions(),
+        }
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
             if fresh:
                 writer.writeheader()
             for row in self.rows:
                 value = row.value
-                writer.writerow(common | {
-                    "contender": row.contender, "setting": row.setting, "metric": row.metric, "unit": row.unit,
-                    "median": _figure(value.median), "p20": _figure(value.p20), "p80": _figure(value.p80), "n": value.n,
-                })  # fmt: skip
+                writer.writerow(
+                    common
+                    | {
+                        "contender": row.contender,
+                        "setting": row.setting,
+                        "metric": row.metric,
+                        "unit": row.unit,
+                        "median": _figure(value.median),
+                        "p20": _figure(value.p20),
+                        "p80": _figure(value.p80),
+                        "n": value.n,
+                    }
+                )
         return path
 
     def finish(self, conclusion: str, path: Path | None = None, write: bool = True) -> None:

@@ -11,11 +11,21 @@ from typing import Any
 from tools.published import Published
 
 NAMES = {
-    "top1": "top-1", "top5": "top-5", "real_top1": "ReaL top-1", "best_top1": "best epoch's top-1",
-    "top1_majority": "majority top-1", "box_ap": "box AP", "box_ap50": "box AP50", "box_ap75": "box AP75",
-    "mask_ap": "mask AP", "mask_ap50": "mask AP50", "mask_ap75": "mask AP75", "miou": "mIoU",
-    "pixel_accuracy": "pixel accuracy", "mean_class_accuracy": "class accuracy",
-}  # fmt: skip
+    "top1": "top-1",
+    "top5": "top-5",
+    "real_top1": "ReaL top-1",
+    "best_top1": "best epoch's top-1",
+    "top1_majority": "majority top-1",
+    "box_ap": "box AP",
+    "box_ap50": "box AP50",
+    "box_ap75": "box AP75",
+    "mask_ap": "mask AP",
+    "mask_ap50": "mask AP50",
+    "mask_ap75": "mask AP75",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_class_accuracy": "class accuracy",
+}
 """Shares that a result file may hold, and what they are called."""
 PROTOCOLS = ("linear", "knn", "fewshot", "semi", "detect", "segment")
 _IMAGENET_VAL = 50_000
@@ -95,8 +105,11 @@ def differences(row: Published, measured: Measurement) -> list[str]:
     found += _classifier_differences(row, facts) if row.protocol in ("linear", "fewshot") else []
     if row.protocol == "semi":
         pairs = (("epochs", 50), ("global_batch", 256))
-        found += [f"fine-tuning {name.replace('_', ' ')}: {there} there, {facts[name]} here"
-                  for name, there in pairs if facts.get(name, there) != there]  # fmt: skip
+        found += [
+            f"fine-tuning {name.replace('_', ' ')}: {there} there, {facts[name]} here"
+            for name, there in pairs
+            if facts.get(name, there) != there
+        ]
         if "fraction" in facts:
             found.append("labelled images: SimCLR's list there, a drawn one here")
     return found

@@ -31,14 +31,23 @@ from train.backbone_io import LoadedBackbone, backbone_state, load, torchvision_
 from train.errors import UserMistake, run_to_exit_code
 
 TORCHVISION_NAMES = {
-    "resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50", "resnet101": "resnet101",
-    "resnet152": "resnet152", "resnet50-2x": "wide_resnet50_2", "swin-t": "swin_t",
-}  # fmt: skip
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+    "resnet50": "resnet50",
+    "resnet101": "resnet101",
+    "resnet152": "resnet152",
+    "resnet50-2x": "wide_resnet50_2",
+    "swin-t": "swin_t",
+}
 TIMM_NAMES = {**TORCHVISION_NAMES, "swin-t": "swin_tiny_patch4_window7_224"}
 RESNET_DEPTHS = {
-    "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3), "resnet50-2x": (3, 4, 6, 3),
-}  # fmt: skip
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+    "resnet50-2x": (3, 4, 6, 3),
+}
 BASIC_BLOCKS = ("resnet18", "resnet34")
 
 
@@ -148,31 +157,61 @@ def hf_config(arch: str, image_size: int) -> dict[str, Any]:
     """The `config.json` that transformers builds the model from."""
     if arch == "swin-t":
         return {
-            "model_type": "swin", "architectures": ["SwinModel"], "image_size": image_size, "patch_size": 4,
-            "num_channels": 3, "embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7,
-            "mlp_ratio": 4.0, "qkv_bias": True, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "drop_path_rate": 0.0,
-            "use_absolute_embeddings": False, "hidden_size": 768,
-        }  # fmt: skip
+            "model_type": "swin",
+            "architectures": ["SwinModel"],
+            "image_size": image_size,
+            "patch_size": 4,
+            "num_channels": 3,
+            "embed_dim": 96,
+            "depths": [2, 2, 6, 2],
+            "num_heads": [3, 6, 12, 24],
+            "window_size": 7,
+            "mlp_ratio": 4.0,
+            "qkv_bias": True,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "drop_path_rate": 0.0,
+            "use_absolute_embeddings": False,
+            "hidden_size": 768,
+        }
     if arch == "resnet50-2x":
         # transformers' own ResNet has no width factor.
-        return {"model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"],
-                "architecture": TIMM_NAMES[arch], "do_pooling": True, "num_classes": 0}  # fmt: skip
+        return {
+            "model_type": "timm_wrapper",
+            "architectures": ["TimmWrapperModel"],
+            "architecture": TIMM_NAMES[arch],
+            "do_pooling": True,
+            "num_classes": 0,
+        }
     basic = arch in BASIC_BLOCKS
     return {
-        "model_type": "resnet", "architectures": ["ResNetModel"], "num_channels": 3, "embedding_size": 64,
+        "model_type": "resnet",
+        "architectures": ["ResNetModel"],
+        "num_channels": 3,
+        "embedding_size": 64,
         "hidden_sizes": [64, 128, 256, 512] if basic else [256, 512, 1024, 2048],
-        "depths": list(RESNET_DEPTHS[arch]), "layer_type": "basic" if basic else "bottleneck", "hidden_act": "relu",
-        "downsample_in_first_stage": False, "downsample_in_bottleneck": False,
-    }  # fmt: skip
+        "depths": list(RESNET_DEPTHS[arch]),
+        "layer_type": "basic" if basic else "bottleneck",
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": False,
+    }
 
 
 def hf_preprocessor(image_size: int) -> dict[str, Any]:
     """Short side to 256/224 of the size, centre crop, ImageNet statistics."""
     return {
-        "image_processor_type": "ConvNextImageProcessor", "do_resize": True, "size": {"shortest_edge": image_size},
-        "crop_pct": 0.875, "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
-    }  # fmt: skip
+        "image_processor_type": "ConvNextImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "crop_pct": 0.875,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,10 +283,16 @@ def write_onnx(loaded: LoadedBackbone, path: Path, image_size: int) -> None:
     example = torch.zeros(2, 3, image_size, image_size)
     free_batch = {"images": {0: torch.export.Dim("batch")}}
     torch.onnx.export(
-        _WithPooling(encoder).eval(), (example,), str(path), input_names=["images"],
-        output_names=["features", "feature_map"], dynamic_shapes=free_batch, dynamo=True, external_data=False,
+        _WithPooling(encoder).eval(),
+        (example,),
+        str(path),
+        input_names=["images"],
+        output_names=["features", "feature_map"],
+        dynamic_shapes=free_batch,
+        dynamo=True,
+        external_data=False,
         verbose=False,
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,9 +72,7 @@ class Source:
     def shuffled(self, seed: int) -> Source:
         """The same images in a random order that depends on the seed and their number only."""
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(self)).tolist()
-        return Source(
-            [self.names[i] for i in order], self.labels[order], self.classes, [self.places[i] for i in order]
-        )
+        return Source([self.names[i] for i in order], self.labels[order], self.classes, [self.places[i] for i in order])
 
 
 def open_source(text: str) -> Source:

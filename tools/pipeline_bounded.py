@@ -43,9 +43,15 @@ def read_ahead_kib(path: Path) -> int | None:
 
 
 def measure_bounded(
-    report: Report, data: Path, config: PipelineConfig, images: int, share: float, rounds: int, setting: str,
+    report: Report,
+    data: Path,
+    config: PipelineConfig,
+    images: int,
+    share: float,
+    rounds: int,
+    setting: str,
     contenders: Sequence[str] = BOUNDED,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
+) -> dict[str, tuple[float, float]]:
     """Time epochs that start with nothing of the file in memory, and count what each reads.
 
     Args:

@@ -32,15 +32,17 @@ def moco_v2_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
 
     Source: Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020; facebookresearch/moco.
     """
-    return transforms.Compose([
-        transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        transforms.RandomGrayscale(p=0.2),
-        transforms.RandomApply([_Blur()], p=0.5),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ])  # fmt: skip
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([_Blur()], p=0.5),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
 
 
 def crops_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
@@ -72,8 +74,12 @@ def dataloader_epoch(
     torch.set_num_threads(max(torch.get_num_threads(), 1))
     loader = DataLoader(
         PackedPhotos(path, transform, images),
-        batch_size=batch, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True,
-    )  # fmt: skip
+        batch_size=batch,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=True,
+    )
     return lambda: sum(len(views[0]) for views in loader)
 
 
@@ -93,10 +99,14 @@ def stock_ffcv_epoch(path: Path, size: int, batch: int, workers: int, quasi_rand
 
     threads = torch.get_num_threads()
     loader = Loader(
-        str(path), batch_size=batch, num_workers=workers, os_cache=not quasi_random, drop_last=True,
+        str(path),
+        batch_size=batch,
+        num_workers=workers,
+        os_cache=not quasi_random,
+        drop_last=True,
         order=OrderOption.QUASI_RANDOM if quasi_random else OrderOption.RANDOM,
         pipelines={"view1": view(), "view2": view(), "image": None, "label": None},
-    )  # fmt: skip
+    )
     torch.set_num_threads(threads)
 
     def epoch() -> int:

@@ -63,15 +63,24 @@ class _Decoder:
 
     def run(self, jobs: np.ndarray, pool: int | None = None, apart: bool = False) -> None:
         """Decode into `views`; `apart` decodes once for each view."""
-        rounds = [(self.all_specs, self.views)] if not apart else [
-            (spec, [view]) for spec, view in zip(self.specs, self.views, strict=True)
-        ]  # fmt: skip
+        rounds = (
+            [(self.all_specs, self.views)]
+            if not apart
+            else [(spec, [view]) for spec, view in zip(self.specs, self.views, strict=True)]
+        )
         for specs, views in rounds:
             outs = np.array([view.ctypes.data for view in views], dtype=np.uint64)
             failed = self.library.rg_decode(
-                pool or self.pool, jobs.ctypes.data, self.count, specs.ctypes.data, len(views), outs.ctypes.data,
-                0, 0, MAX_PIXELS,
-            )  # fmt: skip
+                pool or self.pool,
+                jobs.ctypes.data,
+                self.count,
+                specs.ctypes.data,
+                len(views),
+                outs.ctypes.data,
+                0,
+                0,
+                MAX_PIXELS,
+            )
             if failed:
                 raise RuntimeError(f"{failed} of {self.count} images could not be decoded")
 
@@ -200,9 +209,14 @@ def measure_levers(
 
 
 def _compare(
-    report: Report, what: str, calls: dict[str, Callable[[], None]], count: int, rounds: int, max_seconds: float,
+    report: Report,
+    what: str,
+    calls: dict[str, Callable[[], None]],
+    count: int,
+    rounds: int,
+    max_seconds: float,
     setting: str,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Rows of one group, and its times relative to the first of it."""
     times: dict[str, Summary] = {}
     for name, seconds in time_interleaved(calls, rounds=rounds, warmup=1, max_seconds=max_seconds).items():

@@ -92,9 +92,14 @@ def read_measured(path: Path, method: str, arch: str) -> Measured:
             continue
         best = max(own, key=lambda name: figures[name, "throughput"])
         return Measured(
-            gpu, best, setting, figures[best, "throughput"], figures["step", "flops an image"],
-            figures["step", "parameters"], date,
-        )  # fmt: skip
+            gpu,
+            best,
+            setting,
+            figures[best, "throughput"],
+            figures["step", "flops an image"],
+            figures["step", "parameters"],
+            date,
+        )
     raise ValueError(
         f"--project needs rows of {method} on {arch} measured on a GPU, and {path} has none; run "
         f"tools/bench_step.py --method {method} --arch {arch} on one of {', '.join(GPUS)} first"

@@ -61,12 +61,18 @@ def read_published(path: Path = _TABLE) -> tuple[Published, ...]:
     with path.open(newline="", encoding="utf-8") as stream:
         return tuple(
             Published(
-                row["method"], row["arch"], int(row["epochs"]), row["data"], row["protocol"], row["task"],
+                row["method"],
+                row["arch"],
+                int(row["epochs"]),
+                row["data"],
+                row["protocol"],
+                row["task"],
                 {name: tuple(value.split("|")) for name, value in pairs(row["flags"]).items()},
-                {name: float(value) for name, value in pairs(row["figures"]).items()}, row["source"],
+                {name: float(value) for name, value in pairs(row["figures"]).items()},
+                row["source"],
             )
             for row in csv.DictReader(stream)
-        )  # fmt: skip
+        )
 
 
 PUBLISHED = read_published()

@@ -206,8 +206,8 @@ def _result_row(
     items = "".join(f"<li>{_text(item)}</li>" for item in apart)
     return (
         f'<tr><td class="name">{_swatch(number)}{_text(run.name)}<p class="note">{_text(_title(run))}</p></td>'
-        f'<td>{_text(" ".join(key).strip())}</td><td>{cell(measured)}</td><td>{cell(baseline)}</td>'
-        f'<td><ul>{"".join(there)}</ul></td><td><ul>{items}</ul></td></tr>'
+        f"<td>{_text(' '.join(key).strip())}</td><td>{cell(measured)}</td><td>{cell(baseline)}</td>"
+        f"<td><ul>{''.join(there)}</ul></td><td><ul>{items}</ul></td></tr>"
     )
 
 

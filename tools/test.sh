@@ -8,6 +8,7 @@ python=$root/.venv/bin/python
 unset PYTHONHOME PYTHONPATH
 
 "$python" -m ruff check .
+"$python" -m ruff format --check .
 "$python" -m mypy pipeline models train tools
 
 # Two processes with one thread each beat one with two; more than eight only unpack the same photos more often.

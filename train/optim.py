@@ -201,9 +201,13 @@ class Lars(torch.optim.Optimizer):
         lr_in_buffer: bool = False,
     ) -> None:
         defaults = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust,
-            "lr_in_buffer": lr_in_buffer, "adapt": True,
-        }  # fmt: skip
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust": trust,
+            "lr_in_buffer": lr_in_buffer,
+            "adapt": True,
+        }
         super().__init__(params, defaults)
         self.found_inf: Tensor | None = None
         """Scalar on the device, 1 where this step must change nothing, as in PyTorch's fused optimizers."""

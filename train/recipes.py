@@ -262,9 +262,7 @@ SHORT_QUEUE = 16384
 """Keys for ImageNet-100, where 65536 would be half of the images; no paper states it."""
 
 
-def _small(
-    made: Made, epochs: int, image_size: int, *, lr: float = 1e-3, warmup_epochs: int = 0, **model: Any
-) -> Made:  # fmt: skip
+def _small(made: Made, epochs: int, image_size: int, *, lr: float = 1e-3, warmup_epochs: int = 0, **model: Any) -> Made:
     """ResNet-18 on small images with AdamW: learns within minutes on a small data set."""
     recipe, config = made
     recipe = replace(

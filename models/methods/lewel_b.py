@@ -79,10 +79,17 @@ class LewelB(RegressionMethod):
         self.global_weight, self.aligned_weight = loss_weights(config.beta, config.global_loss, config.aligned_loss)
         self.encoder = build_backbone(arch, config.conv_init, config.zero_init_residual)
         self.projector = AlignmentHead(
-            self.encoder.feature_dim, config.hidden_dim, config.dim, config.c, config.h,
-            coupled=config.coupled, grouping=config.grouping, align=config.align,
-            global_loss=config.global_loss, aligned_loss=config.aligned_loss,
-        )  # fmt: skip
+            self.encoder.feature_dim,
+            config.hidden_dim,
+            config.dim,
+            config.c,
+            config.h,
+            coupled=config.coupled,
+            grouping=config.grouping,
+            align=config.align,
+            global_loss=config.global_loss,
+            aligned_loss=config.aligned_loss,
+        )
         if config.global_loss:
             self.predictor = ColumnMlp(config.dim, config.hidden_dim, config.dim)
         if config.aligned_loss:

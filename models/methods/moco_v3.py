@@ -55,7 +55,9 @@ class MoCoV3(Method):
         self.encoder: Trunk = build_backbone(arch, config.conv_init, config.zero_init_residual)
         self.projector = mlp_head(
             (self.encoder.feature_dim, config.hidden_dim, config.dim),
-            biases=(False, False), hidden_norm=True, output_norm="fixed",
+            biases=(False, False),
+            hidden_norm=True,
+            output_norm="fixed",
         )
         self.predictor = mlp_head((config.dim, config.hidden_dim, config.dim), biases=(False, False), hidden_norm=True)
         convert_batch_norm(self, bn_mode, bn_group_size)

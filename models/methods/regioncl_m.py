@@ -64,9 +64,7 @@ class RegionCLM(MoCoV2):
         return loss, {"ins": instance.detach(), **terms.metrics()}
 
 
-def swapped_maps(
-    method: Method, inputs: StepInputs, view: str, region: RegionConfig
-) -> tuple[Tensor, Tensor | None]:
+def swapped_maps(method: Method, inputs: StepInputs, view: str, region: RegionConfig) -> tuple[Tensor, Tensor | None]:
     """Online feature maps (B, C, H, W) of a view, and of its composites where the method swaps it."""
     composites = inputs.mixed[view] if view in method.mixed_views else None
     return encode_swapped(method.encoder, getattr(inputs, view), composites, region)
@@ -99,7 +97,14 @@ def region_contrast(
         box_cells = inputs.box_cells[query_view]
         partner_key = paste_sources(key, inputs.partner[query_view], region)
     instance, canvas, paste = heads(
-        method.projector, pooled, mixed_map, box_cells, key, partner_key,
-        method.queue.rows, method.config.temperature, region,
-    )  # fmt: skip
+        method.projector,
+        pooled,
+        mixed_map,
+        box_cells,
+        key,
+        partner_key,
+        method.queue.rows,
+        method.config.temperature,
+        region,
+    )
     return instance, None if mixed_map is None else RegionTerms(canvas, paste)

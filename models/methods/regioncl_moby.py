@@ -53,9 +53,7 @@ class RegionCLMoBY(MoBY):
         projection, regions = embed_with_regions(self.projector, pooled, regions, config.region.head_batching)
         query, regions = embed_with_regions(self.predictor, projection, regions, config.region.head_batching)
         regions = None if regions is None else regions.map(unit)
-        instance, terms = queue_terms(
-            unit(query), key, regions, partner_key, queue, config.temperature, config.region
-        )
+        instance, terms = queue_terms(unit(query), key, regions, partner_key, queue, config.temperature, config.region)
         if terms is None:
             return instance, {"ins": instance.detach()}
         return instance + config.region.weight * terms.total(), {"ins": instance.detach(), **terms.metrics()}

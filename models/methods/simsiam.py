@@ -57,7 +57,9 @@ class SimSiam(Method):
         self.encoder: Trunk = build_backbone(arch, config.conv_init, config.zero_init_residual)
         self.projector = mlp_head(
             (self.encoder.feature_dim, config.hidden_dim, config.hidden_dim, config.dim),
-            biases=(False, False, False), hidden_norm=True, output_norm="fixed",
+            biases=(False, False, False),
+            hidden_norm=True,
+            output_norm="fixed",
         )
         self.predictor = mlp_head(
             (config.dim, config.predictor_hidden_dim, config.dim), biases=(False, True), hidden_norm=True

@@ -76,9 +76,15 @@ def _unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def batch_norm_act_definition(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    groups: int, eps: float, relu: bool, keep_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mathematics in plain PyTorch; arguments as for `batch_norm_act`.
 
     Returns:
@@ -101,9 +107,17 @@ def batch_norm_act_definition(
 
 
 def batch_norm_act_backward_definition(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
-    mask: Tensor, eps: float, relu: bool, residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    mask: Tensor,
+    eps: float,
+    relu: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for x, residual (empty unless `residual`), weight and bias, statistics being functions of x.
 
     With dy the gradient where the ReLU let y through and n the number of values of a channel in a group,
@@ -130,15 +144,22 @@ def batch_norm_act_backward_definition(
         return (
             like_layout(grad_x.flatten(0, 1).to(x.dtype), x),
             like_layout(dy.flatten(0, 1).to(x.dtype), x) if residual else empty,
-            grad_weight, grad_bias,
-        )  # fmt: skip
+            grad_weight,
+            grad_bias,
+        )
 
 
 @torch.library.custom_op("regatta::batch_norm_act", mutates_args=())
 def _batch_norm_act(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    groups: int, eps: float, relu: bool, keep_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = kernels_for(x, weight, bias)
     if kernels is None:
         return batch_norm_act_definition(x, residual, weight, bias, groups, eps, relu, keep_mask)
@@ -148,9 +169,15 @@ def _batch_norm_act(
 
 @_batch_norm_act.register_fake
 def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    groups: int, eps: float, relu: bool, keep_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, variance = (x.new_empty((groups, x.shape[1]), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
     masked = keep_mask and relu and residual is not None
     mask = x.new_empty(x.numel() // pack_size(x.shape[1], x.dtype) if masked else 0, dtype=torch.uint8)
@@ -159,14 +186,20 @@ def _(
 
 @torch.library.custom_op("regatta::batch_norm_act_backward", mutates_args=())
 def _batch_norm_act_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
-    mask: Tensor, eps: float, relu: bool, residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    mask: Tensor,
+    eps: float,
+    relu: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = kernels_for(x, weight, bias)
     if kernels is None:
-        return batch_norm_act_backward_definition(
-            grad, x, weight, bias, mean, variance, mask, eps, relu, residual
-        )
+        return batch_norm_act_backward_definition(grad, x, weight, bias, mean, variance, mask, eps, relu, residual)
     grad_x, grad_residual, grad_weight, grad_bias = kernels.backward(
         grad, x, weight, bias, mean, variance, mask, eps, relu, residual
     )
@@ -175,9 +208,17 @@ def _batch_norm_act_backward(
 
 @_batch_norm_act_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
-    mask: Tensor, eps: float, relu: bool, residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    mask: Tensor,
+    eps: float,
+    relu: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     maps = [torch.empty_like(x, memory_format=layout_of(x)) for _ in range(2)]
     grad_weight, grad_bias = (mean.new_empty(mean.shape[1]) for _ in range(2))
     return maps[0], maps[1] if residual else x.new_empty(0), grad_weight, grad_bias
@@ -205,17 +246,26 @@ def _backward(ctx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
         (grad_residual if ctx.relu else grad) if wants_residual else None,
         grad_weight.to(weight.dtype) if weight is not None and ctx.needs_input_grad[2] else None,
         grad_bias.to(bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None,
-        None, None, None, None,
-    )  # fmt: skip
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 _batch_norm_act.register_autograd(_backward, setup_context=_setup_context)
 
 
 def batch_norm_act(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *,
-    groups: int = 1, eps: float = 1e-5, residual: Tensor | None = None, relu: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    groups: int = 1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with statistics of each group of images, then the sum with a residual, then ReLU.
 
     Args:
@@ -241,9 +291,15 @@ def batch_norm_act(
 
 
 def move_running_definition(
-    running_mean: Tensor, running_variance: Tensor, batches: Tensor, mean: Tensor, variance: Tensor,
-    count: int, views: int, momentum: float,
-) -> None:  # fmt: skip
+    running_mean: Tensor,
+    running_variance: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    views: int,
+    momentum: float,
+) -> None:
     """The mathematics of `move_running_statistics` in plain PyTorch."""
     batches.add_(views)
     unbiased = variance * (count / (count - 1))
@@ -254,9 +310,15 @@ def move_running_definition(
 
 @torch.library.custom_op("regatta::move_running", mutates_args=("running_mean", "running_variance", "batches"))
 def move_running_statistics(
-    running_mean: Tensor, running_variance: Tensor, batches: Tensor, mean: Tensor, variance: Tensor,
-    count: int, views: int, momentum: float,
-) -> None:  # fmt: skip
+    running_mean: Tensor,
+    running_variance: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    views: int,
+    momentum: float,
+) -> None:
     """Move running statistics, in place, towards the mean over a view's groups of mean and unbiased variance.
 
     Args:
@@ -276,7 +338,13 @@ def move_running_statistics(
 
 @move_running_statistics.register_fake
 def _(
-    running_mean: Tensor, running_variance: Tensor, batches: Tensor, mean: Tensor, variance: Tensor,
-    count: int, views: int, momentum: float,
-) -> None:  # fmt: skip
+    running_mean: Tensor,
+    running_variance: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    views: int,
+    momentum: float,
+) -> None:
     return None

@@ -23,9 +23,14 @@ from .pool_kernels import STORAGE
 
 SOURCE = Path(__file__).with_name("batch_norm_act.cu")
 KERNELS = (
-    "batch_norm_statistics", "batch_norm_join_statistics", "batch_norm_normalise", "batch_norm_backward_sums",
-    "batch_norm_join_sums", "batch_norm_backward_input", "batch_norm_move_running",
-)  # fmt: skip
+    "batch_norm_statistics",
+    "batch_norm_join_statistics",
+    "batch_norm_normalise",
+    "batch_norm_backward_sums",
+    "batch_norm_join_sums",
+    "batch_norm_backward_input",
+    "batch_norm_move_running",
+)
 THREADS, JOIN_LANES, JOIN_SLICES = 256, 32, 16  # as in the source
 GATE_NONE, GATE_RECOMPUTE, GATE_MASK = 0, 1, 2
 MODES = ("auto", "cuda", "definition")
@@ -38,14 +43,32 @@ class Arguments(ctypes.Structure):
     """The structure that every kernel takes; fields as in the source."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "x", "residual", "grad", "weight", "bias", "out", "grad_residual", "mask", "partial", "mean", "variance",
-            "sums", "grad_weight", "grad_bias", "running_mean", "running_variance", "batches",
-        )),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "x",
+                "residual",
+                "grad",
+                "weight",
+                "bias",
+                "out",
+                "grad_residual",
+                "mask",
+                "partial",
+                "mean",
+                "variance",
+                "sums",
+                "grad_weight",
+                "grad_bias",
+                "running_mean",
+                "running_variance",
+                "batches",
+            )
+        ),
         ("rows", ctypes.c_longlong),
         *((name, ctypes.c_int) for name in ("channels", "groups", "splits", "views", "gate")),
         *((name, ctypes.c_float) for name in ("eps", "momentum")),
-    ]  # fmt: skip
+    ]
 
 
 def set_norm_kernel(mode: str) -> None:
@@ -133,17 +156,22 @@ class NormKernels:
         min_rows: rows that each thread should have before the map is cut into more blocks.
     """
 
-    def __init__(
-        self, load: Callable[[tuple[str, ...]], Launcher], blocks: int = 1024, min_rows: int = 4
-    ) -> None:
+    def __init__(self, load: Callable[[tuple[str, ...]], Launcher], blocks: int = 1024, min_rows: int = 4) -> None:
         """Keep the loader; nothing is compiled yet."""
         self._load = functools.cache(load)
         self.blocks, self.min_rows = blocks, min_rows
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-        groups: int, eps: float, relu: bool, keep_mask: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        relu: bool,
+        keep_mask: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `batch_norm_act_definition`; y is channels-last."""
         x, residual = _readable(x), None if residual is None else _readable(residual)
         launch = _Launch(self._load, x, groups, self.blocks, self.min_rows)
@@ -159,9 +187,18 @@ class NormKernels:
         return y, mean, variance, mask
 
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor,
-        mask: Tensor, eps: float, relu: bool, residual: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        mask: Tensor,
+        eps: float,
+        relu: bool,
+        residual: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `batch_norm_act_backward_definition`; gradients of maps are channels-last."""
         x, grad = _readable(x), _readable(grad)
         launch = _Launch(self._load, x, mean.shape[0], self.blocks, self.min_rows)
@@ -179,16 +216,30 @@ class NormKernels:
         return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, grad_weight, grad_bias
 
     def move_running(
-        self, running_mean: Tensor, running_variance: Tensor, batches: Tensor, mean: Tensor, variance: Tensor,
-        count: int, views: int, momentum: float,
-    ) -> None:  # fmt: skip
+        self,
+        running_mean: Tensor,
+        running_variance: Tensor,
+        batches: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        count: int,
+        views: int,
+        momentum: float,
+    ) -> None:
         """As `move_running_definition`, in place."""
         groups, channels = mean.shape
         arguments = Arguments(
-            running_mean=running_mean.data_ptr(), running_variance=running_variance.data_ptr(),
-            batches=batches.data_ptr(), mean=mean.data_ptr(), variance=variance.data_ptr(),
-            rows=count, channels=channels, groups=groups, views=views, momentum=momentum,
-        )  # fmt: skip
+            running_mean=running_mean.data_ptr(),
+            running_variance=running_variance.data_ptr(),
+            batches=batches.data_ptr(),
+            mean=mean.data_ptr(),
+            variance=variance.data_ptr(),
+            rows=count,
+            channels=channels,
+            groups=groups,
+            views=views,
+            momentum=momentum,
+        )
         launcher = self._load(("-DFEATURE=Float32", "-DVECTOR=1"))
         launcher("batch_norm_move_running", (-(-channels // THREADS), 1, 1), (THREADS, 1, 1), arguments)
 

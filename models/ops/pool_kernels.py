@@ -21,9 +21,12 @@ from .nvrtc import CudaModule, Launcher
 
 SOURCE = Path(__file__).with_name("masked_pool.cu")
 KERNELS = (
-    "box_pool_forward", "box_pool_backward",
-    "masked_pool_forward", "masked_pool_backward_features", "masked_pool_backward_weights",
-)  # fmt: skip
+    "box_pool_forward",
+    "box_pool_backward",
+    "masked_pool_forward",
+    "masked_pool_backward_features",
+    "masked_pool_backward_weights",
+)
 LANES, SLICES, MAX_SUMS, MAX_POSITIONS = 32, 8, 2048, 1024  # as in the source
 STORAGE = {torch.float32: "Float32", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
 MODES = ("auto", "cuda", "definition")
@@ -196,9 +199,18 @@ def _blocks(features: Tensor, vector: int) -> tuple[int, int, int]:
 
 
 def _launch(
-    launcher: Launcher, kernel: str, grid: tuple[int, int, int], like: Tensor, groups: int, masks: int,
-    features: Tensor | None, weights: Tensor | None, grad: Tensor | None, boxes: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
+    launcher: Launcher,
+    kernel: str,
+    grid: tuple[int, int, int],
+    like: Tensor,
+    groups: int,
+    masks: int,
+    features: Tensor | None,
+    weights: Tensor | None,
+    grad: Tensor | None,
+    boxes: Tensor | None,
+    out: Tensor,
+) -> None:
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in (features, weights, grad, boxes, out)]
     _, channels, height, width = like.shape
     launcher(kernel, grid, (LANES, SLICES, 1), Arguments(*pointers, channels, height, width, groups, masks))

@@ -28,15 +28,26 @@ from .session import ProtocolConfig, ProtocolSession, open_protocol, parse_confi
 from .tuning_state import TuningCheckpoints, TuningState, discard_state, fingerprint, state_folder
 
 MODEL_NAMES = {
-    "faster-rcnn-c4": "Faster R-CNN C4", "mask-rcnn-c4": "Mask R-CNN C4", "faster-rcnn-fpn": "Faster R-CNN FPN",
-    "mask-rcnn-fpn": "Mask R-CNN FPN", "retinanet": "RetinaNet FPN",
-}  # fmt: skip
+    "faster-rcnn-c4": "Faster R-CNN C4",
+    "mask-rcnn-c4": "Mask R-CNN C4",
+    "faster-rcnn-fpn": "Faster R-CNN FPN",
+    "mask-rcnn-fpn": "Mask R-CNN FPN",
+    "retinanet": "RetinaNet FPN",
+}
 DATA_NAMES: dict[Format, str] = {"coco": "COCO", "voc": "VOC07+12", "cityscapes": "Cityscapes"}
 # Flags that change where things are and what is said, not what is computed.
 _NO_SETTING = (
-    "checkpoint", "data", "val_data", "output", "workers", "checkpoint_every", "resume", "log_every",
-    "precise_bn_steps", "test_side",
-)  # fmt: skip
+    "checkpoint",
+    "data",
+    "val_data",
+    "output",
+    "workers",
+    "checkpoint_every",
+    "resume",
+    "log_every",
+    "precise_bn_steps",
+    "test_side",
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,9 @@ class DetectConfig(ProtocolConfig):
     """Flags of the detection protocol; a value of 0 or an empty one is the published protocol's."""
 
     data: str = option(
-        "", "training images: COCO's folder or instances JSON; VOCdevkit, VOC2007 or lists of ImageSets/Main, apart by "
-        "commas; Cityscapes' folder"
+        "",
+        "training images: COCO's folder or instances JSON; VOCdevkit, VOC2007 or lists of ImageSets/Main, apart by "
+        "commas; Cityscapes' folder",
     )
     val_data: str = option("", "validation images of the same format and classes; the same folder may serve for both")
     detector: DetectorName = option("mask-rcnn-fpn", "what is built on the backbone")
@@ -53,8 +65,9 @@ class DetectConfig(ProtocolConfig):
         "", "published length: 1x is 90k steps of 16 images, 2x twice that; empty: 1x for COCO, else 24k"
     )
     norm: Literal["sync", "plain", "frozen"] = option(
-        "sync", "batch norm, in the new layers too, over the global batch or each rank's part; or constant in the "
-        "backbone and none elsewhere"
+        "sync",
+        "batch norm, in the new layers too, over the global batch or each rank's part; or constant in the "
+        "backbone and none elsewhere",
     )
     box_head: Literal["2fc", "4conv1fc"] = option("2fc", "box head of the FPN detectors; 4conv1fc is LEWEL's")
     steps: int = option(0, "optimizer steps, milestones and warm-up move in proportion; 0: the schedule's")
@@ -157,7 +170,7 @@ def read_both(session: ProtocolSession, config: DetectConfig) -> tuple[Detection
 
 def precisions(
     data: DetectionData, detections: Sequence[Detections], masks: bool
-) -> dict[str, dict[str, float | None]]:  # fmt: skip
+) -> dict[str, dict[str, float | None]]:
     """Metric name -> figures: COCO's AP of boxes and masks, and VOC's or Cityscapes' own."""
     kinds: tuple[Literal["bbox", "segm"], ...] = ("bbox", "segm") if masks else ("bbox",)
     found = {
@@ -176,8 +189,10 @@ def precisions(
 
 def headline(found: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
     """The figures that the papers report: those of the data's own metric where it has one, else COCO's."""
-    sources = {"box": found.get("VOC box", found["COCO box"]),
-               "mask": found.get("Cityscapes mask", found.get("COCO mask", {}))}  # fmt: skip
+    sources = {
+        "box": found.get("VOC box", found["COCO box"]),
+        "mask": found.get("Cityscapes mask", found.get("COCO mask", {})),
+    }
     return {
         f"{what}_ap{level}": figures[f"AP{level}"]
         for what, figures in sources.items()
@@ -189,8 +204,13 @@ def headline(found: dict[str, dict[str, float | None]]) -> dict[str, float | Non
 def _settings(config: DetectConfig, plan: Plan, data: DetectionData, backbone: str) -> dict[str, Any]:
     """What decides the weights, for the refusal of another run's checkpoint."""
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_SETTING}
-    course = {"schedule": dataclasses.asdict(plan.schedule), "global_batch": plan.batch, "lr": plan.peak,
-              "train_sides": plan.sizes.train, "longest_side": plan.sizes.longest}  # fmt: skip
+    course = {
+        "schedule": dataclasses.asdict(plan.schedule),
+        "global_batch": plan.batch,
+        "lr": plan.peak,
+        "train_sides": plan.sizes.train,
+        "longest_side": plan.sizes.longest,
+    }
     return {**flags, **course, "data_hash": data.data_hash, "backbone": backbone}
 
 
@@ -206,17 +226,22 @@ def fine_tune(
     backbone = fingerprint(session.encoder)
     detector = build_detector(
         DetectorConfig(
-            config.detector, len(data.names), config.norm, config.box_head, config.anchor_sizes, config.regions,
+            config.detector,
+            len(data.names),
+            config.norm,
+            config.box_head,
+            config.anchor_sizes,
+            config.regions,
             config.seed,
         ),
         session.encoder,
-    ).to(runtime.device)  # fmt: skip
+    ).to(runtime.device)
     if runtime.device.type == "cuda":
         detector = detector.to(memory_format=torch.channels_last)
     records = trainable(data)
     course = Course(
         plan.schedule, plan.peak, config.weight_decay, config.seed, config.checkpoint_every, config.log_every
-    )  # fmt: skip
+    )
     feed = TrainingFeed(
         records, plan.sizes, plan.batch, config.seed, runtime.rank, runtime.world_size, decoding_threads(config.workers)
     )
@@ -261,13 +286,24 @@ def run(argv: Sequence[str]) -> int:
             [name, *(percent(figures[m]) if m in figures else "" for m in METRICS)] for name, figures in found.items()
         ]
         session.say(table(["", *METRICS], rows))
-        session.write({
-            "task": plan.task, "detector": config.detector, "train_images": len(trainable(data)),
-            "val_images": len(val.records), "classes": len(data.names), "data_hash": data.data_hash,
-            "val_data_hash": val.data_hash, "global_batch": plan.batch, "lr": plan.peak,
-            "schedule": dataclasses.asdict(plan.schedule), "sizes": dataclasses.asdict(plan.sizes),
-            "parameters": sum(p.numel() for p in detector.parameters()), "precisions": found,
-            "metrics": headline(found), "history": history,
-        })  # fmt: skip
+        session.write(
+            {
+                "task": plan.task,
+                "detector": config.detector,
+                "train_images": len(trainable(data)),
+                "val_images": len(val.records),
+                "classes": len(data.names),
+                "data_hash": data.data_hash,
+                "val_data_hash": val.data_hash,
+                "global_batch": plan.batch,
+                "lr": plan.peak,
+                "schedule": dataclasses.asdict(plan.schedule),
+                "sizes": dataclasses.asdict(plan.sizes),
+                "parameters": sum(p.numel() for p in detector.parameters()),
+                "precisions": found,
+                "metrics": headline(found),
+                "history": history,
+            }
+        )
         discard_state(result_path(session), session.runtime)
     return 0

@@ -92,9 +92,7 @@ def knn_classify(
     known = query_labels.cpu() >= 0
     if not bool(known.any()):
         raise ValueError(f"none of the {len(query_labels)} queries has a label; pass labelled validation images")
-    predictions = knn_predict(
-        bank, bank_labels, queries[known.to(queries.device)], ks, temperature, num_classes, block
-    )
+    predictions = knn_predict(bank, bank_labels, queries[known.to(queries.device)], ks, temperature, num_classes, block)
     truth = query_labels.cpu()[known]
     return {
         k: (float((w == truth).double().mean()), float((m == truth).double().mean()))

@@ -51,15 +51,27 @@ def run(argv: Sequence[str]) -> int:
             row = {"k": k, "top1": _share(weighted, queries.labels), "top1_majority": _share(majority, queries.labels)}
             rows.append(row if real is None else {**row, "real_top1": real_accuracy(weighted.numpy(), real)})
         header = ["k", "weighted top-1", "majority top-1", "ReaL (weighted)"]
-        session.say(table(header, [
-            [str(row["k"]), percent(row["top1"]), percent(row["top1_majority"]), percent(row.get("real_top1"))]
-            for row in rows
-        ]))  # fmt: skip
-        session.write({
-            "data_hash": data_hash, "val_data_hash": val_hash, "train_images": len(bank.labels),
-            "val_images": len(queries.labels), "classes": classes, "results": rows, "top1": rows[0]["top1"],
-            "k": rows[0]["k"],
-        })  # fmt: skip
+        session.say(
+            table(
+                header,
+                [
+                    [str(row["k"]), percent(row["top1"]), percent(row["top1_majority"]), percent(row.get("real_top1"))]
+                    for row in rows
+                ],
+            )
+        )
+        session.write(
+            {
+                "data_hash": data_hash,
+                "val_data_hash": val_hash,
+                "train_images": len(bank.labels),
+                "val_images": len(queries.labels),
+                "classes": classes,
+                "results": rows,
+                "top1": rows[0]["top1"],
+                "k": rows[0]["k"],
+            }
+        )
     return 0
 
 

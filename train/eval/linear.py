@@ -83,11 +83,21 @@ LINEAR_RECIPES: dict[str, LinearRecipe] = {
 }
 
 RECIPE_OF_METHOD: dict[str, str] = {
-    "moco-v2": "moco-v2", "densecl": "moco-v2", "regioncl-m": "regioncl-m", "regioncl-d": "regioncl-m",
-    "simsiam": "simsiam", "regioncl-s": "simsiam", "moco-v3": "moco-v3", "regioncl-m3": "moco-v3",
-    "moby": "moby", "regioncl-moby": "moby", "byol": "lewel-b", "care": "care", "lewel-b": "lewel-b",
+    "moco-v2": "moco-v2",
+    "densecl": "moco-v2",
+    "regioncl-m": "regioncl-m",
+    "regioncl-d": "regioncl-m",
+    "simsiam": "simsiam",
+    "regioncl-s": "simsiam",
+    "moco-v3": "moco-v3",
+    "regioncl-m3": "moco-v3",
+    "moby": "moby",
+    "regioncl-moby": "moby",
+    "byol": "lewel-b",
+    "care": "care",
+    "lewel-b": "lewel-b",
     "lewel-m": "lewel-m",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -219,8 +229,13 @@ def fit_logistic(
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, device=x.device, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, max_eval=2 * iterations, history_size=20, line_search_fn="strong_wolfe",
-        tolerance_grad=1e-7, tolerance_change=1e-12,
+        [weight, bias],
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
     )
 
     def objective() -> Tensor:
@@ -248,9 +263,13 @@ class HeadRecord:
         """Last and best epoch."""
         best_epoch, best = max(self.history, key=lambda item: (item[1].top1, -item[0]))
         return {
-            "lr": self.lr, "epoch": self.history[-1][0], **self.history[-1][1].as_dict(),
-            "best_epoch": best_epoch, "best_top1": best.top1, "best_top5": best.top5,
-        }  # fmt: skip
+            "lr": self.lr,
+            "epoch": self.history[-1][0],
+            **self.history[-1][1].as_dict(),
+            "best_epoch": best_epoch,
+            "best_top1": best.top1,
+            "best_top5": best.top5,
+        }
 
 
 def choose_recipe(config: LinearConfig, method: str) -> tuple[str, LinearRecipe]:
@@ -291,10 +310,14 @@ def head_records(lrs: Sequence[float], state: TuningState) -> list[HeadRecord]:
 def common_settings(session: Session, population: np.ndarray, val_hash: str) -> dict[str, Any]:
     """What decides the outcome of any classification run: backbone, images, their size, seed and precision."""
     return {
-        "arch": session.arch, "backbone": fingerprint(session.encoder), "image_size": session.image_size,
-        "images": hashlib.sha256(population.astype(np.int64).tobytes()).hexdigest(), "val_data": val_hash,
-        "seed": session.config.seed, "dtype": str(session.runtime.dtype),
-    }  # fmt: skip
+        "arch": session.arch,
+        "backbone": fingerprint(session.encoder),
+        "image_size": session.image_size,
+        "images": hashlib.sha256(population.astype(np.int64).tobytes()).hexdigest(),
+        "val_data": val_hash,
+        "seed": session.config.seed,
+        "dtype": str(session.runtime.dtype),
+    }
 
 
 def batch_for(recipe_batch: int, wanted: int, images: int, world_size: int) -> int:
@@ -337,8 +360,7 @@ def probe(
     """
     name, recipe = choose_recipe(config, session.method)
     val, val_hash = session.features_of(config.val_data)
-    facts = {"recipe": name, "recipe_source": recipe.source, "val_data_hash": val_hash,
-             "val_images": len(val.labels)}  # fmt: skip
+    facts = {"recipe": name, "recipe_source": recipe.source, "val_data_hash": val_hash, "val_images": len(val.labels)}
     if recipe.optimizer == "lbfgs":
         records, more = _solve_exactly(session, config, recipe, population, val)
     else:
@@ -354,7 +376,7 @@ def _real_labels(config: LinearConfig, val: Features, classes: int) -> list[list
 
 def _solve_exactly(
     session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features
-) -> tuple[list[HeadRecord], dict[str, Any]]:  # fmt: skip
+) -> tuple[list[HeadRecord], dict[str, Any]]:
     train, train_hash = session.features_of(config.data, population)
     classes = class_count(train.labels.numpy(), val.labels.numpy())
     real = _real_labels(config, val, classes)
@@ -369,9 +391,13 @@ def _solve_exactly(
 
 
 def _train_by_steps(
-    session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features,
+    session: Session,
+    config: LinearConfig,
+    recipe: LinearRecipe,
+    population: np.ndarray | None,
+    val: Features,
     val_hash: str,
-) -> tuple[list[HeadRecord], dict[str, Any]]:  # fmt: skip
+) -> tuple[list[HeadRecord], dict[str, Any]]:
     runtime, views = session.runtime, linear_views(session.image_size)
     if population is None:
         counted = session.open(config.data, views)
@@ -393,13 +419,17 @@ def _train_by_steps(
         heads = LinearHeads(width, classes, len(lrs), recipe.batch_norm, config.seed).to(runtime.device)
         state = TuningState(heads, head_optimizer(heads, recipe, lrs), record={"history": [[] for _ in lrs]})
         settings = {
-            "recipe": dataclasses.asdict(recipe), "lrs": lrs, "epochs": epochs, "global_batch": batch,
-            "eval_every": config.eval_every, "real_labels": config.real_labels, "classes": classes,
-            "data": pipeline.data_hash, **common_settings(session, population, val_hash),
-        }  # fmt: skip
-        checkpoints = TuningCheckpoints(
-            state_folder(result_path(session)), settings, runtime, config.resume == "auto"
-        )  # fmt: skip
+            "recipe": dataclasses.asdict(recipe),
+            "lrs": lrs,
+            "epochs": epochs,
+            "global_batch": batch,
+            "eval_every": config.eval_every,
+            "real_labels": config.real_labels,
+            "classes": classes,
+            "data": pipeline.data_hash,
+            **common_settings(session, population, val_hash),
+        }
+        checkpoints = TuningCheckpoints(state_folder(result_path(session)), settings, runtime, config.resume == "auto")
         checkpoints.restore(state)
 
         def validate(done: int) -> None:
@@ -414,14 +444,28 @@ def _train_by_steps(
             checkpoints.save(state)
 
         train_heads(
-            heads, epoch_features(session, pipeline), len(pipeline), epochs, recipe, lrs, validate, state.optimizer,
+            heads,
+            epoch_features(session, pipeline),
+            len(pipeline),
+            epochs,
+            recipe,
+            lrs,
+            validate,
+            state.optimizer,
             state.step // len(pipeline),
-        )  # fmt: skip
+        )
         records = head_records(lrs, state)
         warn_of_bad(session, config.data, pipeline)
-        facts = {"data_hash": pipeline.data_hash, "train_images": len(population), "classes": classes,
-                 "global_batch": batch, "epochs": epochs, "batch_norm": recipe.batch_norm,
-                 "optimizer": recipe.optimizer, "weight_decay": recipe.weight_decay}  # fmt: skip
+        facts = {
+            "data_hash": pipeline.data_hash,
+            "train_images": len(population),
+            "classes": classes,
+            "global_batch": batch,
+            "epochs": epochs,
+            "batch_norm": recipe.batch_norm,
+            "optimizer": recipe.optimizer,
+            "weight_decay": recipe.weight_decay,
+        }
         return records, facts
     finally:
         pipeline.close()
@@ -432,11 +476,22 @@ def report(session: Session, records: list[HeadRecord], facts: dict[str, Any]) -
     rows = [record.as_dict() for record in records]
     best = max(rows, key=lambda row: row["top1"])
     header = ["lr" if facts["recipe"] != "logistic" else "L2", "top-1", "top-5", "ReaL", "best top-1", "at epoch"]
-    session.say(table(header, [
-        [f"{row['lr']:g}", percent(row["top1"]), percent(row["top5"]), percent(row.get("real_top1")),
-         percent(row["best_top1"]), str(row["best_epoch"])]
-        for row in rows
-    ]))  # fmt: skip
+    session.say(
+        table(
+            header,
+            [
+                [
+                    f"{row['lr']:g}",
+                    percent(row["top1"]),
+                    percent(row["top5"]),
+                    percent(row.get("real_top1")),
+                    percent(row["best_top1"]),
+                    str(row["best_epoch"]),
+                ]
+                for row in rows
+            ],
+        )
+    )
     if len(rows) > 1:
         session.say("the best row was chosen on the validation images")
     session.write({**facts, "results": rows, "best": best, "top1": best["top1"], "top5": best["top5"]})

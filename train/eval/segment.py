@@ -81,14 +81,29 @@ def open_data(session: ProtocolSession, config: SegmentConfig) -> Data:
 def _settings(session: ProtocolSession, config: SegmentConfig, plan: Plan, data: Data) -> dict[str, Any]:
     """Everything that decides what is computed."""
     settings = {
-        "model": config.model, "arch": session.arch, "backbone": fingerprint(session.encoder), "steps": plan.steps,
-        "global_batch": config.global_batch, "lr": config.lr, "weight_decay": config.weight_decay,
-        "crop": plan.geometry.crop, "scale": plan.geometry.scale, "ratio": plan.geometry.ratio,
-        "channels": plan.channels, "bn": config.bn, "seed": config.seed, "log_every": config.log_every,
-        "eval_every": config.eval_every, "window": plan.window, "stride": plan.stride if plan.window else None,
-        "dtype": str(session.runtime.dtype), "classes": data.labels.names, "values": data.labels.table.tolist(),
-        "data": data.train_hash, "val_data": data.val_hash,
-    }  # fmt: skip
+        "model": config.model,
+        "arch": session.arch,
+        "backbone": fingerprint(session.encoder),
+        "steps": plan.steps,
+        "global_batch": config.global_batch,
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "crop": plan.geometry.crop,
+        "scale": plan.geometry.scale,
+        "ratio": plan.geometry.ratio,
+        "channels": plan.channels,
+        "bn": config.bn,
+        "seed": config.seed,
+        "log_every": config.log_every,
+        "eval_every": config.eval_every,
+        "window": plan.window,
+        "stride": plan.stride if plan.window else None,
+        "dtype": str(session.runtime.dtype),
+        "classes": data.labels.names,
+        "values": data.labels.table.tolist(),
+        "data": data.train_hash,
+        "val_data": data.val_hash,
+    }
     if config.bn == "plain":
         settings["world_size"] = session.runtime.world_size
     return settings
@@ -116,29 +131,49 @@ def fine_tune(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
         return found
 
     feed = TrainingFeed(
-        data.train.pairs, data.labels, plan.geometry, config.global_batch, config.seed, runtime.rank,
-        runtime.world_size, threads,
-    )  # fmt: skip
+        data.train.pairs,
+        data.labels,
+        plan.geometry,
+        config.global_batch,
+        config.seed,
+        runtime.rank,
+        runtime.world_size,
+        threads,
+    )
     try:
         checkpoints.restore(state)
         train(Trainer(config, plan, runtime, feed, checkpoints, SignalWatch(), score, session.say), state)
     finally:
         feed.close()
     return {
-        "model": config.model, "task": task_name(config, plan, data.train.layout),
-        "recipe_source": PUBLISHED[config.model].source, "parameters": parameters, "steps": plan.steps,
-        "global_batch": config.global_batch, "lr": config.lr, "crop": plan.geometry.crop, "scale": plan.geometry.scale,
-        "test": config.test, "layout": data.train.layout, "train_split": data.train.split, "val_split": data.val.split,
-        "train_images": len(data.train.pairs), "val_images": len(data.val.pairs), "data_hash": data.train_hash,
-        "val_data_hash": data.val_hash, **state.record["validations"][-1][1], "losses": state.record["losses"],
+        "model": config.model,
+        "task": task_name(config, plan, data.train.layout),
+        "recipe_source": PUBLISHED[config.model].source,
+        "parameters": parameters,
+        "steps": plan.steps,
+        "global_batch": config.global_batch,
+        "lr": config.lr,
+        "crop": plan.geometry.crop,
+        "scale": plan.geometry.scale,
+        "test": config.test,
+        "layout": data.train.layout,
+        "train_split": data.train.split,
+        "val_split": data.val.split,
+        "train_images": len(data.train.pairs),
+        "val_images": len(data.val.pairs),
+        "data_hash": data.train_hash,
+        "val_data_hash": data.val_hash,
+        **state.record["validations"][-1][1],
+        "losses": state.record["losses"],
         "validations": [[step, found["miou"]] for step, found in state.record["validations"]],
-    }  # fmt: skip
+    }
 
 
 def report(session: ProtocolSession, result: dict[str, Any]) -> None:
     """Print the table and write the result file."""
-    rows = [[row["name"], percent(row["iou"]), percent(row["accuracy"]), str(row["pixels"])]
-            for row in result["classes"]]  # fmt: skip
+    rows = [
+        [row["name"], percent(row["iou"]), percent(row["accuracy"]), str(row["pixels"])] for row in result["classes"]
+    ]
     pixels = str(sum(row["pixels"] for row in result["classes"]))
     rows.append(["mean", percent(result["miou"]), percent(result["mean_class_accuracy"]), pixels])
     session.say(table(["class", "IoU", "accuracy", "pixels"], rows))
@@ -153,9 +188,11 @@ def report(session: ProtocolSession, result: dict[str, Any]) -> None:
 def run(argv: Sequence[str]) -> int:
     """The `segment` command."""
     config = parse_config(
-        "segment", "Fine-tune the backbone inside a dilated FCN or UPerNet for semantic segmentation.",
-        SegmentConfig(), argv,
-    )  # fmt: skip
+        "segment",
+        "Fine-tune the backbone inside a dilated FCN or UPerNet for semantic segmentation.",
+        SegmentConfig(),
+        argv,
+    )
     make_plan(config, 1)
     with open_protocol("segment", config, config.model) as session:
         plan = make_plan(config, session.runtime.world_size)

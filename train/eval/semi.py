@@ -145,18 +145,27 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
         classes = class_count(train.labels[population], val.labels)
         lrs = learning_rates(config, len(population), train.num_samples, batch)
         settings = {
-            "lrs": lrs, "weight_decay": config.weight_decay, "epochs": config.epochs, "global_batch": batch,
-            "bn": config.bn, "eval_every": config.eval_every, "classes": classes, "data": train.data_hash,
+            "lrs": lrs,
+            "weight_decay": config.weight_decay,
+            "epochs": config.epochs,
+            "global_batch": batch,
+            "bn": config.bn,
+            "eval_every": config.eval_every,
+            "classes": classes,
+            "data": train.data_hash,
             "world_size": session.runtime.world_size if config.bn == "plain" else None,
             **common_settings(session, population, val.data_hash),
-        }  # fmt: skip
+        }
         encoder = convert_batch_norm(session.encoder, config.bn)
         model = Classifier(encoder, encoder.feature_dim, classes, config.seed).to(session.runtime.device)  # type: ignore
         optimizer = torch.optim.SGD(
-            [{"params": list(model.encoder.parameters()), "lr": lrs[0], "peak": lrs[0]},
-             {"params": list(model.fc.parameters()), "lr": lrs[1], "peak": lrs[1]}],
-            momentum=0.9, weight_decay=config.weight_decay,
-        )  # fmt: skip
+            [
+                {"params": list(model.encoder.parameters()), "lr": lrs[0], "peak": lrs[0]},
+                {"params": list(model.fc.parameters()), "lr": lrs[1], "peak": lrs[1]},
+            ],
+            momentum=0.9,
+            weight_decay=config.weight_decay,
+        )
         scaler = torch.amp.GradScaler("cuda") if session.runtime.dtype is torch.float16 else None
         session.say(
             f"semi: {len(population)} images, {classes} classes, {config.epochs} epochs of {len(train)} steps of "
@@ -164,7 +173,7 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
         )
         checkpoints = TuningCheckpoints(
             state_folder(result_path(session)), settings, session.runtime, config.resume == "auto"
-        )  # fmt: skip
+        )
         state = TuningState(model, optimizer, scaler, record={"history": [[]]})
         checkpoints.restore(state)
         for epoch in range(state.step // len(train), config.epochs):
@@ -181,10 +190,16 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
         record = head_records([lrs[1]], state)[0]
         warn_of_bad(session, config.data, train)
         return record, {
-            "data_hash": train.data_hash, "val_data_hash": val.data_hash, "train_images": len(population),
-            "val_images": val.num_samples, "classes": classes, "global_batch": batch, "epochs": config.epochs,
-            "lr_backbone": lrs[0], "lr_head": lrs[1],
-        }  # fmt: skip
+            "data_hash": train.data_hash,
+            "val_data_hash": val.data_hash,
+            "train_images": len(population),
+            "val_images": val.num_samples,
+            "classes": classes,
+            "global_batch": batch,
+            "epochs": config.epochs,
+            "lr_backbone": lrs[0],
+            "lr_head": lrs[1],
+        }
     finally:
         train.close()
         val.close()
@@ -198,10 +213,20 @@ def run(argv: Sequence[str]) -> int:
         population, facts = labelled_subset(session, config, config.fraction, config.list)
         record, more = fine_tune(session, config, population)
         row = record.as_dict()
-        session.say(table(["images", "top-1", "top-5", "best top-1", "at epoch"], [[
-            str(len(population)), percent(row["top1"]), percent(row["top5"]), percent(row["best_top1"]),
-            str(row["best_epoch"]),
-        ]]))  # fmt: skip
+        session.say(
+            table(
+                ["images", "top-1", "top-5", "best top-1", "at epoch"],
+                [
+                    [
+                        str(len(population)),
+                        percent(row["top1"]),
+                        percent(row["top5"]),
+                        percent(row["best_top1"]),
+                        str(row["best_epoch"]),
+                    ]
+                ],
+            )
+        )
         session.write({**more, **facts, "results": [row], "top1": row["top1"], "top5": row["top5"]})
         discard_state(result_path(session), session.runtime)
     return 0

@@ -41,8 +41,9 @@ class ProtocolConfig:
     checkpoint: str = option("", "a run's folder, our backbone file, or a torchvision or timm checkpoint")
     arch: str = option("", "backbone architecture; empty finds it out from the checkpoint")
     untrained: bool = option(
-        False, "evaluate a fresh backbone of the checkpoint's architecture instead, as a baseline; its weights follow "
-        "from --seed"
+        False,
+        "evaluate a fresh backbone of the checkpoint's architecture instead, as a baseline; its weights follow "
+        "from --seed",
     )
     data: str = option("", "training images with their labels")
     val_data: str = option("", "validation images with the same classes")
@@ -81,8 +82,11 @@ def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequen
     for leaf in fields:
         add_leaf(parser, leaf)
     config = replace_leaves(default, parse_flags(parser, argv, fields))
-    for name, what in (("checkpoint", "a run's folder or a file"), ("data", "labelled images"),
-                       ("val_data", "labelled validation images")):
+    for name, what in (
+        ("checkpoint", "a run's folder or a file"),
+        ("data", "labelled images"),
+        ("val_data", "labelled validation images"),
+    ):
         if not getattr(config, name):
             raise UserMistake(f"--{name.replace('_', '-')} is needed: give {what}")
     for name in ("image_size", "workers", "seed"):
@@ -188,9 +192,17 @@ class Session(ProtocolSession):
         """
         world = self.runtime.world_size
         settings = PipelineConfig(
-            data=data, views=views, global_batch=global_batch or max(FEATURE_BATCH // world, 1) * world,
-            seed=self.config.seed, rank=self.runtime.rank, world_size=world, workers=self.config.workers,
-            device=self.runtime.device, order=order, drop_last=drop_last, population=population,
+            data=data,
+            views=views,
+            global_batch=global_batch or max(FEATURE_BATCH // world, 1) * world,
+            seed=self.config.seed,
+            rank=self.runtime.rank,
+            world_size=world,
+            workers=self.config.workers,
+            device=self.runtime.device,
+            order=order,
+            drop_last=drop_last,
+            population=population,
         )
         try:
             pipeline = build_pipeline(self.config.loader, settings, quiet=True)
@@ -263,9 +275,12 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
         UserMistake: as `load`; nothing was computed then.
     """
     process = RunConfig(
-        device=config.device, precision=config.precision, seed=config.seed, deterministic=config.deterministic,
+        device=config.device,
+        precision=config.precision,
+        seed=config.seed,
+        deterministic=config.deterministic,
         compile=False,
-    )  # fmt: skip
+    )
     with start(Config(process, Recipe(), None)) as runtime:
         loaded = load(config.checkpoint, config.arch, print if runtime.is_main else lambda _: None)
         encoder = loaded.encoder
@@ -293,9 +308,16 @@ def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
     with open_protocol(protocol, config) as opened:
         size = config.image_size or int(opened.run.get("recipe", {}).get("image_size", 0)) or DEFAULT_IMAGE_SIZE
         yield Session(
-            protocol, config, opened.runtime, opened.encoder, opened.arch, opened.source, opened.run,
-            started=opened.started, image_size=size,
-        )  # fmt: skip
+            protocol,
+            config,
+            opened.runtime,
+            opened.encoder,
+            opened.arch,
+            opened.source,
+            opened.run,
+            started=opened.started,
+            image_size=size,
+        )
 
 
 def linear_views(image_size: int) -> tuple[ViewSpec, ...]:
@@ -337,6 +359,18 @@ def percent(share: float | None) -> str:
 
 
 __all__ = [
-    "EvalConfig", "ProtocolConfig", "ProtocolSession", "Session", "class_count", "linear_images",
-    "linear_views", "open_protocol", "open_session", "parse_config", "percent", "result_path", "table", "warn_of_bad",
+    "EvalConfig",
+    "ProtocolConfig",
+    "ProtocolSession",
+    "Session",
+    "class_count",
+    "linear_images",
+    "linear_views",
+    "open_protocol",
+    "open_session",
+    "parse_config",
+    "percent",
+    "result_path",
+    "table",
+    "warn_of_bad",
 ]

@@ -116,7 +116,7 @@ class TuningCheckpoints:
 
     def __init__(
         self, root: Path, settings: Mapping[str, Any], runtime: Runtime, resume: bool = True, keep: int = 2
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.root, self.runtime, self.resume, self.keep = root, runtime, resume, keep
         # As JSON gives them back: tuples become lists.
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))

@@ -51,9 +51,7 @@ class Padded(nn.Module):
 class HalvedTop(ExtraFPNBlock):
     """P6 of the region detectors: every second cell of P5."""
 
-    def forward(
-        self, results: list[Tensor], x: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:  # fmt: skip
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
         """The levels with P6 appended."""
         return [*results, F.max_pool2d(results[-1], 1, 2)], [*names, "p6"]
 

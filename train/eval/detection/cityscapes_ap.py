@@ -62,10 +62,14 @@ def _scenes(ids: np.ndarray, detections: Detections, labels: Sequence[int]) -> l
             continue
         scene = scenes[detections.labels[row]]
         pixels = dict(zip(covered.tolist(), shares.tolist(), strict=True))
-        scene.found.append(_Found(
-            float(detections.scores[row]), int(shares.sum()), sum(pixels.get(value, 0) for value in VOID),
-            {value: count for value, count in pixels.items() if value in scene.sizes},
-        ))  # fmt: skip
+        scene.found.append(
+            _Found(
+                float(detections.scores[row]),
+                int(shares.sum()),
+                sum(pixels.get(value, 0) for value in VOID),
+                {value: count for value, count in pixels.items() if value in scene.sizes},
+            )
+        )
     return scenes
 
 

@@ -15,8 +15,15 @@ from .records import DetectionData, ImageRecord, inside
 
 # Cityscapes' label numbers of the eight classes that have instances and are evaluated.
 CLASSES = {
-    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
-}  # fmt: skip
+    24: "person",
+    25: "rider",
+    26: "car",
+    27: "truck",
+    28: "bus",
+    31: "train",
+    32: "motorcycle",
+    33: "bicycle",
+}
 _IMAGE_END, _LABEL_END = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
 
@@ -83,10 +90,15 @@ def read_instances(path: Path) -> tuple[tuple[int, int], list[dict[str, Any]]]:
             continue
         mask = ids == value
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        objects.append({
-            "label": label, "crowd": crowd, "area": int(mask.sum()), "mask": rle.encode(mask),
-            "box": (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1),
-        })  # fmt: skip
+        objects.append(
+            {
+                "label": label,
+                "crowd": crowd,
+                "area": int(mask.sum()),
+                "mask": rle.encode(mask),
+                "box": (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1),
+            }
+        )
     return (ids.shape[0], ids.shape[1]), objects
 
 
@@ -106,18 +118,26 @@ def read_cityscapes(data: str, part: str, workers: int) -> DetectionData:
         read = list(pool.map(lambda pair: read_instances(pair[1]), files))
     classes = {label: number for number, label in enumerate(CLASSES)}
     document: dict[str, Any] = {
-        "images": [], "annotations": [], "categories": [{"id": label, "name": name} for label, name in CLASSES.items()]
-    }  # fmt: skip
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": label, "name": name} for label, name in CLASSES.items()],
+    }
     records, crowds = [], 0
     for number, ((image, _), (size, objects)) in enumerate(zip(files, read, strict=True)):
         document["images"].append({"id": number, "height": size[0], "width": size[1]})
         for entry in objects:
             x0, y0, x1, y1 = entry["box"]
-            document["annotations"].append({
-                "id": len(document["annotations"]) + 1, "image_id": number, "category_id": entry["label"],
-                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": entry["area"], "iscrowd": int(entry["crowd"]),
-                "segmentation": entry["mask"],
-            })  # fmt: skip
+            document["annotations"].append(
+                {
+                    "id": len(document["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": entry["label"],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": entry["area"],
+                    "iscrowd": int(entry["crowd"]),
+                    "segmentation": entry["mask"],
+                }
+            )
         single = [entry for entry in objects if not entry["crowd"]]
         crowds += len(objects) - len(single)
         boxes, _ = inside(np.array([entry["box"] for entry in single]), size[1], size[0])
@@ -125,6 +145,11 @@ def read_cityscapes(data: str, part: str, workers: int) -> DetectionData:
         outlines = tuple(entry["mask"] for entry in single)
         records.append(ImageRecord(image, number, size[1], size[0], boxes, labels, outlines))
     return DetectionData(
-        "cityscapes", data, tuple(CLASSES.values()), tuple(CLASSES), tuple(records),
-        document if part == "val" else {}, (f"{crowds} crowds are not trained on",) if crowds else (),
-    )  # fmt: skip
+        "cityscapes",
+        data,
+        tuple(CLASSES.values()),
+        tuple(CLASSES),
+        tuple(records),
+        document if part == "val" else {},
+        (f"{crowds} crowds are not trained on",) if crowds else (),
+    )

@@ -28,16 +28,20 @@ def coco_results(
         for row in range(len(found.scores)):
             x0, y0, x1, y1 = found.boxes[row].tolist()
             shape = {"bbox": [x0, y0, x1 - x0, y1 - y0]} if kind == "bbox" else {"segmentation": found.masks[row]}
-            results.append({
-                "image_id": found.image_id, "category_id": category_ids[found.labels[row]],
-                "score": float(found.scores[row]), **shape,
-            })  # fmt: skip
+            results.append(
+                {
+                    "image_id": found.image_id,
+                    "category_id": category_ids[found.labels[row]],
+                    "score": float(found.scores[row]),
+                    **shape,
+                }
+            )
     return results
 
 
 def coco_ap(
     ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], kind: Literal["bbox", "segm"]
-) -> dict[str, float | None]:  # fmt: skip
+) -> dict[str, float | None]:
     """COCO's six average precisions in [0, 1]; None where the ground truth has no object of that size.
 
     Args:

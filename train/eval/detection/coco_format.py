@@ -160,15 +160,24 @@ def read_coco(data: str, part: str, masks: bool) -> DetectionData:
         _record(folder, image, objects.get(number, []), classes, masks, left) for number, image in images.items()
     )
     return DetectionData(
-        "coco", data, tuple(entry["name"] for entry in categories), tuple(classes), records,
-        document if part == "val" else {}, tuple(f"{count} {what}" for what, count in sorted(left.items())),
-    )  # fmt: skip
+        "coco",
+        data,
+        tuple(entry["name"] for entry in categories),
+        tuple(classes),
+        records,
+        document if part == "val" else {},
+        tuple(f"{count} {what}" for what, count in sorted(left.items())),
+    )
 
 
 def _record(
-    folder: Path, image: dict[str, Any], objects: list[dict[str, Any]], classes: dict[int, int], masks: bool,
+    folder: Path,
+    image: dict[str, Any],
+    objects: list[dict[str, Any]],
+    classes: dict[int, int],
+    masks: bool,
     left: Counter[str],
-) -> ImageRecord:  # fmt: skip
+) -> ImageRecord:
     """One image, with what is not trained on counted in `left`."""
     corners = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
     corners[:, 2:] += corners[:, :2]

@@ -141,9 +141,11 @@ class TrainingFeed:
         futures = []
         for position, image in enumerate(self.images_of(step)[first : first + share].tolist(), start=first):
             side, flip = draw_size_and_flip(self.seed, step, position, self.sizes.train)
-            futures.append(self._pool.submit(
-                training_sample, self.records[image], side, self.sizes.longest, flip, (step, position)
-            ))  # fmt: skip
+            futures.append(
+                self._pool.submit(
+                    training_sample, self.records[image], side, self.sizes.longest, flip, (step, position)
+                )
+            )
         return futures
 
     def close(self) -> None:

@@ -92,9 +92,7 @@ class TwoStage(Detector):
         divisor: padded sides are multiples of it.
     """
 
-    def __init__(
-        self, backbone: nn.Module, proposals: Proposals, heads: RegionHeads, used: int, divisor: int
-    ) -> None:  # fmt: skip
+    def __init__(self, backbone: nn.Module, proposals: Proposals, heads: RegionHeads, used: int, divisor: int) -> None:
         super().__init__()
         self.pad, self.backbone, self.rpn, self.roi_heads, self.used = Padded(divisor), backbone, proposals, heads, used
 
@@ -131,9 +129,17 @@ class OneStage(Detector):
         head = RetinaNetHead(PYRAMID_WIDTH, anchors.num_anchors_per_location()[0], classes)
         self.pad = Padded(32)
         self.net = RetinaNet(
-            backbone, classes, anchor_generator=anchors, head=head, score_thresh=0.05, nms_thresh=0.5,
-            detections_per_img=100, fg_iou_thresh=0.5, bg_iou_thresh=0.4, topk_candidates=1000,
-        )  # fmt: skip
+            backbone,
+            classes,
+            anchor_generator=anchors,
+            head=head,
+            score_thresh=0.05,
+            nms_thresh=0.5,
+            detections_per_img=100,
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.4,
+            topk_candidates=1000,
+        )
         del self.net.transform  # resizes; images come in their size here
         self.register_buffer("positives", torch.tensor(FIRST_POSITIVES))
 
@@ -187,10 +193,16 @@ def _c4(config: DetectorConfig, trunk: ResNetTrunk, norm_layer: NormLayer) -> Tw
         region.add_module("norm", norm_layer(trunk.feature_dim))
     anchors = Anchors((config.anchor_sizes,), (stride,))
     heads = RegionHeads(
-        AlignedPool(14, (stride,)), region, Mean(), BoxPredictor(trunk.feature_dim, config.classes), config.regions,
-        config.seed, None, nn.Identity(),
+        AlignedPool(14, (stride,)),
+        region,
+        Mean(),
+        BoxPredictor(trunk.feature_dim, config.classes),
+        config.regions,
+        config.seed,
+        None,
+        nn.Identity(),
         MaskPredictor(trunk.feature_dim, config.classes) if config.masks else None,
-    )  # fmt: skip
+    )
     proposals = Proposals(anchors, width, (12000, 6000), (2000, 1000), config.seed)
     return TwoStage(Stages(trunk, ("c4",)), proposals, heads, 1, 1)
 
@@ -218,9 +230,14 @@ def _fpn(config: DetectorConfig, trunk: ResNetTrunk, norm_layer: NormLayer) -> T
         head = MaskRCNNHeads(PYRAMID_WIDTH, [PYRAMID_WIDTH] * 4, 1, norm_layer)
         masks = (AlignedPool(14, strides), head, MaskPredictor(PYRAMID_WIDTH, config.classes))
     heads = RegionHeads(
-        AlignedPool(7, strides), nn.Identity(), _box_head(config, norm_layer), BoxPredictor(1024, config.classes),
-        config.regions, config.seed, *masks,
-    )  # fmt: skip
+        AlignedPool(7, strides),
+        nn.Identity(),
+        _box_head(config, norm_layer),
+        BoxPredictor(1024, config.classes),
+        config.regions,
+        config.seed,
+        *masks,
+    )
     proposals = Proposals(anchors, PYRAMID_WIDTH, (2000, 1000), (1000, 1000), config.seed)
     return TwoStage(backbone, proposals, heads, len(strides), 32)
 

@@ -45,9 +45,16 @@ class Proposals(RegionProposalNetwork):
         head = Fp32ProposalHead(channels, anchors.num_anchors_per_location()[0])
         names = ("training", "testing")
         super().__init__(
-            anchors, head, 0.7, 0.3, ANCHORS_PER_IMAGE, 0.5, dict(zip(names, before, strict=True)),
-            dict(zip(names, after, strict=True)), 0.7,
-        )  # fmt: skip
+            anchors,
+            head,
+            0.7,
+            0.3,
+            ANCHORS_PER_IMAGE,
+            0.5,
+            dict(zip(names, before, strict=True)),
+            dict(zip(names, after, strict=True)),
+            0.7,
+        )
         self.fg_bg_sampler = CountedSampler(ANCHORS_PER_IMAGE, 0.5, seed, ANCHORS)
 
     def compute_loss(
@@ -56,9 +63,13 @@ class Proposals(RegionProposalNetwork):
         """See `losses.proposal_losses`."""
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels))
         return losses.proposal_losses(
-            objectness.flatten(), pred_bbox_deltas, torch.cat(labels), torch.cat(regression_targets),
-            (positive, negative), float(ANCHORS_PER_IMAGE * len(labels)),
-        )  # fmt: skip
+            objectness.flatten(),
+            pred_bbox_deltas,
+            torch.cat(labels),
+            torch.cat(regression_targets),
+            (positive, negative),
+            float(ANCHORS_PER_IMAGE * len(labels)),
+        )
 
 
 class AlignedPool(nn.Module):
@@ -151,10 +162,17 @@ class RegionHeads(RoIHeads):
     """
 
     def __init__(
-        self, box_pool: AlignedPool, box_region: nn.Module, box_vector: nn.Module, predictor: BoxPredictor,
-        per_image: int, seed: int, mask_pool: AlignedPool | None, mask_head: nn.Module,
+        self,
+        box_pool: AlignedPool,
+        box_region: nn.Module,
+        box_vector: nn.Module,
+        predictor: BoxPredictor,
+        per_image: int,
+        seed: int,
+        mask_pool: AlignedPool | None,
+        mask_head: nn.Module,
         mask_predictor: nn.Module | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(
             box_pool, nn.Sequential(), predictor, 0.5, 0.5, per_image, 0.25, (10.0, 10.0, 5.0, 5.0), 0.05, 0.5, 100
         )
@@ -167,9 +185,12 @@ class RegionHeads(RoIHeads):
         return self.mask_predictor is not None
 
     def forward(  # type: ignore[override]
-        self, features: list[Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]],
+        self,
+        features: list[Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:  # fmt: skip
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Detections (at test) and losses (in training).
 
         Args:
@@ -184,8 +205,7 @@ class RegionHeads(RoIHeads):
         logits, deltas = self.box_predictor(self.box_vector(region))
         found = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         detections = [
-            {"boxes": boxes, "scores": scores, "labels": labels}
-            for boxes, scores, labels in zip(*found, strict=True)
+            {"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in zip(*found, strict=True)
         ]
         if self.mask_predictor is not None:
             self._add_masks(features, detections)

@@ -43,9 +43,7 @@ def draw(polygons: tuple[np.ndarray, ...], height: int, width: int) -> np.ndarra
     return mask
 
 
-def outline_mask(
-    outline: Outline, size: tuple[int, int], original: tuple[int, int], flip: bool
-) -> np.ndarray:  # fmt: skip
+def outline_mask(outline: Outline, size: tuple[int, int], original: tuple[int, int], flip: bool) -> np.ndarray:
     """An object's mask in the resized and perhaps mirrored image.
 
     Polygons are scaled and drawn; encoded masks are resized to the nearest pixel, as detectron2 does.

@@ -105,9 +105,15 @@ def train_step(
 
 
 def train(
-    state: TuningState, wrapped: nn.Module, feed: TrainingFeed, course: Course, runtime: Runtime,
-    checkpoints: TuningCheckpoints, watch: SignalWatch | None, say: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
+    state: TuningState,
+    wrapped: nn.Module,
+    feed: TrainingFeed,
+    course: Course,
+    runtime: Runtime,
+    checkpoints: TuningCheckpoints,
+    watch: SignalWatch | None,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
     """Train from where `state` is to the last step; returns the rows of losses of the whole run.
 
     Raises:

@@ -104,9 +104,7 @@ def _curve_area(matches: _Matches, threshold: float, rule: str) -> float:
     return interpolated(found / matches.objects, precision, rule)
 
 
-def voc_ap(
-    detections: Sequence[Detections], truth: Truth, classes: int, rule: str
-) -> dict[str, float | None]:  # fmt: skip
+def voc_ap(detections: Sequence[Detections], truth: Truth, classes: int, rule: str) -> dict[str, float | None]:
     """AP (mean over the thresholds 0.5, 0.55 ... 0.95), AP50 and AP75 in [0, 1], each a mean over classes.
 
     Args:

@@ -14,9 +14,27 @@ from ...errors import UserMistake
 from .records import DetectionData, ImageRecord, inside
 
 NAMES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 # What "VOC07+12 -> VOC07 test" means for a VOCdevkit folder, and what one year's folder means.
 _DEVKIT = {"train": ("VOC2007/trainval", "VOC2012/trainval"), "val": ("VOC2007/test",)}
 _YEAR = {"train": "trainval", "val": "test"}
@@ -49,8 +67,10 @@ def image_sets(data: str, part: str) -> list[Path]:
         elif (path / "ImageSets").is_dir():
             found.append(path / "ImageSets" / "Main" / f"{_YEAR[part]}.txt")
         else:
-            wanted = [path / year / "ImageSets" / "Main" / f"{split}.txt"
-                      for year, split in (entry.split("/") for entry in _DEVKIT[part])]  # fmt: skip
+            wanted = [
+                path / year / "ImageSets" / "Main" / f"{split}.txt"
+                for year, split in (entry.split("/") for entry in _DEVKIT[part])
+            ]
             found += wanted
     for path in found:
         if not path.is_file():
@@ -104,8 +124,11 @@ def read_voc(data: str, part: str) -> DetectionData:
     lists = image_sets(data, part)
     records: list[ImageRecord] = []
     difficult: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-    document: dict[str, Any] = {"images": [], "annotations": [], "categories": [
-        {"id": number + 1, "name": name} for number, name in enumerate(NAMES)]}  # fmt: skip
+    document: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number + 1, "name": name} for number, name in enumerate(NAMES)],
+    }
     left: Counter[str] = Counter()
     for entry in lists:
         root = entry.parents[2]
@@ -121,15 +144,21 @@ def read_voc(data: str, part: str) -> DetectionData:
         raise UserMistake(f"{data}: the list of images is empty; give one of ImageSets/Main")
     years = {entry.parents[2].name for entry in lists}
     return DetectionData(
-        "voc", data, NAMES, tuple(range(1, len(NAMES) + 1)), tuple(records), document if part == "val" else {},
-        tuple(f"{count} {what}" for what, count in left.items()), difficult,
+        "voc",
+        data,
+        NAMES,
+        tuple(range(1, len(NAMES) + 1)),
+        tuple(records),
+        document if part == "val" else {},
+        tuple(f"{count} {what}" for what, count in left.items()),
+        difficult,
         "11 points" if years == {"VOC2007"} else "area",
-    )  # fmt: skip
+    )
 
 
 def _record(
     path: Path, number: int, width: int, height: int, objects: list[VocObject], left: Counter[str]
-) -> ImageRecord:  # fmt: skip
+) -> ImageRecord:
     corners = np.array([entry.box for entry in objects], dtype=np.float32).reshape(-1, 4)
     corners[:, :2] -= 1
     boxes, full = inside(corners, width, height)
@@ -140,19 +169,29 @@ def _record(
 
 
 def _add_ground_truth(
-    document: dict[str, Any], difficult: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]], number: int,
-    size: tuple[int, int], objects: list[VocObject],
-) -> None:  # fmt: skip
+    document: dict[str, Any],
+    difficult: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]],
+    number: int,
+    size: tuple[int, int],
+    objects: list[VocObject],
+) -> None:
     document["images"].append({"id": number, "width": size[0], "height": size[1]})
     for entry in objects:
         x0, y0, x1, y1 = entry.box
         width, height = x1 - (x0 - 1), y1 - (y0 - 1)
-        document["annotations"].append({
-            "id": len(document["annotations"]) + 1, "image_id": number, "category_id": entry.label + 1,
-            "bbox": [x0 - 1, y0 - 1, width, height], "area": width * height, "iscrowd": int(entry.difficult),
-        })  # fmt: skip
+        document["annotations"].append(
+            {
+                "id": len(document["annotations"]) + 1,
+                "image_id": number,
+                "category_id": entry.label + 1,
+                "bbox": [x0 - 1, y0 - 1, width, height],
+                "area": width * height,
+                "iscrowd": int(entry.difficult),
+            }
+        )
     for label in {entry.label for entry in objects}:
         same = [entry for entry in objects if entry.label == label]
         difficult[number, label] = (
-            np.array([entry.box for entry in same], dtype=np.float64), np.array([entry.difficult for entry in same]),
-        )  # fmt: skip
+            np.array([entry.box for entry in same], dtype=np.float64),
+            np.array([entry.difficult for entry in same]),
+        )

@@ -56,7 +56,7 @@ def _axis(length: int, resized: int, start: int, count: int) -> np.ndarray:
 
 def resample_image(
     image: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """A crop of a bilinearly resized image, without computing the rest; no antialiasing, as OpenCV's bilinear.
 
     Args:
@@ -161,9 +161,7 @@ class Colours:
 
 def draw_colours(seed: int, epochs: np.ndarray, samples: np.ndarray) -> Colours:
     """Each operation for one sample in two; contrast comes first or last, one in two."""
-    applied, amount, order = (
-        uniform(seed, samples, epochs, 0, SLOT_SEGMENT_COLOUR + number) for number in range(3)
-    )  # fmt: skip
+    applied, amount, order = (uniform(seed, samples, epochs, 0, SLOT_SEGMENT_COLOUR + number) for number in range(3))
     on = applied < 0.5
 
     def between(column: int, low: float, high: float, neutral: float) -> np.ndarray:
@@ -172,9 +170,12 @@ def draw_colours(seed: int, epochs: np.ndarray, samples: np.ndarray) -> Colours:
     contrast, first = between(1, *CONTRAST, 1.0), order[:, 0] < 0.5
     one = np.float32(1.0)
     return Colours(
-        between(0, -BRIGHTNESS, BRIGHTNESS, 0.0), np.where(first, contrast, one), between(2, *SATURATION, 1.0),
-        between(3, -HUE, HUE, 0.0), np.where(first, one, contrast),
-    )  # fmt: skip
+        between(0, -BRIGHTNESS, BRIGHTNESS, 0.0),
+        np.where(first, contrast, one),
+        between(2, *SATURATION, 1.0),
+        between(3, -HUE, HUE, 0.0),
+        np.where(first, one, contrast),
+    )
 
 
 def scale_saturation(images: Tensor, factor: Tensor) -> Tensor:
@@ -190,6 +191,7 @@ def scale_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 def change_colours(images: Tensor, colours: Colours) -> Tensor:
     """Apply drawn colours to (B, 3, H, W) float levels 0..255, in place; only samples that change are computed."""
+
     def on(values: np.ndarray, neutral: float, change: str) -> None:
         chosen = np.flatnonzero(values != neutral)
         if not len(chosen):

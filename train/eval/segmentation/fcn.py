@@ -23,9 +23,10 @@ class ConvNormRelu(nn.Sequential):
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__(
-            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs),
+            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+            nn.BatchNorm2d(outputs),
             nn.ReLU(inplace=True),
-        )  # fmt: skip
+        )
 
 
 class ChannelDropout(nn.Module):

@@ -83,9 +83,16 @@ class TrainingFeed:
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], labels: LabelMap, geometry: Geometry, global_batch: int, seed: int, rank: int,
-        world_size: int, threads: int,
-    ) -> None:  # fmt: skip
+        self,
+        pairs: Sequence[Pair],
+        labels: LabelMap,
+        geometry: Geometry,
+        global_batch: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        threads: int,
+    ) -> None:
         self.pairs, self.labels, self.geometry, self.seed = pairs, labels, geometry, seed
         self.global_batch, self.share, self.rank = global_batch, global_batch // world_size, rank
         self._pool = ThreadPoolExecutor(threads)

@@ -44,9 +44,13 @@ def sliding_logits(network: Network, image: Tensor, window: tuple[int, int], str
 
 
 def predict(
-    network: Network, image: np.ndarray, device: torch.device, scale: tuple[int, int],
-    window: tuple[int, int] | None, stride: tuple[int, int],
-) -> Tensor:  # fmt: skip
+    network: Network,
+    image: np.ndarray,
+    device: torch.device,
+    scale: tuple[int, int],
+    window: tuple[int, int] | None,
+    stride: tuple[int, int],
+) -> Tensor:
     """Class of each pixel.
 
     Args:

@@ -13,15 +13,50 @@ from .labels import Pair
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 VOC_NAMES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 # The evaluated classes by their id in *_labelIds.png; all other ids are ignored.
 CITYSCAPES_NAMES = {
-    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
-    20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
-    28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
-}  # fmt: skip
+    7: "road",
+    8: "sidewalk",
+    11: "building",
+    12: "wall",
+    13: "fence",
+    17: "pole",
+    19: "traffic light",
+    20: "traffic sign",
+    21: "vegetation",
+    22: "terrain",
+    23: "sky",
+    24: "person",
+    25: "rider",
+    26: "car",
+    27: "truck",
+    28: "bus",
+    31: "train",
+    32: "motorcycle",
+    33: "bicycle",
+}
 _CITYSCAPES_LAST_ID = 33
 
 
@@ -119,9 +154,8 @@ def _cityscapes(root: Path, part: str, split: str) -> DataSet:
 def _plain(root: Path, part: str) -> DataSet:
     images = [path for path in sorted((root / "images").rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
     pairs = [
-        Pair(image, (root / "labels" / image.relative_to(root / "images")).with_suffix(".png"))
-        for image in images
-    ]  # fmt: skip
+        Pair(image, (root / "labels" / image.relative_to(root / "images")).with_suffix(".png")) for image in images
+    ]
     names, ignored = _described(root)
     return DataSet("plain", _some(pairs, root, part), names, ignored, part)
 

@@ -122,8 +122,6 @@ def require_resnet(encoder: nn.Module, arch: str) -> ResNetTrunk:
     return encoder
 
 
-def build_segmenter(
-    trunk: ResNetTrunk, model: Model, classes: int, channels: int, seed: int, bn: str
-) -> Segmenter:  # fmt: skip
+def build_segmenter(trunk: ResNetTrunk, model: Model, classes: int, channels: int, seed: int, bn: str) -> Segmenter:
     """The network over a filled trunk, with all batch norms of the wanted kind ("sync" or "plain")."""
     return convert_batch_norm(Segmenter(trunk, model, classes, channels, seed), bn)

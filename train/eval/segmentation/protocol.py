@@ -66,8 +66,9 @@ class SegmentConfig(ProtocolConfig):
     weight_decay: float = option(5e-4, "L2 coupled to the gradient, on all parameters")
     crop: tuple[int, ...] = option((), "height,width of training crops; empty: 512,512 for fcn, 512,1024 for upernet")
     scale: tuple[int, ...] = option(
-        (), "long,short edge that images are made to fit into; 0,0 keeps their size; empty: 2048,512 for fcn, "
-        "2048,1024 for upernet"
+        (),
+        "long,short edge that images are made to fit into; 0,0 keeps their size; empty: 2048,512 for fcn, "
+        "2048,1024 for upernet",
     )
     ratio: tuple[float, ...] = option((0.5, 2.0), "limits of the random factor on the scale in training")
     channels: int = option(0, "width of the head, half of it in the auxiliary head; 0: 512")
@@ -127,9 +128,16 @@ def make_plan(config: SegmentConfig, world_size: int) -> Plan:
     """
     published = PUBLISHED[config.model]
     for name, least in (
-        ("steps", 0), ("global_batch", 1), ("channels", 0), ("classes", 0), ("eval_every", 0), ("checkpoint_every", 1),
-        ("log_every", 1), ("ignore_index", -1), ("weight_decay", 0),
-    ):  # fmt: skip
+        ("steps", 0),
+        ("global_batch", 1),
+        ("channels", 0),
+        ("classes", 0),
+        ("eval_every", 0),
+        ("checkpoint_every", 1),
+        ("log_every", 1),
+        ("ignore_index", -1),
+        ("weight_decay", 0),
+    ):
         if getattr(config, name) < least:
             raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
     if config.lr <= 0:
@@ -157,9 +165,12 @@ def make_plan(config: SegmentConfig, world_size: int) -> Plan:
     stride = _pair("stride", config.stride, (max(window[0] * 2 // 3, 1), max(window[1] * 2 // 3, 1)), 1)
     schedule = published.schedule if config.schedule == "protocol" else config.schedule
     return Plan(
-        config.steps or SCHEDULES[schedule], Geometry(crop, scale, (config.ratio[0], config.ratio[1])),
-        config.channels or published.channels, window if config.test == "slide" else None, stride,
-    )  # fmt: skip
+        config.steps or SCHEDULES[schedule],
+        Geometry(crop, scale, (config.ratio[0], config.ratio[1])),
+        config.channels or published.channels,
+        window if config.test == "slide" else None,
+        stride,
+    )
 
 
 def task_name(config: SegmentConfig, plan: Plan, layout: str) -> str:

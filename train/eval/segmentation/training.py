@@ -30,9 +30,7 @@ Say = Callable[[str], None]
 
 def make_optimizer(network: Segmenter, config: SegmentConfig) -> torch.optim.Optimizer:
     """SGD over all parameters, batch norm decayed like the rest."""
-    return torch.optim.SGD(
-        network.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay
-    )  # fmt: skip
+    return torch.optim.SGD(network.parameters(), lr=config.lr, momentum=MOMENTUM, weight_decay=config.weight_decay)
 
 
 @dataclass
@@ -125,7 +123,7 @@ def _mean_over_ranks(runtime: Runtime, loss: Tensor) -> float:
 
 def validate(
     network: Segmenter, pairs: Sequence[Pair], labels: LabelMap, plan: Plan, runtime: Runtime, threads: int
-) -> Scores:  # fmt: skip
+) -> Scores:
     """Scores over all pairs, which the ranks share; the confusion matrix is summed over them."""
 
     def logits_of(images: Tensor) -> Tensor:

@@ -24,8 +24,6 @@ from tests.fake_cuda import DEVICE, fake_gpu, on_gpu
 from tests.method_cases import SWIN_METHODS, small_backbones
 from train.checkpoint import TrainState, optimizer_tensors, restore_optimizer
 from train.config import Config, resolve
-from train.eval.features import normalise
-from train.eval.knn import knn_predict
 from train.eval.linear import LINEAR_RECIPES, LinearHeads, train_heads
 from train.eval.segmentation.augment import Crop
 from train.eval.segmentation.feed import TrainBatch
@@ -33,6 +31,8 @@ from train.eval.session import linear_images
 from train.inputs import InputBuilder, InputStream
 from train.loop import take_step
 from train.main import build_method, feature_grid
+from train.measure.features import normalise
+from train.measure.knn import knn_predict
 from train.optim import OptimConfig, build_optimizer
 from train.runtime import Runtime
 
@@ -233,7 +233,7 @@ def test_evaluation_computes_on_the_device(recipe: str) -> None:
         assert images.device == DEVICE
         bank, queries = (torch.empty(rows, 6, device=DEVICE) for rows in (20, 8))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("train.eval.knn._check", lambda *_: None)  # it looks at the labels' values
+            patch.setattr("train.measure.knn._check", lambda *_: None)  # it looks at the labels' values
             weighted, majority = knn_predict(bank, labels, queries, [1, 3], num_classes=count)[3]
         assert weighted.shape == majority.shape == (8,)
         heads = LinearHeads(6, count, 2, LINEAR_RECIPES[recipe].batch_norm, seed=0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from train import health
-from train.eval.knn import knn_classify, knn_predict
+from train.measure import health
+from train.measure.knn import knn_classify, knn_predict
 
 
 def clusters(n: int, classes: int = 5, width: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,11 +41,11 @@ from train.checkpoint import is_good
 from train.config import Config, resolve
 from train.errors import UserMistake, run_to_exit_code
 from train.eval import analysis
-from train.eval.features import center_view, extract_features, normalise
 from train.eval.linear import fit_logistic
 from train.eval.splits import balanced_subset, class_names
 from train.inputs import InputBuilder
 from train.main import build_method, feature_grid
+from train.measure.features import center_view, extract_features, normalise
 from train.runtime import Runtime
 
 PROBE_L2 = 1e-3

@@ -29,6 +29,7 @@ from train.cuda_graph import GraphedForwardBackward
 from train.errors import UserMistake, run_to_exit_code
 from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size, pairing_group_size
 from train.loop import Job, train
+from train.measure.online import health_figures, knn_figures
 from train.metrics import Metrics
 from train.optim import build_optimizer
 from train.runtime import Runtime, SignalWatch, start, wrap_distributed
@@ -276,9 +277,9 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
 def _evaluator(config: Config, runtime: Runtime, method: Method, data: run_data.RunData, metrics: Metrics) -> Any:
     def evaluate(step: int, epoch: int) -> None:
         if runtime.is_main:
-            metrics.row("health", step, epoch, **run_data.health_figures(method, data, config, runtime))
+            metrics.row("health", step, epoch, **health_figures(method, data, config, runtime))
         if data.queries is not None:
-            metrics.row("knn", step, epoch, **run_data.knn_figures(method, data, runtime))
+            metrics.row("knn", step, epoch, **knn_figures(method, data, runtime))
 
     return evaluate
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.alignment import AlignmentHead, alignment_maps
 from models.methods.base import Method, StepInputs
 
-from .features import evaluation_mode, normalised_rows
+from ..measure.features import evaluation_mode, normalised_rows
 
 
 def grad_cam(encoder: nn.Module, logits_of: Callable[[Tensor], Tensor], images: Tensor, classes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 
 from models.options import option
 
-from .features import center_view
+from ..measure.features import center_view
 from .linear import LinearConfig, choose_recipe, probe, report
 from .session import EvalConfig, Session, open_session, parse_config, result_path
 from .splits import balanced_subset, read_list, source_names, write_list

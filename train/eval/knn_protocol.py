@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from models.options import option
 
 from ..errors import UserMistake
+from ..measure.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, knn_predict
 from .accuracy import read_real_labels, real_accuracy
-from .knn import DEFAULT_KS, DEFAULT_TEMPERATURE, knn_predict
 from .session import EvalConfig, class_count, open_session, parse_config, percent, table
 from .splits import source_names
 

@@ -20,9 +20,9 @@ from models.options import option
 from pipeline.interface import Pipeline
 
 from ..errors import UserMistake
+from ..measure.features import Features, evaluation_mode, pool
 from ..optim import Lars
 from .accuracy import Accuracy, accuracy, read_real_labels
-from .features import Features, evaluation_mode, pool
 from .session import (
     EvalConfig,
     Session,

@@ -18,8 +18,8 @@ from models.options import option
 from pipeline.interface import Pipeline
 
 from ..errors import UserMistake
+from ..measure.features import center_view, extract_features, pool
 from .accuracy import Accuracy, accuracy
-from .features import center_view, extract_features, pool
 from .fewshot import labelled_subset
 from .linear import HeadRecord, batch_for, common_settings, head_records
 from .session import (

@@ -25,9 +25,9 @@ from ..checkpoint import write_atomically
 from ..config import Config, Recipe, RunConfig
 from ..errors import UserMistake
 from ..flags import OneLineParser, add_leaf, leaves, parse_flags, replace_leaves
+from ..measure.features import Features, center_view, extract_features
 from ..runtime import Runtime, start
 from ..versions import versions
-from .features import Features, center_view, extract_features
 from .splits import check_classes
 
 FEATURE_BATCH = 256

@@ -15,8 +15,8 @@ from models.collectives import average_buffers
 from models.norm import running_buffers
 
 from ...errors import NonFinite
+from ...measure.features import evaluation_mode
 from ...runtime import Runtime, SignalWatch
-from ..features import evaluation_mode
 from ..tuning_state import TuningCheckpoints, TuningState, seed_step
 from .feed import TrainBatch, TrainingFeed, validation_pairs
 from .inference import predict

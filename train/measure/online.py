@@ -1,0 +1,63 @@
+"""The figures of a run's `health` and `knn` rows: the backbone measured on the run's own pipelines."""
+
+from __future__ import annotations
+
+import torch
+
+from models.methods.base import Method
+from pipeline import augment
+
+from ..config import Config
+from ..data import RunData
+from ..errors import NonFinite
+from ..inputs import VIEWS
+from ..runtime import Runtime
+from .features import evaluation_mode, extract_features
+from .health import health
+from .knn import knn_classify
+
+KNN_NEIGHBOURS = 20
+
+
+@torch.no_grad()
+def health_figures(method: Method, data: RunData, config: Config, runtime: Runtime) -> dict[str, float]:
+    """Label-free figures of the backbone on held-out images, the same two views of each every time.
+
+    Raises:
+        NonFinite: when the features are not finite, which no figure could tell.
+    """
+    features: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS}
+    data.held_out.set_epoch(0)
+    with evaluation_mode(method.encoder):
+        for batch in data.held_out:
+            for number, name in enumerate(VIEWS):
+                params = augment.draw(config.recipe.augment.profile, config.run.seed, 0, batch.index.numpy(), number)
+                images = augment.apply(batch.views[name], params.to(runtime.device), torch.float32)
+                with runtime.autocast():
+                    features[name].append(method.features(images).float().cpu())
+    first, second = (torch.cat(features[name]) for name in VIEWS)
+    if not (first.isfinite().all() and second.isfinite().all()):
+        raise NonFinite(
+            "features of held-out images are not finite: the backbone has diverged; lower --optim.lr, or use "
+            "--precision bf16 or fp32, and go on from the last checkpoint or start over with --resume never"
+        )
+    return health(first, second)
+
+
+def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, float | int]:
+    """20-NN top-1 of the backbone, all training images as bank and `--val-data` as queries."""
+    assert data.bank is not None and data.queries is not None
+    autocast_dtype = None if runtime.dtype is torch.float32 else runtime.dtype
+    bank, queries = (
+        extract_features(method.encoder, pipeline, runtime.device, autocast_dtype)
+        for pipeline in (data.bank, data.queries)
+    )
+    k = min(KNN_NEIGHBOURS, len(bank.features))
+    weighted, majority = knn_classify(bank.features, bank.labels, queries.features, queries.labels, [k])[k]
+    return {
+        "top1": weighted,
+        "top1_majority": majority,
+        "k": k,
+        "train_images": len(bank.features),
+        "val_images": len(queries.features),
+    }

@@ -31,7 +31,6 @@ from .color import (
 )
 from .interface import ViewSpec
 from .kernels import fused_augment
-from .regions import Region
 from .rng import SLOT_APPLY, SLOT_JITTER, SLOT_ORDER, uniform
 
 IMPLEMENTATIONS = ("auto", "reference", "native", "kernel")
@@ -373,43 +372,8 @@ def apply(
         radius = params.blur_radius(images)
         return augment_native.augment(images, params.table, params.profile.gray_first, radius, dtype)
     if chosen == "kernel":
-        return _apply_kernel(images, params, dtype, reason, None)[0]
+        return _apply_kernel(images, params, dtype, reason)
     return _apply_reference(images, params, dtype)
-
-
-def apply_mixed(
-    images: Tensor,
-    params: AugmentParams,
-    region: Region,
-    inverse: Tensor,
-    dtype: torch.dtype = torch.float32,
-    implementation: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Augment one view of a batch and make its mixed view, for pairs within this rank's batch.
-
-    Args:
-        images: (B, 3, S, S) uint8, any memory layout.
-        params: of the same batch, on the device of `images`.
-        region: the box, in pixels of the augmented view.
-        inverse: (B,) int64 on the device: image j's region lies in composite inverse[j].
-        dtype: of the results.
-        implementation: as for `apply`; "kernel" writes both in one pass.
-
-    Returns:
-        The view as `apply` gives it, and `regions.make_mixed` of it; both (B, 3, S, S) `dtype`, channels-last.
-    """
-    chosen, reason = choose_implementation(images.device, dtype, implementation)
-    if chosen == "kernel":
-        box = (region.top_px, region.left_px, region.height_px, region.width_px)
-        view, mixed = _apply_kernel(images, params, dtype, reason, fused_augment.Mixing(box, inverse))
-        assert mixed is not None
-        return view, mixed
-    view = apply(images, params, dtype, implementation)
-    rows = slice(region.top_px, region.top_px + region.height_px)
-    columns = slice(region.left_px, region.left_px + region.width_px)
-    mixed = view.clone(memory_format=torch.channels_last)
-    mixed[:, :, rows, columns].index_copy_(0, inverse, view[:, :, rows, columns])
-    return view, mixed
 
 
 @cache
@@ -417,14 +381,10 @@ def _say_once(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _apply_kernel(
-    images: Tensor, params: AugmentParams, dtype: torch.dtype, reason: str, mixing: fused_augment.Mixing | None
-) -> tuple[Tensor, Tensor | None]:
-    if images.dtype != torch.uint8:
-        raise ValueError(f"views must be uint8, not {images.dtype}: augmentation normalises them itself")
+def _apply_kernel(images: Tensor, params: AugmentParams, dtype: torch.dtype, reason: str) -> Tensor:
     _say_once(f"augmentation on {images.device.type}: kernel ({reason})")
     radius = params.blur_radius(images)
-    return fused_augment.augment(images, params.table, params.profile.gray_first, radius, dtype, mixing)
+    return fused_augment.augment(images, params.table, params.profile.gray_first, radius, dtype)
 
 
 def _apply_reference(images: Tensor, params: AugmentParams, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """Region swapping of RegionCL: where the region lies, whose it is, and the mixed view.
 
-Every draw is a pure function of (seed, step, direction), so a resumed run repeats it and any rank can derive it.
+`RegionSampler` is the one place that draws regions and pairs. Every draw is a pure function of (seed, step, direction),
+so a resumed run repeats it and any rank can derive it.
 Source: RegionCL (Xu et al., ECCV 2022), section 3.2; official code Annbless/RegionCL.
 """
 
@@ -42,8 +43,25 @@ class Region:
         """`box_cells` once for each image: (batch, 4) int64 on `device`, without a host synchronisation."""
         box = torch.tensor(self.box_cells, dtype=torch.int64)
         if torch.device(device).type == "cuda":
+            # Only a copy from page-locked memory leaves the host free.
             box = box.pin_memory().to(device, non_blocking=True)
         return box.repeat(batch, 1)
+
+
+@dataclass(frozen=True)
+class RegionDraw:
+    """What the mixed view of one rank's batch is made of.
+
+    Attributes:
+        region: the box that is swapped.
+        partner: (B,) int64: composite i holds the region of image `partner[i]`, an index into this rank's batch, or
+            into the global batch where `across_ranks`.
+        across_ranks: the pairs span all ranks.
+    """
+
+    region: Region
+    partner: np.ndarray
+    across_ranks: bool
 
 
 def region_bounds(grid: int) -> tuple[int, int]:
@@ -59,49 +77,130 @@ def region_bounds(grid: int) -> tuple[int, int]:
     return max(1, round(3 * grid / 7)), min(grid - 1, round(5 * grid / 7))
 
 
-def draw_region(
-    sampling: str,
-    grid: int,
-    stride: int,
-    seed: int,
-    step: int,
-    direction: int = 0,
-    lower: int | None = None,
-    upper: int | None = None,
-    rank: int | None = None,
-) -> Region:
-    """The region of one step.
+@dataclass(frozen=True)
+class RegionSampler:
+    """Draws the region and the pairs of a step, with all settings bound.
 
-    Args:
-        sampling: "paper" (uniform and aligned to the grid) or "official" (the released code's, see `_official_axis`).
+    Attributes:
         grid: cells a side of the feature map, 7 at 224 px.
         stride: pixels a side of a cell, 32 for a ResNet or Swin.
         seed: run seed.
-        step: optimizer step.
-        direction: which of the views is mixed, 0 or 1.
-        lower: smallest side in cells; None is `region_bounds`.
-        upper: largest side in cells, itself included; None is `region_bounds`.
-        rank: give each rank a region of its own; None is one region for all ranks, as in the released run.
+        sampling: "paper" (uniform and aligned to the grid) or "official" (the released code's, see `_official_axis`).
+        lower: smallest side of a region in cells; 0 is that of `region_bounds`.
+        upper: largest side in cells, itself included; 0 is that of `region_bounds`.
+        per_rank: give each rank a region of its own; otherwise all ranks share one, as in the released run.
+        pairing: "flip" reverses each group; "roll" takes the next image; "randperm" walks each group along one random
+            cycle, a random permutation in which no image is its own partner.
+        scope: "group" pairs within `group_size` consecutive images, "global" within the whole global batch.
+        group_size: images in a group; 0 is a rank's whole batch. Ignored for scope "global".
 
     Raises:
-        ValueError: for an unknown sampling or bounds that do not fit the grid.
+        ValueError: for an unknown name or bounds that do not fit the grid.
     """
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"unknown region sampling {sampling!r}; choose one of {', '.join(SAMPLINGS)}")
-    default_lower, default_upper = region_bounds(grid)
-    lower = default_lower if lower is None else lower
-    upper = default_upper if upper is None else upper
-    if not 1 <= lower <= upper < grid:
-        raise ValueError(
-            f"region sides of {lower} to {upper} cells do not fit; choose 1 <= lower <= upper <= {grid - 1}"
+
+    grid: int
+    stride: int
+    seed: int = 0
+    sampling: str = "paper"
+    lower: int = 0
+    upper: int = 0
+    per_rank: bool = False
+    pairing: str = "flip"
+    scope: str = "group"
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("region sampling", self.sampling, SAMPLINGS),
+            ("region pairing", self.pairing, PAIRINGS),
+            ("pairing scope", self.scope, SCOPES),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(known)}")
+        lower, upper = self.bounds
+        if not 1 <= lower <= upper < self.grid:
+            raise ValueError(
+                f"region sides of {lower} to {upper} cells do not fit; choose 1 <= lower <= upper <= {self.grid - 1}"
+            )
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest side of a region in cells."""
+        lower, upper = region_bounds(self.grid)
+        return self.lower or lower, self.upper or upper
+
+    def draw(
+        self, step: int, direction: int, batch: int, rank: int = 0, world_size: int = 1, forward_pass: int | None = None
+    ) -> RegionDraw:
+        """The region and the partners of one rank's batch.
+
+        Args:
+            step: optimizer step, which keys the region: all micro-batches of a step share it.
+            direction: which of the views is mixed, 0 or 1.
+            batch: images of this rank in one forward pass.
+            rank: of the rank.
+            world_size: number of ranks.
+            forward_pass: keys random pairs, so that the micro-batches of a step differ; None is `step`.
+
+        Raises:
+            ValueError: as for `partners`, or a group that reaches over the rank's border.
+        """
+        key = step if forward_pass is None else forward_pass
+        partner = self.partners(key, direction, batch * world_size, self.group_size or batch)
+        return RegionDraw(
+            self.region(step, direction, rank),
+            rank_partner(partner, rank, batch, self.scope),
+            self.scope == "global" and world_size > 1,
         )
-    words = philox(seed, step, direction, 0 if rank is None else rank, SLOT_REGION)
-    # The released code draws width, height, x origin and y origin in this order.
-    width, height = (int(side) for side in integers(words[:2], lower, upper + 1))
-    axis = _paper_axis if sampling == "paper" else _official_axis
-    left_px, left = axis(words[2], width, grid, stride)
-    top_px, top = axis(words[3], height, grid, stride)
-    return Region(top_px, left_px, height * stride, width * stride, (top, left, height, width))
+
+    def region(self, step: int, direction: int = 0, rank: int = 0) -> Region:
+        """The region of one step; `rank` counts only where each rank has a region of its own."""
+        lower, upper = self.bounds
+        words = philox(self.seed, step, direction, rank if self.per_rank else 0, SLOT_REGION)
+        # The released code draws width, height, x origin and y origin in this order.
+        width, height = (int(side) for side in integers(words[:2], lower, upper + 1))
+        axis = _paper_axis if self.sampling == "paper" else _official_axis
+        left_px, left = axis(words[2], width, self.grid, self.stride)
+        top_px, top = axis(words[3], height, self.grid, self.stride)
+        return Region(top_px, left_px, height * self.stride, width * self.stride, (top, left, height, width))
+
+    def partners(self, step: int, direction: int, global_batch: int, group_size: int) -> np.ndarray:
+        """Whose region each image of the global batch receives.
+
+        Args:
+            step: keys random pairs.
+            direction: which of the views is mixed, 0 or 1.
+            global_batch: G.
+            group_size: images in a group; ignored for scope "global".
+
+        Returns:
+            (G,) int64, a permutation without fixed points: composite i holds the region of image partner[i].
+
+        Raises:
+            ValueError: for groups that do not divide the batch, or a group in which an image would be paired with
+                itself: its intra-image negative would then be its own positive.
+        """
+        size = global_batch if self.scope == "global" else group_size
+        _check_group(self.pairing, global_batch, size)
+        first = np.arange(0, global_batch, size, dtype=np.int64)[:, None]
+        place = np.arange(size, dtype=np.int64)[None, :]
+        if self.pairing == "flip":
+            partner = first + (size - 1 - place)
+        elif self.pairing == "roll":
+            partner = first + (place + 1) % size
+        else:
+            # Sorting random keys gives a random order of each group; each image is paired with the next in that order,
+            # which makes one cycle and therefore pairs no image with itself.
+            words = philox(self.seed, np.arange(global_batch), step, direction, SLOT_PAIRING).astype(np.uint64)
+            keys = ((words[:, 0] << np.uint64(32)) | words[:, 1]).reshape(-1, size)
+            cycle = np.argsort(keys, axis=1, kind="stable")
+            partner = np.empty((global_batch // size, size), dtype=np.int64)
+            np.put_along_axis(partner, cycle, first + np.roll(cycle, -1, axis=1), axis=1)
+        return partner.reshape(-1)
+
+    def __str__(self) -> str:
+        lower, upper = self.bounds
+        return f"{lower} to {upper} cells a side on a {self.grid} x {self.grid} grid, {self.sampling} sampling"
 
 
 def _paper_axis(word: np.ndarray, cells: int, grid: int, stride: int) -> tuple[int, int]:
@@ -122,34 +221,7 @@ def _official_axis(word: np.ndarray, cells: int, grid: int, stride: int) -> tupl
     return start, start // stride
 
 
-def draw_pairing(
-    pairing: str, scope: str, seed: int, step: int, direction: int, global_batch: int, group_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whose region each image of the global batch receives.
-
-    Args:
-        pairing: "flip" reverses each group; "roll" takes the next image; "randperm" walks each group along one random
-            cycle, a random permutation in which no image is its own partner.
-        scope: "group" pairs within `group_size` consecutive images, "global" within the whole global batch.
-        seed: run seed.
-        step: optimizer step.
-        direction: which of the views is mixed, 0 or 1.
-        global_batch: G.
-        group_size: images in a group; ignored for scope "global".
-
-    Returns:
-        partner: (G,) int64, composite i holds the region of image partner[i].
-        inverse: (G,) int64, image j's region lies in composite inverse[j].
-
-    Raises:
-        ValueError: for unknown names, groups that do not divide the batch, or a group in which an image would be
-            paired with itself: its intra-image negative would then be its own positive.
-    """
-    if pairing not in PAIRINGS:
-        raise ValueError(f"unknown region pairing {pairing!r}; choose one of {', '.join(PAIRINGS)}")
-    if scope not in SCOPES:
-        raise ValueError(f"unknown pairing scope {scope!r}; choose one of {', '.join(SCOPES)}")
-    size = global_batch if scope == "global" else group_size
+def _check_group(pairing: str, global_batch: int, size: int) -> None:
     if size < 1 or global_batch % size:
         raise ValueError(f"global batch {global_batch} is not made of groups of {size}; choose a size that divides it")
     if size < 2:
@@ -158,20 +230,6 @@ def draw_pairing(
         raise ValueError(
             f'pairing "flip" pairs the middle of {size} images with itself; use an even group or pairing "roll"'
         )
-    first = np.arange(0, global_batch, size, dtype=np.int64)[:, None]
-    place = np.arange(size, dtype=np.int64)[None, :]
-    if pairing == "flip":
-        partner = first + (size - 1 - place)
-    elif pairing == "roll":
-        partner = first + (place + 1) % size
-    else:
-        words = philox(seed, np.arange(global_batch), step, direction, SLOT_PAIRING).astype(np.uint64)
-        keys = ((words[:, 0] << np.uint64(32)) | words[:, 1]).reshape(-1, size)
-        cycle = np.argsort(keys, axis=1, kind="stable")
-        partner = np.empty((global_batch // size, size), dtype=np.int64)
-        np.put_along_axis(partner, cycle, first + np.roll(cycle, -1, axis=1), axis=1)
-    flat = partner.reshape(-1)
-    return flat, np.argsort(flat, kind="stable")
 
 
 def rank_partner(partner: np.ndarray, rank: int, batch_per_device: int, scope: str) -> np.ndarray:

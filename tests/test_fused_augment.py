@@ -14,8 +14,6 @@ import torch
 from pipeline import augment, augment_native, native_build
 from pipeline.augment import COLUMN, COLUMNS, JITTER_ORDERS, PROFILES, AugmentParams, apply, draw, params_from_table
 from pipeline.kernels import fused_augment
-from pipeline.kernels.fused_augment import Mixing
-from pipeline.regions import Region, draw_pairing, make_mixed
 
 from .test_augment import SSL_PROFILES, levels_of, sample_images
 
@@ -186,7 +184,7 @@ def kernel(
     launch: fused_augment.Launch, images: torch.Tensor, params: AugmentParams, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     radius = params.blur_radius(images)
-    return fused_augment.augment(images, params.table, params.profile.gray_first, radius, dtype, launch=launch)[0]
+    return fused_augment.augment(images, params.table, params.profile.gray_first, radius, dtype, launch=launch)
 
 
 @pytest.mark.parametrize("name", [*SSL_PROFILES, "linear", "none"])
@@ -229,35 +227,6 @@ def test_error_is_at_most_twice_that_of_the_definition_in_the_same_dtype(dtype, 
         eager = apply(images, params, dtype, implementation="reference")
         assert fused.dtype == dtype
         assert (fused.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
-
-
-@pytest.mark.parametrize("side", [64, 70])  # rows that take vectors of four values, and rows that do not
-@pytest.mark.parametrize("box", [(0, 0, 32, 32), (32, 0, 32, 64), (31, 17, 20, 33), (5, 2, 1, 1), (0, 0, 0, 0)])
-def test_kernel_writes_the_mixed_view_in_the_same_pass(side, box, host_kernels):
-    images = sample_images(9, side)
-    params = draw("byol-care", 2, 0, np.arange(9), 1)
-    partner, inverse = draw_pairing("randperm", "global", 0, 1, 0, 9, 9)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        mixing = Mixing(box, torch.from_numpy(inverse))
-        radius = params.blur_radius(images)
-        view, mixed = fused_augment.augment(images, params.table, False, radius, dtype, mixing, launch=host_kernels)
-        assert mixed is not None and mixed.is_contiguous(memory_format=torch.channels_last)
-        expected = make_mixed(view, torch.from_numpy(partner), Region(*box, (0, 0, 0, 0)))
-        assert torch.equal(mixed, expected)
-        assert torch.equal(view, kernel(host_kernels, images, params, dtype))
-
-
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
-def test_view_and_mixed_view_together_are_those_made_one_after_the_other(implementation):
-    images = sample_images(9, 64)
-    params = draw("mocov2", 2, 0, np.arange(9), 1)
-    partner, inverse = draw_pairing("randperm", "global", 0, 1, 0, 9, 9)
-    region = Region(32, 0, 32, 32, (1, 0, 1, 1))
-    for dtype in (torch.float32, torch.bfloat16):
-        view, mixed = augment.apply_mixed(images, params, region, torch.from_numpy(inverse), dtype, implementation)
-        assert torch.equal(view, apply(images, params, dtype, implementation))
-        assert torch.equal(mixed, make_mixed(view, torch.from_numpy(partner), region))
-        assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_kernel_refuses_what_it_cannot_do(host_kernels):
@@ -318,16 +287,10 @@ def test_launcher_shows_the_compilers_complaint(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_on_a_gpu_agree_with_the_definition():
     images = sample_images(20, 224)
-    partner, inverse = draw_pairing("flip", "global", 0, 1, 0, 20, 20)
     for name in SSL_PROFILES:
         params = draw(name, 5, 0, np.arange(20), 1)
         moved = params.to("cuda", non_blocking=True)
-        mixing = Mixing((32, 64, 96, 128), torch.from_numpy(inverse).cuda())
         radius = params.blur_radius(images)
-        view, mixed = fused_augment.augment(
-            images.cuda(), moved.table, params.profile.gray_first, radius, torch.float32, mixing
-        )
+        view = fused_augment.augment(images.cuda(), moved.table, params.profile.gray_first, radius, torch.float32)
         assert (levels_of(view.cpu()) - reference(images, params)).abs().max() < TOLERANCE
         assert (levels_of(apply(images.cuda(), moved).cpu()) - reference(images, params)).abs().max() < TOLERANCE
-        expected = make_mixed(view, torch.from_numpy(partner).cuda(), Region(32, 64, 96, 128, (1, 2, 3, 4)))
-        assert torch.equal(mixed, expected)

@@ -8,13 +8,24 @@ import pytest
 import torch
 
 from pipeline import regions
-from pipeline.regions import Region, draw_pairing, draw_region, make_mixed, rank_partner, region_bounds
+from pipeline.regions import Region, RegionSampler, make_mixed, rank_partner, region_bounds
 from train.config import resolve
 from train.errors import UserMistake
 from train.inputs import InputBuilder, batch_per_device, pairing_group_size
 from train.recipes import RECIPES
 
 STEPS = 6000
+
+
+def draw_region(sampling: str, step: int, grid: int = 7, direction: int = 0, rank: int = 0, **settings) -> Region:
+    return RegionSampler(grid, 32, sampling=sampling, **settings).region(step, direction, rank)
+
+
+def draw_pairs(
+    pairing: str, scope: str, seed: int, step: int, direction: int, global_batch: int, group_size: int
+) -> np.ndarray:
+    drawn = RegionSampler(7, 32, seed, pairing=pairing, scope=scope)
+    return drawn.partners(step, direction, global_batch, group_size)
 
 
 def enumerate_official(cells: int) -> dict[tuple[int, int], int]:
@@ -35,7 +46,7 @@ def test_official_draws_follow_that_table():
     counts: dict[int, Counter] = {3: Counter(), 4: Counter(), 5: Counter()}
     unaligned = 0
     for step in range(STEPS):
-        region = draw_region("official", 7, 32, 0, step)
+        region = draw_region("official", step)
         top, left, height, width = region.box_cells
         counts[height][region.top_px] += 1
         counts[width][region.left_px] += 1
@@ -55,7 +66,7 @@ def test_paper_draws_are_aligned_and_uniform_over_the_valid_boxes():
     rows = Counter()
     columns = Counter()
     for step in range(STEPS):
-        region = draw_region("paper", 7, 32, 1, step)
+        region = draw_region("paper", step, seed=1)
         top, left, height, width = region.box_cells
         assert (region.top_px, region.left_px) == (32 * top, 32 * left)
         assert (region.height_px, region.width_px) == (32 * height, 32 * width)
@@ -69,11 +80,11 @@ def test_paper_draws_are_aligned_and_uniform_over_the_valid_boxes():
 
 
 def test_width_is_drawn_before_height_and_both_are_independent():
-    pairs = Counter(draw_region("paper", 7, 32, 2, step).box_cells[2:] for step in range(STEPS))
+    pairs = Counter(draw_region("paper", step, seed=2).box_cells[2:] for step in range(STEPS))
     assert len(pairs) == 9
     assert max(abs(count / STEPS - 1 / 9) for count in pairs.values()) < 0.021
     words = regions.philox(2, 5, 0, 0, regions.SLOT_REGION)
-    height, width = draw_region("paper", 7, 32, 2, 5).box_cells[2:]
+    height, width = draw_region("paper", 5, seed=2).box_cells[2:]
     assert (width, height) == tuple(3 + (int(word) * 3 >> 32) for word in words[:2])
 
 
@@ -93,34 +104,36 @@ def test_bounds_on_other_grids():
     for grid in (2, 3, 5, 10):
         for sampling in regions.SAMPLINGS:
             for step in range(50):
-                region = draw_region(sampling, grid, 32, 0, step)
+                region = draw_region(sampling, step, grid)
                 top, left, height, width = region.box_cells
                 assert min(top, left, region.top_px, region.left_px) >= 0
                 assert top + height <= grid and left + width <= grid and height < grid and width < grid
-    assert draw_region("paper", 7, 32, 0, 0, lower=2, upper=2).box_cells[2:] == (2, 2)
+    assert draw_region("paper", 0, lower=2, upper=2).box_cells[2:] == (2, 2)
     with pytest.raises(ValueError, match="lower <= upper <= 6"):
-        draw_region("paper", 7, 32, 0, 0, lower=3, upper=7)
+        draw_region("paper", 0, lower=3, upper=7)
     with pytest.raises(ValueError, match="choose one of paper, official"):
-        draw_region("uniform", 7, 32, 0, 0)
+        draw_region("uniform", 0)
 
 
 def test_region_is_a_function_of_seed_step_direction_and_optionally_rank():
     def series(**changed: int) -> list[Region]:
-        return [draw_region("paper", 7, 32, **{"seed": 0, "step": s, "direction": 0, **changed}) for s in range(40)]
+        return [draw_region("paper", s, **changed) for s in range(40)]
 
     assert series() == series()
     assert series() != series(seed=1)
     assert series() != series(direction=1)
-    assert series(rank=0) != series(rank=1)
+    assert series(rank=0) == series(rank=1)  # the ranks share one region
+    assert series(rank=0, per_rank=True) != series(rank=1, per_rank=True)
     assert len(set(series())) > 20
 
 
 @pytest.mark.parametrize("pairing", regions.PAIRINGS)
 @pytest.mark.parametrize("scope", regions.SCOPES)
 def test_pairing_is_a_permutation_without_fixed_points_and_its_inverse(pairing, scope):
-    partner, inverse = draw_pairing(pairing, scope, 3, 7, 0, 24, 6)
+    partner = draw_pairs(pairing, scope, 3, 7, 0, 24, 6)
+    inverse = np.argsort(partner)
     everyone = np.arange(24)
-    assert partner.dtype == inverse.dtype == np.int64
+    assert partner.dtype == np.int64
     assert np.array_equal(np.sort(partner), everyone)
     assert np.array_equal(partner[inverse], everyone) and np.array_equal(inverse[partner], everyone)
     assert (partner != everyone).all()
@@ -131,21 +144,21 @@ def test_pairing_is_a_permutation_without_fixed_points_and_its_inverse(pairing, 
 
 
 def test_pairings_by_hand():
-    assert draw_pairing("flip", "group", 0, 0, 0, 8, 4)[0].tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
-    assert draw_pairing("flip", "global", 0, 0, 0, 4, 2)[0].tolist() == [3, 2, 1, 0]
-    partner, inverse = draw_pairing("roll", "group", 0, 0, 0, 6, 3)
+    assert draw_pairs("flip", "group", 0, 0, 0, 8, 4).tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
+    assert draw_pairs("flip", "global", 0, 0, 0, 4, 2).tolist() == [3, 2, 1, 0]
+    partner = draw_pairs("roll", "group", 0, 0, 0, 6, 3)
     assert partner.tolist() == [1, 2, 0, 4, 5, 3]  # two 3-cycles: not its own inverse
-    assert inverse.tolist() == [2, 0, 1, 5, 3, 4]
-    draws = [draw_pairing("randperm", "group", 0, step, 0, 12, 6)[0].tolist() for step in range(8)]
+    assert np.argsort(partner).tolist() == [2, 0, 1, 5, 3, 4]
+    draws = [draw_pairs("randperm", "group", 0, step, 0, 12, 6).tolist() for step in range(8)]
     assert len({tuple(d) for d in draws}) == 8
-    assert draws[3] == draw_pairing("randperm", "group", 0, 3, 0, 12, 6)[0].tolist()
-    assert draws[3] != draw_pairing("randperm", "group", 0, 3, 1, 12, 6)[0].tolist()
+    assert draws[3] == draw_pairs("randperm", "group", 0, 3, 0, 12, 6).tolist()
+    assert draws[3] != draw_pairs("randperm", "group", 0, 3, 1, 12, 6).tolist()
 
 
 def test_random_pairing_is_uniform_over_partners():
     counts = np.zeros((5, 5))
     for step in range(2000):
-        counts[np.arange(5), draw_pairing("randperm", "global", 0, step, 0, 5, 1)[0]] += 1
+        counts[np.arange(5), draw_pairs("randperm", "global", 0, step, 0, 5, 1)] += 1
     off_diagonal = counts[~np.eye(5, dtype=bool)]
     assert np.abs(off_diagonal / 2000 - 0.25).max() < 0.05
 
@@ -162,7 +175,7 @@ def test_random_pairing_is_uniform_over_partners():
 )
 def test_pairings_that_make_no_sense_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        draw_pairing(*arguments)
+        draw_pairs(*arguments)
 
 
 def numbered(batch: int, side: int) -> torch.Tensor:
@@ -172,7 +185,8 @@ def numbered(batch: int, side: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_mixed_view_on_a_three_cycle(layout):
-    partner, inverse = draw_pairing("roll", "group", 0, 0, 0, 3, 3)
+    partner = draw_pairs("roll", "group", 0, 0, 0, 3, 3)
+    inverse = np.argsort(partner)
     region = Region(32, 64, 96, 64, (1, 2, 3, 2))
     view = numbered(3, 224).to(memory_format=layout)
     before = view.clone()
@@ -191,8 +205,9 @@ def test_mixed_view_on_a_three_cycle(layout):
 @pytest.mark.parametrize("scope", regions.SCOPES)
 def test_ranks_together_make_the_mixed_view_of_one_process(scope):
     batch, world = 12, 2
-    partner, _ = draw_pairing("randperm", scope, 1, 4, 0, batch, 3)
-    region = draw_region("official", 7, 32, 1, 4)
+    ranks = RegionSampler(7, 32, 1, "official", pairing="randperm", scope=scope, group_size=3)
+    partner = draw_pairs("randperm", scope, 1, 4, 0, batch, 3)
+    region = draw_region("official", 4, seed=1)
     view = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     whole = make_mixed(view, torch.from_numpy(partner), region)
     patches = view[
@@ -205,22 +220,33 @@ def test_ranks_together_make_the_mixed_view_of_one_process(scope):
         return patches
 
     for rank in range(world):
-        mine = torch.from_numpy(rank_partner(partner, rank, batch // world, scope))
+        drawn = ranks.draw(4, 0, batch // world, rank, world)
+        assert drawn.region == region and drawn.across_ranks == (scope == "global")
         rows = slice(rank * batch // world, (rank + 1) * batch // world)
-        part = make_mixed(view[rows], mine, region, gather if scope == "global" else None)
+        mine = torch.from_numpy(drawn.partner)
+        part = make_mixed(view[rows], mine, drawn.region, gather if drawn.across_ranks else None)
         assert torch.equal(part, whole[rows])
 
 
 def test_group_that_spans_ranks_is_refused():
-    partner, _ = draw_pairing("roll", "group", 0, 0, 0, 12, 6)
+    partner = draw_pairs("roll", "group", 0, 0, 0, 12, 6)
     with pytest.raises(ValueError, match="spans two ranks of 4"):
         rank_partner(partner, 1, 4, "group")
 
 
+def test_sampler_keys_regions_by_the_step_and_pairs_by_the_forward_pass():
+    drawn = RegionSampler(7, 32, 5, pairing="randperm")
+    first, second = drawn.draw(3, 0, 8, forward_pass=6), drawn.draw(3, 0, 8, forward_pass=7)
+    assert first.region == second.region == drawn.region(3)
+    assert first.partner.tolist() == drawn.partners(6, 0, 8, 8).tolist()
+    assert second.partner.tolist() == drawn.partners(7, 0, 8, 8).tolist() != first.partner.tolist()
+    assert drawn.draw(3, 0, 8).partner.tolist() == drawn.partners(3, 0, 8, 8).tolist()
+
+
 def test_boxes_are_repeated_for_each_image():
-    boxes = draw_region("paper", 7, 32, 0, 0).boxes(3)
+    boxes = draw_region("paper", 0).boxes(3)
     assert boxes.shape == (3, 4) and boxes.dtype == torch.int64
-    assert (boxes == torch.tensor(draw_region("paper", 7, 32, 0, 0).box_cells)).all()
+    assert (boxes == torch.tensor(draw_region("paper", 0).box_cells)).all()
 
 
 @pytest.mark.parametrize("method", ["regioncl-m", "regioncl-s", "regioncl-m3", "regioncl-moby"])

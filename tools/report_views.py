@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from pipeline.interface import Batch, PipelineConfig
 from pipeline.loaders import build_pipeline
 from train.config import Config, resolve
 from train.errors import UserMistake
-from train.inputs import VIEWS, train_views
+from train.inputs import VIEWS, region_sampler, train_views
 
 _IMAGES = 8
 _MIXED_STEPS = 3
@@ -110,21 +111,15 @@ def _augmented(config: Config, batch: Batch, number: int) -> torch.Tensor:
 
 
 def _mixed_picture(config: Config, view: torch.Tensor, cell: int) -> Picture:
-    settings, size = config.model.region, config.recipe.image_size
+    size = config.recipe.image_size
     grid = max(size // 32, 1)
+    sampler = region_sampler(config, grid)
     even = view[: len(view) // 2 * 2]
-    partner, _ = regions.draw_pairing(settings.pairing, "group", config.run.seed, 0, 0, len(even), len(even))
+    # The few images of the picture are a group of their own, because the run's groups are larger.
+    partner = dataclasses.replace(sampler, scope="group").partners(0, 0, len(even), len(even))
     rows = []
     for step in range(_MIXED_STEPS):
-        region = regions.draw_region(
-            settings.sampling,
-            grid,
-            size // grid,
-            config.run.seed,
-            step,
-            lower=settings.lower or None,
-            upper=settings.upper or None,
-        )
+        region = sampler.region(step)
         mixed = regions.make_mixed(even.permute(0, 3, 1, 2), torch.from_numpy(partner), region).permute(0, 2, 3, 1)
         rows.append([_boxed(image, region, cell / size) for image in _resized(mixed, cell)])
     return _picture(

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from models.collectives import all_gather_rows
 from models.methods.base import Method, StepInputs
-from pipeline import augment, regions
+from pipeline import augment
 from pipeline.interface import Batch, Pipeline, ViewSpec
+from pipeline.regions import RegionSampler, make_mixed
 from pipeline.rng import SLOT_SHUFFLE, permutation
 
 from .config import Config
@@ -80,6 +82,29 @@ def pairing_group_size(config: Config) -> int:
     return config.recipe.bn.group_size if region is not None and region.pairing_scope == "group" else 0
 
 
+def region_sampler(config: Config, grid: int) -> RegionSampler:
+    """What draws the run's regions and pairs, on a feature map of `grid` cells a side.
+
+    Only for a method that exchanges regions: the others have no such settings.
+
+    Raises:
+        ValueError: for region sides that do not fit the grid.
+    """
+    region = config.model.region
+    return RegionSampler(
+        grid=grid,
+        stride=config.recipe.image_size // grid,
+        seed=config.run.seed,
+        sampling=region.sampling,
+        lower=region.lower,
+        upper=region.upper,
+        per_rank=region.per_rank,
+        pairing=region.pairing,
+        scope=region.pairing_scope,
+        group_size=pairing_group_size(config),
+    )
+
+
 @dataclass
 class InputBuilder:
     """Builds the inputs of each step, one `StepInputs` for each micro-batch.
@@ -96,10 +121,10 @@ class InputBuilder:
     runtime: Runtime
     grid: int
 
-    @property
-    def stride(self) -> int:
-        """Pixels a side of a feature cell."""
-        return self.config.recipe.image_size // self.grid
+    @cached_property
+    def sampler(self) -> RegionSampler:
+        """What draws regions and pairs; made on first use, because only some methods have its settings."""
+        return region_sampler(self.config, self.grid)
 
     def build(self, batch: Batch, epoch: int, step: int) -> list[StepInputs]:
         """Inputs of optimizer step `step` from this rank's part of its global batch."""
@@ -141,39 +166,23 @@ class InputBuilder:
             world_size=self.runtime.world_size,
             micro_batches=count,
         )
-        size = views["view1"].shape[0] * self.runtime.world_size
+        global_batch = views["view1"].shape[0] * self.runtime.world_size
         inputs.key_permutation = tuple(
-            self._on_host(permutation(inputs.seed, size, inputs.step, direction, SLOT_SHUFFLE))
+            self._on_host(permutation(inputs.seed, global_batch, inputs.step, direction, SLOT_SHUFFLE))
             for direction in range(self.method.key_directions)
         )
         for direction, name in enumerate(VIEWS):
             if name in self.method.mixed_views:
-                self._mix(inputs, name, views[name], direction, step, size)
+                self._mix(inputs, name, views[name], direction, step)
         return inputs
 
-    def _mix(self, inputs: StepInputs, name: str, view: Tensor, direction: int, step: int, global_batch: int) -> None:
-        settings = self.config.model.region
-        region = regions.draw_region(
-            settings.sampling,
-            self.grid,
-            self.stride,
-            inputs.seed,
-            step,
-            direction,
-            lower=settings.lower or None,
-            upper=settings.upper or None,
-            rank=inputs.rank if settings.per_rank else None,
-        )
-        batch = view.shape[0]
-        group = pairing_group_size(self.config) or batch
-        partner, _ = regions.draw_pairing(
-            settings.pairing, settings.pairing_scope, inputs.seed, inputs.step, direction, global_batch, group
-        )
-        index = self._to_device(regions.rank_partner(partner, inputs.rank, batch, settings.pairing_scope))
-        across = settings.pairing_scope == "global" and inputs.world_size > 1
+    def _mix(self, inputs: StepInputs, name: str, view: Tensor, direction: int, step: int) -> None:
+        """Add the mixed view of `view`, its boxes and its partners to the inputs."""
+        drawn = self.sampler.draw(step, direction, view.shape[0], inputs.rank, inputs.world_size, inputs.step)
+        index = self._to_device(drawn.partner)
         inputs.partner[name] = index
-        inputs.mixed[name] = regions.make_mixed(view, index, region, all_gather_rows if across else None)
-        inputs.box_cells[name] = region.boxes(batch, view.device)
+        inputs.mixed[name] = make_mixed(view, index, drawn.region, all_gather_rows if drawn.across_ranks else None)
+        inputs.box_cells[name] = drawn.region.boxes(view.shape[0], view.device)
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)

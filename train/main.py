@@ -21,13 +21,12 @@ import torch
 from models.methods import METHODS
 from models.methods.base import Method
 from pipeline.augment import choose_implementation
-from pipeline.regions import draw_pairing, draw_region, region_bounds
 from train import data as run_data
 from train.checkpoint import TrainState, newest_good, read_document, restore_checkpoint, write_atomically
 from train.config import Config, changed_fields, resolve
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import UserMistake, run_to_exit_code
-from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size, pairing_group_size
+from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size, region_sampler
 from train.loop import Job, train
 from train.measure.online import health_figures, knn_figures
 from train.metrics import Metrics
@@ -83,12 +82,9 @@ def check_regions(config: Config, runtime: Runtime, method: Method) -> None:
             f"--image-size {size} is not a whole number of feature cells of {stride} px; choose {grid * stride} or "
             f"{(grid + 1) * stride}"
         )
-    settings = config.model.region
     micro = config.run.micro_batch or batch_per_device(config, runtime.world_size)
     try:
-        draw_region(settings.sampling, grid, 1, 0, 0, lower=settings.lower or None, upper=settings.upper or None)
-        group = pairing_group_size(config) or micro
-        draw_pairing(settings.pairing, settings.pairing_scope, 0, 0, 0, micro * runtime.world_size, group)
+        region_sampler(config, grid).draw(0, 0, micro, world_size=runtime.world_size)
     except ValueError as reason:
         raise UserMistake(str(reason)) from None
 
@@ -131,13 +127,7 @@ def describe(config: Config, runtime: Runtime, method: Method) -> str:
             "the queue takes all keys after the step"
         )
     if method.mixed_views:
-        grid = feature_grid(method, recipe.image_size)
-        low, high = region_bounds(grid)
-        settings = config.model.region
-        lines.append(
-            f"regions: {settings.lower or low} to {settings.upper or high} cells a side on a {grid} x {grid} grid, "
-            f"{settings.sampling} sampling"
-        )
+        lines.append(f"regions: {region_sampler(config, feature_grid(method, recipe.image_size))}")
     return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
-// The augmentation of a batch of views on a GPU: uint8 in, normalised and interleaved out, and for RegionCL the mixed
-// view written beside it. The definition is pipeline/augment.py.
+// The augmentation of a batch of views on a GPU: uint8 in, normalised and interleaved out. The definition is
+// pipeline/augment.py.
 //
 // Two kernels. `mean_luma` sums the luma of each jittered image as it is when its contrast operation comes (a few
 // partial sums an image, added in a fixed order, so that a run repeats bit for bit). `augment` cuts images into tiles:
@@ -8,8 +8,7 @@
 //   2. horizontal and vertical blur there, eight outputs a thread, so that a loaded value is used up to eight times;
 //   3. solarize, flip, normalise, interleave, and write whole runs of a row, four values at a time where they align.
 //
-// The mixed view costs its writes only: image i's pixels inside the region go to composite inverse[i], those outside
-// to composite i. Gray precedes blur and the flip comes last whatever the profile says: see pipeline/native/augment.cpp.
+// Gray precedes blur and the flip comes last whatever the profile says: see pipeline/native/augment.cpp.
 //
 // The same source is compiled for the host in the tests: a kernel is a sequence of phases, each run by all threads of a
 // block, and a host "block" is a loop over the threads of each phase. Nothing but shared memory outlives a phase.
@@ -66,13 +65,10 @@ struct Arguments {
     const float* table;        // (B, COLUMNS)
     float* partial;            // (B, PARTS): sums of luma
     void* out;                 // (B, H, W, 3)
-    void* mixed;               // the same, or null
-    const long long* inverse;  // (B,): which composite holds this image's region; null without `mixed`
     int height, width;
     int gray_first;            // the profile greys before it jitters
     int radius;                // taps on each side of the blur's centre, at most REACH
     int output;
-    int region_top, region_left, region_height, region_width;
 };
 
 struct Pixel {
@@ -233,7 +229,7 @@ template <typename T, int GROUP> struct alignas(GROUP * sizeof(T)) Group {
 
 DEVICE float pick(int channel, float red, float green, float blue) { return channel == 0 ? red : channel == 1 ? green : blue; }
 
-// Phase 3: the finished tile from shared memory to both results. The tile shows source columns x0 .. x0 + columns - 1.
+// Phase 3: the finished tile from shared memory to the result. The tile shows source columns x0 .. x0 + columns - 1.
 template <int OUTPUT, int GROUP>
 DEVICE void write_tile(const Arguments& a, const Recipe& r, const float* planes, int image, int y0, int x0, int rows, int columns) {
     typedef typename Stored<OUTPUT>::Type T;
@@ -243,14 +239,10 @@ DEVICE void write_tile(const Arguments& a, const Recipe& r, const float* planes,
     const int groups = columns * 3 / GROUP;
     const long long image_values = 3LL * a.height * a.width;
     T* out = (T*)a.out + image * image_values;
-    T* own = a.mixed ? (T*)a.mixed + image * image_values : nullptr;
-    T* other = a.mixed ? (T*)a.mixed + a.inverse[image] * image_values : nullptr;
     EACH_THREAD(t) {
         for (int item = t; item < rows * groups; item += THREADS) {
             const int row = item / groups, first = (item - row * groups) * GROUP;
-            const bool row_inside = (unsigned)(y0 + row - a.region_top) < (unsigned)a.region_height;
             Values values;
-            bool inside[GROUP];
 #pragma unroll
             for (int i = 0; i < GROUP; ++i) {
                 const int pixel = (first + i) / 3, channel = first + i - 3 * pixel;
@@ -260,17 +252,9 @@ DEVICE void write_tile(const Arguments& a, const Recipe& r, const float* planes,
                 value = value * pick(channel, 1 / (255 * 0.229f), 1 / (255 * 0.224f), 1 / (255 * 0.225f)) +
                         pick(channel, -0.485f / 0.229f, -0.456f / 0.224f, -0.406f / 0.225f);
                 values.value[i] = convert<OUTPUT>(value);
-                inside[i] = row_inside && (unsigned)(left + pixel - a.region_left) < (unsigned)a.region_width;
             }
             const long long at = (long long)(y0 + row) * a.width * 3 + left * 3 + first;
             *(Values*)(out + at) = values;
-            if (own == nullptr) continue;
-            if (inside[0] == inside[GROUP - 1]) {
-                *(Values*)((inside[0] ? other : own) + at) = values;
-            } else {
-#pragma unroll
-                for (int i = 0; i < GROUP; ++i) (inside[i] ? other : own)[at + i] = values.value[i];
-            }
         }
     }
 }

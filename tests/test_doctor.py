@@ -12,8 +12,8 @@ from PIL import Image
 from pipeline.beton import BetonReader
 from tests.test_report import write_run
 from tools import checks, doctor, make_ffcv_dataset
-from tools.diagnosis import Finding, diagnose
-from tools.report import read_run
+from train.record.diagnosis import Finding, diagnose
+from train.record.run import read_run
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from PIL import Image
 
 from tests.test_report import write_run
 from tools import quickstart, sample_photos
-from tools.report import read_run
 from train.errors import UserMistake
+from train.record.run import read_run
 
 
 def test_photographs_are_there_and_their_parts_are_disjoint() -> None:

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from models.methods import METHODS
-from tools import charts, report
-from tools.evaluations import NAMES, PROTOCOLS
-from tools.published import DATA_IMAGES, PUBLISHED, candidates, differences, nearest_task
+from tools import report
 from train.config import resolve
 from train.errors import UserMistake
+from train.record import charts
+from train.record.evaluations import NAMES, PROTOCOLS
+from train.record.page import build_report, render
+from train.record.published import DATA_IMAGES, PUBLISHED, candidates, differences, nearest_task
+from train.record.run import read_run
 
 
 def write_run(folder: Path, method: str = "regioncl-m", steps: int = 300, seed: int = 0, **recipe: object) -> Path:
@@ -80,7 +83,7 @@ class _Page(HTMLParser):
 @pytest.mark.smoke
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a run")
-    report.build_report([folder], folder / "report.html")
+    build_report([folder], folder / "report.html")
     text = (folder / "report.html").read_text()
     page = _Page(text)
     assert not page.open
@@ -131,7 +134,7 @@ def test_runs_side_by_side_with_published_figures(tmp_path: Path) -> None:
     one = write_run(tmp_path / "first" / "regioncl-m", arch="resnet50", image_size=224, epochs=200, global_batch=1024)
     two = write_run(tmp_path / "second" / "regioncl-m", method="moco-v2", seed=1, optim={"lr": 0.5})
     out = tmp_path / "deep" / "both.html"
-    report.build_report([one, two], out)
+    build_report([one, two], out)
     text = out.read_text()
     assert "first/regioncl-m" in text and "second/regioncl-m" in text
     # RegionCL-M at 200 epochs and MoCo v2 at its nearest schedule; the latter's 20-NN was published too.
@@ -168,7 +171,7 @@ def test_every_evaluation_stands_beside_its_published_figure(tmp_path: Path) -> 
     metrics = {"box_ap": 0.3, "box_ap50": 0.5, "mask_ap": 0.25}
     write_results(folder, "detect", task="COCO Mask R-CNN C4 1x", metrics=metrics)
     write_results(folder, "segment", task="own data UPerNet 60 steps", miou=0.5)
-    page = report.render([report.read_run(folder)])
+    page = render([read_run(folder)])
     _, _, here, untrained, published, apart = shown(page, "linear")
     assert "top-1 61.7" in here and "eval-linear.json" in here and "top-1 10.0" in untrained
     assert "top-1 69.4, top-5 89.6, ReaL top-1 78.7" in published and "RegionCL-M&#x27;s log" in published
@@ -187,7 +190,7 @@ def test_every_evaluation_stands_beside_its_published_figure(tmp_path: Path) -> 
 
 def test_the_online_knn_is_shown_with_its_start(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    _, _, here, untrained, _, apart = shown(report.render([report.read_run(folder)]), "knn 20-NN")
+    _, _, here, untrained, _, apart = shown(render([read_run(folder)]), "knn 20-NN")
     assert "top-1 41.0" in here and "top-1 35.0" in untrained and "metrics.jsonl" in here
     assert "3 other images here" in apart
 
@@ -275,19 +278,19 @@ def test_ablations_are_told_apart() -> None:
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    whole = len(report.read_run(folder).rows)
+    whole = len(read_run(folder).rows)
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "train", "st')
-    assert len(report.read_run(folder).rows) == whole
+    assert len(read_run(folder).rows) == whole
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('\n{"kind": "end", "step": 1, "epoch": 0, "time_s": 1}\n')
     with pytest.raises(UserMistake, match="line .* is no JSON"):
-        report.read_run(folder)
+        read_run(folder)
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "<b>&'quoted'")
-    report.build_report([folder], tmp_path / "out.html")
+    build_report([folder], tmp_path / "out.html")
     text = (tmp_path / "out.html").read_text()
     assert "<b>&" not in text and "&lt;b&gt;&amp;" in text
 

@@ -35,7 +35,6 @@ from pipeline import augment
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from tools.cli import make_parser, parse
-from tools.report import read_run
 from train.backbone_io import LoadedBackbone, load
 from train.checkpoint import is_good
 from train.config import Config, resolve
@@ -46,6 +45,7 @@ from train.eval.splits import balanced_subset, class_names
 from train.inputs import InputBuilder
 from train.main import build_method, feature_grid
 from train.measure.features import center_view, extract_features, normalise
+from train.record.run import read_run
 from train.runtime import Runtime
 
 PROBE_L2 = 1e-3

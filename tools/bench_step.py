@@ -44,8 +44,8 @@ from train.errors import RunEnd
 from train.inputs import InputBuilder, train_views
 from train.loop import Job, take_step
 from train.main import build_method, feature_grid
-from train.metrics import Metrics
 from train.optim import build_optimizer
+from train.record.metrics import Metrics
 from train.runtime import Runtime, start
 
 PORTED = ("regioncl-m", "moco-v2")

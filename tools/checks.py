@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.beton import BetonReader
 from pipeline.images import decode_rgb
 from pipeline.manifest import manifest_of, manifest_path
-from tools.diagnosis import Finding
+from train.record.diagnosis import Finding
 
 ROOT = Path(__file__).resolve().parents[1]
 _SETUP = "run 'bash tools/setup.sh --retry'"

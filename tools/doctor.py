@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 
 from tools.checks import check_environment, check_packed
 from tools.cli import TOO_MANY_BAD, USER_MISTAKE, call, make_parser, parse, run_main
-from tools.diagnosis import Finding, diagnose
-from tools.report import read_run
 from train.errors import UserMistake, run_to_exit_code
+from train.record.diagnosis import Finding, diagnose
+from train.record.run import read_run
 
 _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.evaluations import Measurement, describe, measurements, read_results
 from train.backbone_io import LoadedBackbone, version
+from train.record.evaluations import Measurement, describe, measurements
+from train.record.run import read_results
 
 
 def _json(path: Path) -> dict[str, Any]:

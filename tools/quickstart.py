@@ -24,9 +24,10 @@ import numpy as np
 
 from pipeline.stores import list_images
 from tools.cli import call, make_parser, parse, run_main
-from tools.report import Run, build_report, chance_level, read_run
 from tools.sample_photos import cut_photos
 from train.errors import RunEnd, UserMistake, run_to_exit_code
+from train.record.page import build_report
+from train.record.run import Run, chance_level, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 _METHOD = "regioncl-m"

@@ -19,7 +19,8 @@ import torch
 
 from tools.benchmarking import Report, Summary
 from tools.cli import make_parser, parse, run_main
-from tools.evaluations import NAMES, measurements, read_results
+from train.record.evaluations import NAMES, measurements
+from train.record.run import read_results
 
 
 def setting_of(facts: dict[str, Any]) -> str:

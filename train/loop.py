@@ -22,8 +22,8 @@ from .config import Config
 from .cuda_graph import GraphedForwardBackward
 from .errors import CheckpointFailed, NonFinite, Stopped
 from .inputs import InputStream
-from .metrics import Metrics
 from .optim import clip_or_measure, set_learning_rate
+from .record.metrics import Metrics
 from .runtime import Runtime, SignalWatch
 from .schedules import ema_at, lr_at
 

@@ -29,8 +29,8 @@ from train.errors import UserMistake, run_to_exit_code
 from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size, region_sampler
 from train.loop import Job, train
 from train.measure.online import health_figures, knn_figures
-from train.metrics import Metrics
 from train.optim import build_optimizer
+from train.record.metrics import Metrics
 from train.runtime import Runtime, SignalWatch, start, wrap_distributed
 from train.schedules import scaled_lr
 from train.versions import versions
@@ -303,7 +303,7 @@ def _write_report(job: Job) -> None:
     """The page about the run; a run that ended well does not fail for want of its page."""
     if not job.config.run.report or job.run_dir is None:
         return
-    from tools.report import build_report
+    from train.record.page import build_report
 
     try:
         build_report([job.run_dir], job.run_dir / "report.html")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from tools.report import Run, chance_level
+from train.record.run import Run, chance_level
 
 Level = Literal["ok", "note", "fault"]
 _WAITING = 0.05

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tools.published import Published
+from train.record.published import Published
+from train.record.run import Run
 
 NAMES = {
     "top1": "top-1",
@@ -55,19 +54,6 @@ class Measurement:
         return bool(self.facts.get("untrained"))
 
 
-def read_results(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """File name -> content, of those JSON files that name a protocol."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(paths):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and isinstance(content.get("protocol"), str):
-            found[path.name] = content
-    return found
-
-
 def measurements(file: str, facts: dict[str, Any]) -> list[Measurement]:
     """The results in one file: k-NN has one for each k."""
     protocol = facts["protocol"]
@@ -75,6 +61,20 @@ def measurements(file: str, facts: dict[str, Any]) -> list[Measurement]:
         return [Measurement(protocol, f"{row['k']}-NN", _figures(row), facts, file) for row in facts["results"]]
     figures = _figures(facts.get("best", {})) | _figures(facts.get("metrics", {})) | _figures(facts)
     return [Measurement(protocol, _task(facts), figures, facts, file)]
+
+
+def results(run: Run) -> list[Measurement]:
+    """Everything that was measured on a run's backbone, the online k-NN included unless it was measured again since."""
+    found = [each for name, facts in run.scores.items() for each in measurements(name, facts)]
+    rows = run.of_kind("knn")
+    if rows:
+        again = {(each.task, each.untrained) for each in found if each.protocol == "knn"}
+        for row, untrained in ((rows[-1], False), (rows[0], True)):
+            task = f"{row['k']}-NN"
+            if (task, untrained) not in again and (row["step"] == 0) == untrained:
+                facts = {**row, "protocol": "knn", "untrained": untrained}
+                found.append(Measurement("knn", task, {"top1": 100 * row["top1"]}, facts, "metrics.jsonl"))
+    return found
 
 
 def _figures(values: dict[str, Any]) -> dict[str, float]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .clutter import is_clutter
+
 # What people call image files. Those of a format that we cannot read are listed too, so that they are refused by name
 # instead of missing in silence.
 IMAGE_SUFFIXES = frozenset(
@@ -37,11 +39,13 @@ class Listing:
 def list_images(source: Path) -> Listing:
     """The image files of a folder or of a list file.
 
-    A folder is searched with its subfolders, in the order of the relative paths as bytes. Files and folders whose name
-    begins with a dot are skipped, links are followed, a link back to a folder on its own path is not. A list has one
-    path a line, relative to the list's own folder or absolute, and keeps its order and its repetitions. Where every
-    image lies in a subfolder of the source (for a list: of the deepest folder that holds them all), the first folder
-    on its way is its class.
+    A folder is searched with its subfolders, in the order of the relative paths as bytes. What systems leave in
+    folders is skipped (`clutter.is_clutter`). Links are followed, but a link back to a folder on its own path is not.
+
+    A list has one path a line, relative to the list's own folder or absolute. Its order and its repetitions are kept.
+
+    Where every image lies in a subfolder of the source (for a list: of the deepest folder that holds them all), the
+    first folder on its way is its class.
 
     Raises:
         ValueError: there are no images, or a folder cannot be read.
@@ -99,7 +103,7 @@ def _walk(source: Path) -> Iterator[str]:
         except OSError as error:
             raise ValueError(f"the folder {source / prefix} cannot be read: {error.strerror}") from error
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_clutter(entry.name):
                 continue
             name = prefix + entry.name
             if entry.is_dir():

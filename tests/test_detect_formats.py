@@ -6,19 +6,27 @@ import copy
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.detection_cases import coco_document, rectangle, write_cityscapes, write_coco, write_voc
 from train.errors import UserMistake
-from train.eval.detection import rle
+from train.eval.detection import proof, rle
+from train.eval.detection.coco_ap import coco_ap
+from train.eval.detection.coco_checks import run_lengths
 from train.eval.detection.data import format_of, read_data
 from train.eval.detection.feed import read_image
 from train.eval.detection.records import check_same_classes, trainable
+from train.eval.detection.voc_format import read_objects
+from train.runtime import Runtime
+
+ALONE = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
 
 
 @pytest.fixture
@@ -98,6 +106,42 @@ def test_objects_without_area_or_drawable_mask_are_left_out(coco: Callable[..., 
         (lambda d: d["annotations"][3].pop("area"), "annotation 4 lacks area"),
         (lambda d: d["images"].append(dict(d["images"][0])), "image id 10 occurs twice"),
         (lambda d: d["categories"].append(dict(d["categories"][0])), "category id 3 occurs twice"),
+        (lambda d: d["annotations"][3].update(area=float("nan")), "annotation 4 lacks area"),
+        (lambda d: d["annotations"][3].update(iscrowd=None), "annotation 4 lacks area or iscrowd"),
+        (lambda d: d["annotations"][3].update(iscrowd="no"), "annotation 4 has iscrowd 'no'"),
+        (lambda d: d["annotations"][3].update(image_id=[10]), r"annotation 4 belongs to image \[10\]"),
+        (lambda d: d["annotations"].insert(1, None), "annotation at place 1 of the list is no JSON object"),
+        (
+            lambda d: d["annotations"][3].update(segmentation=[[1, 2, 3, 4, 5, float("nan")]]),
+            "4 has a polygon with a co",
+        ),
+        (
+            lambda d: d["annotations"][3].update(segmentation=[[1, 2, 3, 4, 5, None]]),
+            "4 has a polygon with a coordinate",
+        ),
+        (
+            lambda d: d["annotations"][3].update(segmentation=[[1, 2, 3, 4, 5, "6"]]),
+            "4 has a polygon with a coordinate",
+        ),
+        (
+            lambda d: d["annotations"][3].update(segmentation=[[1, 2, 3, 4, [5], 6]]),
+            "4 has a polygon with a coordinate",
+        ),
+        (lambda d: d["annotations"][3].update(segmentation=[1, 2, 3, 4, 5, 6]), "has 1 where a polygon should be"),
+        (lambda d: d["annotations"][3].update(segmentation=[[1, 2, 3, 4, 5, 1e9]]), "a polygon far outside its image"),
+        (lambda d: d["annotations"][3].update(segmentation="M 1 2"), "neither polygons nor run lengths"),
+        (lambda d: d["annotations"][3].update(segmentation=runs([80, 64], [5120])), "run lengths of size"),
+        (lambda d: d["annotations"][3].update(segmentation=runs([64, 80], [5119])), "cover 5119 pixels"),
+        (
+            lambda d: d["annotations"][3].update(segmentation=runs([64, 80], [6000, -880])),
+            "run lengths that are damaged",
+        ),
+        (lambda d: d["annotations"][3].update(segmentation=runs([64, 80], "abc\x7f")), "run lengths that are damaged"),
+        (lambda d: d["images"][0].update(width=0), "image 10 has width 0"),
+        (lambda d: d["images"][0].update(height=10**9), "image 10 has width 80 and height 1000000000"),
+        (lambda d: d["images"][0].pop("file_name"), "image 10 has no file_name"),
+        (lambda d: d["images"][0].update(id="10"), "image 0 of the list has no whole number as id"),
+        (lambda d: d["categories"][0].update(name=None), "category 3 has no name"),
         (lambda d: d.pop("categories"), "lacks images, annotations, categories"),
         (lambda d: d["categories"].clear(), "no images or no categories|has category"),
     ],
@@ -109,6 +153,61 @@ def test_broken_ground_truth_is_refused_by_name(tmp_path: Path, change: Callable
     file.write_text(json.dumps(document))
     with pytest.raises(UserMistake, match=message):
         read_data(str(file), "val", True, 1)
+
+
+def runs(size: list[int], counts: object) -> dict[str, Any]:
+    return {"size": size, "counts": counts}
+
+
+def test_run_lengths_are_read_as_the_compiled_routines_read_them() -> None:
+    random = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.5, 1.0):
+        for height, width in ((1, 1), (3, 7), (64, 80), (301, 997)):
+            mask = random.random((height, width)) < share
+            mask[: height // 2] = mask[0, 0]  # long runs need several groups of bits
+            found = run_lengths(rle.encode(mask)["counts"])
+            assert found is not None and found.sum() == height * width
+            values = np.repeat(np.arange(len(found)) % 2, found)
+            np.testing.assert_array_equal(values.reshape(width, height).T, mask)
+
+
+def test_every_cut_of_run_lengths_is_seen(tmp_path: Path) -> None:
+    document = coco_document(1)
+    mask = np.random.default_rng(1).random((64, 80)) < 0.3
+    encoded = rle.encode(mask)
+    for length in range(0, len(encoded["counts"]), 97):
+        document["annotations"][0]["segmentation"] = {**encoded, "counts": encoded["counts"][:length]}
+        with pytest.raises(UserMistake, match="annotation 1 has run lengths that"):
+            read_data(str(write_coco(tmp_path, document)), "train", True, 1)
+
+
+@pytest.mark.parametrize("numbering", ["from zero", "anew in each image", "all alike", "none"])
+def test_annotation_ids_do_not_change_the_ap(tmp_path: Path, numbering: str) -> None:
+    document = coco_document(3)
+    seen: Counter[int] = Counter()
+    for place, entry in enumerate(document["annotations"]):
+        seen[entry["image_id"]] += 1
+        number = {"from zero": place, "anew in each image": seen[entry["image_id"]], "all alike": 1}.get(numbering)
+        entry.pop("id")
+        entry.update({} if number is None else {"id": number})
+    data = read_data(str(write_coco(tmp_path, document, "val")), "val", False, 1)
+    found = [
+        {
+            "image_id": entry["image_id"],
+            "category_id": entry["category_id"],
+            "bbox": entry["bbox"],
+            "score": 0.9 - 0.01 * place,
+        }
+        for place, entry in enumerate(document["annotations"])
+    ]
+    assert coco_ap(data.ground_truth, found, "bbox")["AP"] == pytest.approx(1.0)
+
+
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
+    file = write_coco(tmp_path, coco_document(1))
+    file.write_text("[" * 200_000)
+    with pytest.raises(UserMistake, match="cannot be read as COCO's JSON"):
+        read_data(str(file), "train", False, 1)
 
 
 def test_pycocotools_cannot_use_a_two_point_polygon_either(tmp_path: Path) -> None:
@@ -193,6 +292,41 @@ def test_voc_refusals(tmp_path: Path) -> None:
         read_data(str(tmp_path / "VOC2007"), "train", False, 1)
 
 
+@pytest.mark.parametrize(
+    ("mark", "difficult"),
+    [(" 1 ", True), ("1", True), ("true", True), ("0", False), ("", False), ("Unspecified", False), (None, False)],
+)
+def test_difficult_as_tools_write_it(tmp_path: Path, mark: str | None, difficult: bool) -> None:
+    write_voc(tmp_path, "VOC2007", "trainval", VOC)
+    path = tmp_path / "VOC2007/Annotations/000001.xml"
+    text = re.sub(
+        "<difficult>.*?</difficult>", "" if mark is None else f"<difficult>{mark}</difficult>", path.read_text()
+    )
+    path.write_text(text)
+    assert [entry.difficult for entry in read_objects(path)[2]] == [difficult] * 2
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "", "5 6"])
+def test_a_voc_corner_that_is_no_number_is_refused(tmp_path: Path, value: str) -> None:
+    write_voc(tmp_path, "VOC2007", "trainval", VOC)
+    path = tmp_path / "VOC2007/Annotations/000001.xml"
+    path.write_text(re.sub("<xmin>.*?</xmin>", f"<xmin>{value}</xmin>", path.read_text(), count=1))
+    with pytest.raises(UserMistake, match="000001.xml cannot be read"):
+        read_objects(path)
+
+
+def test_voc_names_with_blanks_numbers_and_other_endings(tmp_path: Path) -> None:
+    names = {"my photo 1": VOC["000001"], "plain": [], "scan": []}
+    write_voc(tmp_path, "VOC2007", "trainval", names)
+    folder = tmp_path / "VOC2007"
+    (folder / "JPEGImages/plain.jpg").rename(folder / "JPEGImages/plain.JPG")
+    (folder / "JPEGImages/scan.jpg").rename(folder / "JPEGImages/scan.png")
+    (folder / "ImageSets/Main/trainval.txt").write_text("my photo 1  \r\nplain -1\r\nscan  1\r\n\r\n")
+    data = read_data(str(folder), "train", False, 1)
+    assert [record.path.name for record in data.records] == ["my photo 1.jpg", "plain.JPG", "scan.png"]
+    assert all(read_image(record).size == (record.width, record.height) for record in data.records)
+
+
 # --- Cityscapes ---
 
 
@@ -244,3 +378,25 @@ def test_the_real_sample_reads_as_described(unpack: Callable[..., Path]) -> None
     assert train.notes == ("8 crowds are not trained on",)
     assert sum(len(record.labels) for record in train.records) == 725 - 8
     assert len(trainable(train)) == 94 and len(val.ground_truth["annotations"]) == 214
+
+
+# --- proof before training ---
+
+
+def test_every_image_is_looked_at_and_a_bounded_number_decoded(
+    coco: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = coco().records
+    assert proof.prove_images(records, ALONE, 2) == 3
+    damaged = records[2].path
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    with pytest.raises(UserMistake, match=f"{damaged.name} cannot be read"):
+        proof.prove_images(records, ALONE, 2)
+    damaged.unlink()
+    monkeypatch.setattr(proof, "MOST_DECODED", 1)
+    with pytest.raises(UserMistake, match=f"{damaged.name} does not exist"):
+        proof.prove_images(records, ALONE, 2)
+
+
+def test_decoded_images_are_spread_over_the_part() -> None:
+    assert proof._spread(10, 3) == {0, 4, 9} and proof._spread(2, 5) == {0, 1} and not proof._spread(0, 5)

@@ -30,7 +30,7 @@ from train.eval.segmentation.augment import Geometry, fitted_size, random_crop, 
 from train.eval.segmentation.fcn import ChannelDropout, dilate_to_stride_8
 from train.eval.segmentation.feed import TrainingFeed
 from train.eval.segmentation.inference import sliding_logits, whole_logits, window_starts
-from train.eval.segmentation.labels import IGNORED, Pair, label_map, read_label
+from train.eval.segmentation.labels import IGNORED, Pair, inspect, label_map, read_label
 from train.eval.segmentation.layouts import read_layout
 from train.eval.segmentation.metrics import confusion_matrix, scores
 from train.eval.segmentation.network import build_segmenter, pixel_loss, require_resnet, stages_of
@@ -679,7 +679,66 @@ def spoil_folder(root: Path) -> str:
     return "has neither JPEGImages (VOC)"
 
 
-SPOILERS = [spoil_missing, spoil_size, spoil_range, spoil_mode, spoil_label, spoil_image, spoil_names, spoil_folder]
+def spoil_last_image(root: Path) -> str:
+    path = root / "val/images/2.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    return "2.jpg cannot be read"
+
+
+def spoil_turned(root: Path) -> str:
+    path = root / "val/images/1.jpg"
+    turn_by_exif(path)
+    return "its image 48 x 64 (upright"
+
+
+def spoil_one_class(root: Path) -> str:
+    (root / "classes.json").unlink()
+    for label in root.rglob("*.png"):
+        values = np.asarray(Image.open(label))
+        Image.fromarray(np.where(values == 9, 255, 0).astype(np.uint8)).save(label)
+    return "1 classes are left (label values [0]) when the values [255] are ignored"
+
+
+def turn_by_exif(path: Path) -> None:
+    """Say in a photo's EXIF that it is to be turned by 90 degrees, as phones do."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
+
+
+SPOILERS = [
+    spoil_missing,
+    spoil_size,
+    spoil_range,
+    spoil_mode,
+    spoil_label,
+    spoil_image,
+    spoil_last_image,
+    spoil_turned,
+    spoil_one_class,
+    spoil_names,
+    spoil_folder,
+]
+
+
+def test_a_photo_that_its_exif_turns_fits_its_upright_label(tmp_path: Path) -> None:
+    image, label = scene(48, 64, seed=0)
+    write_pair(tmp_path, "phone", image, label)
+    turn_by_exif(tmp_path / "images/phone.jpg")
+    Image.fromarray(np.rot90(label, -1).copy()).save(tmp_path / "labels/phone.png")
+    (pair,) = read_layout(str(tmp_path), "train").pairs
+    assert inspect(pair).problem == ""
+
+
+def test_clutter_is_no_image(street: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(street / "train", data)
+    for name in ("._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "@eaDir/0.jpg"):
+        (data / "images" / name).parent.mkdir(exist_ok=True)
+        (data / "images" / name).write_bytes(b"x")
+    assert len(read_layout(str(data), "train").pairs) == 8
 
 
 @pytest.mark.parametrize("spoil", SPOILERS, ids=lambda spoil: spoil.__name__)

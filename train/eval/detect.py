@@ -20,6 +20,7 @@ from .detection.data import format_of, read_data
 from .detection.feed import TrainingFeed
 from .detection.inference import Detections, detect
 from .detection.models import ANCHOR_SIZES, DetectorConfig, DetectorName, build_detector
+from .detection.proof import prove_images
 from .detection.records import DetectionData, Format, check_same_classes, trainable
 from .detection.schedule import DEFAULT_SCHEDULE, SIZES, Schedule, Sizes, schedule_of
 from .detection.training import Course, build_state, precise_statistics, train
@@ -155,7 +156,8 @@ def read_both(session: ProtocolSession, config: DetectConfig) -> tuple[Detection
     """Training and validation data.
 
     Raises:
-        UserMistake: they cannot be read, differ in format or classes, or do not suit the detector.
+        UserMistake: annotations or images cannot be read, the two differ in format or classes, or they do not suit the
+            detector.
     """
     kinds = format_of(config.data), format_of(config.val_data)
     if kinds[0] != kinds[1]:
@@ -165,6 +167,9 @@ def read_both(session: ProtocolSession, config: DetectConfig) -> tuple[Detection
     check_same_classes(*data)
     for note in data[0].notes:
         session.say(f"{config.data}: {note}")
+    for part in data:
+        decoded = prove_images(part.records, session.runtime, threads)
+        session.say(f"{part.origin}: {len(part.records)} images are there, {decoded} were decoded")
     return data
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipeline.clutter import has_clutter
+
 from ...errors import UserMistake
 from . import rle
 from .records import DetectionData, ImageRecord, inside
@@ -34,7 +36,9 @@ def instance_files(data: str, part: str) -> list[tuple[Path, Path]]:
         UserMistake: the folder has no images of that part, or an image has no instance map.
     """
     root = Path(data)
-    images = sorted((root / "leftImg8bit" / part).glob(f"*/*{_IMAGE_END}"))
+    folder = root / "leftImg8bit" / part
+    images = sorted(folder.glob(f"*/*{_IMAGE_END}"))
+    images = [image for image in images if not has_clutter(image.relative_to(folder).parts)]
     if not images:
         raise UserMistake(f"{data} has no leftImg8bit/{part}/CITY/*{_IMAGE_END}; give the folder of Cityscapes")
     pairs = []

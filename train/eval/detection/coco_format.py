@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,14 @@ from typing import Any
 import numpy as np
 
 from ...errors import UserMistake
+from .coco_checks import (
+    annotation_name,
+    check_annotation,
+    check_category,
+    check_ground_truth,
+    check_image,
+    unique_by_id,
+)
 from .records import DetectionData, ImageRecord, Outline, inside
 
 
@@ -58,32 +65,12 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RecursionError) as reason:
         raise UserMistake(f"{path} cannot be read as COCO's JSON: {reason}; copy it again") from None
     parts = ("images", "annotations", "categories")
     if not isinstance(document, dict) or not all(isinstance(document.get(part), list) for part in parts):
         raise UserMistake(f"{path} lacks {', '.join(parts)}; give COCO's instances_*.json")
     return document
-
-
-def _unique(path: Path, entries: list[dict[str, Any]], what: str) -> dict[int, dict[str, Any]]:
-    by_id = {entry["id"]: entry for entry in entries}
-    if len(by_id) != len(entries):
-        twice = Counter(entry["id"] for entry in entries).most_common(1)[0][0]
-        raise UserMistake(f"{path}: {what} id {twice} occurs twice; ids must be unique")
-    return by_id
-
-
-def _check_annotation(path: Path, entry: dict[str, Any], images: dict[int, Any], classes: dict[int, int]) -> None:
-    name = f"{path}: annotation {entry.get('id')}"
-    if entry.get("image_id") not in images:
-        raise UserMistake(f"{name} belongs to image {entry.get('image_id')}, which the file does not list; remove it")
-    if entry.get("category_id") not in classes:
-        raise UserMistake(f"{name} has category {entry.get('category_id')}, which the file does not list; add it there")
-    box = entry.get("bbox")
-    finite = isinstance(box, list) and all(isinstance(side, int | float) and math.isfinite(side) for side in box)
-    if not finite or len(entry["bbox"]) != 4:
-        raise UserMistake(f"{name} has the box {box}; it must be four finite numbers: x, y, width, height")
 
 
 def outline_of(segmentation: Any) -> Outline | None:
@@ -99,30 +86,6 @@ def outline_of(segmentation: Any) -> Outline | None:
         if len(polygon) >= 6 and len(polygon) % 2 == 0
     )
     return polygons or None
-
-
-def check_masks(path: str, document: dict[str, Any]) -> None:
-    """Refuse ground truth from which COCO's tools can make no mask: no polygon, or a first one of two points.
-
-    Raises:
-        UserMistake: naming the first such annotation.
-    """
-    for entry in document["annotations"]:
-        shape = entry.get("segmentation")
-        drawable = isinstance(shape, dict) or (isinstance(shape, list) and shape and len(shape[0]) > 4)
-        if not drawable:
-            raise UserMistake(
-                f"{path}: annotation {entry['id']} has no polygon of three points to start with, of which COCO's tools "
-                "can make no mask; correct it, or evaluate a detector without masks"
-            )
-
-
-def _check_areas(path: Path, document: dict[str, Any]) -> None:
-    for entry in document["annotations"]:
-        if "area" not in entry or "iscrowd" not in entry:
-            raise UserMistake(
-                f"{path}: annotation {entry['id']} lacks area or iscrowd, which COCO's AP is defined by; add them"
-            )
 
 
 def read_coco(data: str, part: str, masks: bool) -> DetectionData:
@@ -141,19 +104,22 @@ def read_coco(data: str, part: str, masks: bool) -> DetectionData:
     """
     path = annotation_file(data, part)
     document = read_document(path)
-    images = _unique(path, document["images"], "image")
-    categories = sorted(_unique(path, document["categories"], "category").values(), key=lambda entry: entry["id"])
+    images = unique_by_id(path, document["images"], "image")
+    categories = sorted(unique_by_id(path, document["categories"], "category").values(), key=lambda entry: entry["id"])
     if not images or not categories:
         raise UserMistake(f"{path} lists no images or no categories; give COCO's instances_*.json")
+    for image in images.values():
+        check_image(path, image)
+    for category in categories:
+        check_category(path, category)
     classes = {entry["id"]: number for number, entry in enumerate(categories)}
     objects: dict[int, list[dict[str, Any]]] = {}
-    for entry in document["annotations"]:
-        _check_annotation(path, entry, images, classes)
+    for place, entry in enumerate(document["annotations"]):
+        name = annotation_name(path, place, entry)
+        check_annotation(name, entry, images, classes, masks)
+        if part == "val":
+            check_ground_truth(name, entry, masks)
         objects.setdefault(entry["image_id"], []).append(entry)
-    if part == "val":
-        _check_areas(path, document)
-        if masks:
-            check_masks(str(path), document)
     folder = image_folder(path, document["images"][0]["file_name"])
     left: Counter[str] = Counter()
     records = tuple(
@@ -165,9 +131,19 @@ def read_coco(data: str, part: str, masks: bool) -> DetectionData:
         tuple(entry["name"] for entry in categories),
         tuple(classes),
         records,
-        document if part == "val" else {},
+        _numbered(document) if part == "val" else {},
         tuple(f"{count} {what}" for what, count in sorted(left.items())),
     )
+
+
+def _numbered(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with annotations numbered from 1.
+
+    COCO's evaluator takes an annotation's id for "matched" and so reads 0 as "not matched". It also looks annotations
+    up by id over the whole file. Tools that count from 0, or anew in each image, would lower the AP without a word.
+    """
+    annotations = [{**entry, "id": number} for number, entry in enumerate(document["annotations"], start=1)]
+    return {**document, "annotations": annotations}
 
 
 def _record(

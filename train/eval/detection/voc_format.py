@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ NAMES = (
     "train",
     "tvmonitor",
 )
+IMAGE_ENDINGS = (".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
 # What "VOC07+12 -> VOC07 test" means for a VOCdevkit folder, and what one year's folder means.
 _DEVKIT = {"train": ("VOC2007/trainval", "VOC2012/trainval"), "val": ("VOC2007/test",)}
 _YEAR = {"train": "trainval", "val": "test"}
@@ -78,6 +80,43 @@ def image_sets(data: str, part: str) -> list[Path]:
     return found
 
 
+def listed_stems(path: Path, annotations: Path) -> list[str]:
+    """The image names of a list, without their endings.
+
+    VOC's lists of one class add a number behind each name. A name may hold blanks, so the number is only taken off
+    where the whole line names no annotation.
+
+    Args:
+        path: list in ImageSets/Main.
+        annotations: folder of the annotation files.
+    """
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    whole = [line for line in lines if line]
+    return [line if (annotations / f"{line}.xml").is_file() else _without_number(line) for line in whole]
+
+
+def _without_number(line: str) -> str:
+    stem, _, last = line.rpartition(" ")
+    return stem.strip() if stem and last in ("-1", "0", "1") else line
+
+
+def image_of(root: Path, stem: str) -> Path:
+    """The image file of a name: VOC's own .jpg, or the ending that another tool gave it.
+
+    Args:
+        root: a year's folder.
+        stem: name without an ending.
+
+    Returns:
+        The file that exists, or the .jpg that is missing, so that a later message names it.
+    """
+    usual = root / "JPEGImages" / f"{stem}.jpg"
+    if usual.is_file():
+        return usual
+    others = (usual.with_name(stem + ending) for ending in IMAGE_ENDINGS)
+    return next((path for path in others if path.is_file()), usual)
+
+
 def read_objects(path: Path) -> tuple[int, int, list[VocObject]]:
     """(width, height, objects) of an annotation file.
 
@@ -87,18 +126,37 @@ def read_objects(path: Path) -> tuple[int, int, list[VocObject]]:
     try:
         root = ElementTree.parse(path).getroot()
         size = root.find("size")
-        width, height = (int(_text(size, name)) for name in ("width", "height"))
-        objects = []
-        for entry in root.findall("object"):
-            name = _text(entry, "name").strip()
-            if name not in NAMES:
-                raise UserMistake(f"{path}: class {name!r} is none of VOC's; known are {', '.join(NAMES)}")
-            box = entry.find("bndbox")
-            x0, y0, x1, y1 = (float(_text(box, side)) for side in ("xmin", "ymin", "xmax", "ymax"))
-            objects.append(VocObject(NAMES.index(name), (x0, y0, x1, y1), (entry.findtext("difficult") or "0") == "1"))
+        # Some tools write whole numbers as 500.0.
+        width, height = (int(_number(size, name)) for name in ("width", "height"))
+        return width, height, [_object(path, entry) for entry in root.findall("object")]
     except (OSError, ValueError, ElementTree.ParseError) as reason:
         raise UserMistake(f"{path} cannot be read as a VOC annotation: {reason}; copy it again") from None
-    return width, height, objects
+
+
+def _object(path: Path, entry: ElementTree.Element) -> VocObject:
+    name = _text(entry, "name").strip()
+    if name not in NAMES:
+        raise UserMistake(f"{path}: class {name!r} is none of VOC's; known are {', '.join(NAMES)}")
+    box = entry.find("bndbox")
+    x0, y0, x1, y1 = (_number(box, side) for side in ("xmin", "ymin", "xmax", "ymax"))
+    return VocObject(NAMES.index(name), (x0, y0, x1, y1), _is_difficult(entry))
+
+
+def _is_difficult(entry: ElementTree.Element) -> bool:
+    """Whether an object is marked difficult; the mark may be missing, empty, a word, or stand between blanks."""
+    text = (entry.findtext("difficult") or "").strip().lower()
+    if text in ("1", "true", "yes"):
+        return True
+    if text in ("", "0", "false", "no", "unspecified"):
+        return False
+    raise ValueError(f"difficult is {text!r}, neither 0 nor 1")
+
+
+def _number(node: Any, name: str) -> float:
+    value = float(_text(node, name))
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}")
+    return value
 
 
 def _text(node: Any, name: str) -> str:
@@ -132,13 +190,10 @@ def read_voc(data: str, part: str) -> DetectionData:
     left: Counter[str] = Counter()
     for entry in lists:
         root = entry.parents[2]
-        for name in entry.read_text().split("\n"):
-            if not name.strip():
-                continue
-            stem = name.split()[0]
+        for stem in listed_stems(entry, root / "Annotations"):
             width, height, objects = read_objects(root / "Annotations" / f"{stem}.xml")
             number = len(records)
-            records.append(_record(root / "JPEGImages" / f"{stem}.jpg", number, width, height, objects, left))
+            records.append(_record(image_of(root, stem), number, width, height, objects, left))
             _add_ground_truth(document, difficult, number, (width, height), objects)
     if not records:
         raise UserMistake(f"{data}: the list of images is empty; give one of ImageSets/Main")

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.images import ImageRefused, open_rgb
+
 from ...errors import UserMistake
 from ...runtime import Runtime
 
@@ -48,8 +50,11 @@ def label_map(names: Mapping[int, str], ignored: Sequence[int]) -> LabelMap:
     outside = [value for value in (*names, *ignored) if not 0 <= value <= 255]
     if outside:
         raise UserMistake(f"label value {outside[0]} of a class is outside 0..255; label files hold one byte a pixel")
-    if not kept or len(kept) > _INVALID:
-        raise UserMistake(f"{len(kept)} classes are left without the ignored values {list(ignored)}; give up to 254")
+    if len(kept) < 2 or len(kept) > _INVALID:
+        raise UserMistake(
+            f"{len(kept)} classes are left (label values {kept[:3]}) when the values {list(ignored)} are ignored; a "
+            "segmenter needs 2 to 254. Give another --ignore-index, or label what should count with another value"
+        )
     table = np.full(256, _INVALID, dtype=np.uint8)
     table[list(ignored)] = IGNORED
     table[kept] = np.arange(len(kept))
@@ -125,21 +130,22 @@ class Finding:
 
 
 def inspect(pair: Pair) -> Finding:
-    """Read the label and the image's header."""
+    """Read the label and the image."""
     try:
         if not pair.label.is_file():
             raise UserMistake(f"image {pair.image} has no label {pair.label}; add it or remove the image")
         values = read_values(pair.label)
-        with Image.open(pair.image) as image:
-            size = image.size
+        # Decoded whole and turned upright, as training and validation will see it: neither a damaged image nor one
+        # whose label was drawn on the unturned pixels may end a run at its last step.
+        size = open_rgb(pair.image.read_bytes()).size
     except UserMistake as reason:
         return Finding(str(reason))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as reason:
+    except (OSError, ImageRefused) as reason:
         return Finding(f"image {pair.image} cannot be read: {reason}; copy it again")
     if size != (values.shape[1], values.shape[0]):
         return Finding(
-            f"label {pair.label} is {values.shape[1]} x {values.shape[0]} pixels, its image {size[0]} x {size[1]}; "
-            "they must be equal"
+            f"label {pair.label} is {values.shape[1]} x {values.shape[0]} pixels, its image {size[0]} x {size[1]} "
+            "(upright, as its EXIF says); they must be equal"
         )
     digest = hashlib.sha256(f"{pair.image.name} {pair.image.stat().st_size};".encode())
     digest.update(pair.label.read_bytes())

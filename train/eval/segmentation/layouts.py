@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.clutter import has_clutter
+
 from ...errors import UserMistake
 from .labels import Pair
 
@@ -124,12 +126,13 @@ def _voc(root: Path, part: str, split: str) -> DataSet:
         # The protocols train on the 10,582 images that Hariharan et al. labelled, where they were added.
         split = "trainaug" if part == "train" and (lists / "trainaug.txt").is_file() else part
     try:
-        stems = (lists / f"{split}.txt").read_text().split()
+        # A line is a name, which may hold blanks.
+        lines = (lists / f"{split}.txt").read_text(encoding="utf-8-sig").splitlines()
     except OSError:
         known = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
         raise UserMistake(f"{_flag(part)}: {lists / split}.txt does not exist; lists there: {known}") from None
     pairs = []
-    for stem in stems:
+    for stem in filter(None, map(str.strip, lines)):
         label = root / "SegmentationClass" / f"{stem}.png"
         added = root / "SegmentationClassAug" / f"{stem}.png"
         if added.is_file() and not label.is_file():
@@ -145,6 +148,8 @@ def _cityscapes(root: Path, part: str, split: str) -> DataSet:
     pairs = []
     for image in sorted(folder.glob(f"*/*{ending}.png")):
         stem = image.stem.removesuffix(ending)
+        if has_clutter(image.relative_to(folder).parts):
+            continue
         pairs.append(Pair(image, root / "gtFine" / split / image.parent.name / f"{stem}_gtFine_labelIds.png"))
     # 255 is how the id -1 of licence plates reads in one byte.
     ignored = (*(value for value in range(_CITYSCAPES_LAST_ID + 1) if value not in CITYSCAPES_NAMES), 255)
@@ -152,7 +157,9 @@ def _cityscapes(root: Path, part: str, split: str) -> DataSet:
 
 
 def _plain(root: Path, part: str) -> DataSet:
-    images = [path for path in sorted((root / "images").rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
+    folder = root / "images"
+    images = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
+    images = [path for path in images if not has_clutter(path.relative_to(folder).parts)]
     pairs = [
         Pair(image, (root / "labels" / image.relative_to(root / "images")).with_suffix(".png")) for image in images
     ]

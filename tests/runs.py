@@ -24,6 +24,18 @@ TINY = (
 ).split()
 
 
+def replaced(argv: list[str], *flags: str) -> list[str]:
+    """The arguments with these flags and their values in place of what they say of the same flags."""
+    given = {flag for flag in flags if flag.startswith("--")}
+    kept, skip = [], False
+    for argument in argv:
+        if argument.startswith("--"):
+            skip = argument in given
+        if not skip:
+            kept.append(argument)
+    return [*kept, *flags]
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on."""
     with socket.socket() as probe:

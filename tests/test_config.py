@@ -11,10 +11,13 @@ import torch
 
 import train.main
 from models.methods import METHODS
-from train.config import Config, changed_fields, resolve
+from tests.runs import replaced
+from train.config import Config
 from train.errors import EXIT_NON_FINITE, EXIT_USER_MISTAKE, UserMistake
-from train.flags import leaves, parse_value
+from train.fields import flatten
+from train.flags import parse_value
 from train.recipes import RECIPES, default_recipe
+from train.resolve import changed_fields, resolve
 from train.runtime import _launch_environment, compiles
 
 
@@ -31,7 +34,7 @@ def error_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> str:
 def test_recipe_has_no_colliding_flags(name: str) -> None:
     method, make = RECIPES[name]
     recipe, model = make()
-    flags = [leaf.flag for part in (train.config.RunConfig(), recipe, model) for leaf in leaves(part)]
+    flags = [leaf.flag for part in (train.config.RunConfig(), recipe, model) for leaf in flatten(part).values()]
     assert len(flags) == len(set(flags))
     assert isinstance(model, METHODS[method].Config)
 
@@ -98,8 +101,8 @@ def test_every_flag_changes_the_configuration() -> None:
     base = resolve(["--method", "regioncl-m"])
     samples = {int: "9", float: "0.123", str: "x", bool: "toggle"}
     for part in ("run", "recipe", "model"):
-        for leaf in leaves(getattr(base, part)):
-            if leaf.path[-1] in ("method", "recipe", "arch"):
+        for leaf in flatten(getattr(base, part)).values():
+            if leaf.name in ("method", "recipe", "arch"):
                 continue
             text = "byol" if leaf.flag == "--augment.profile" else other_value(leaf, samples)
             config = resolve(["--method", "regioncl-m", leaf.flag, text])
@@ -111,9 +114,9 @@ def other_value(leaf, samples: dict[type, str]) -> str:
 
     arguments = typing.get_args(leaf.annotation)
     if typing.get_origin(leaf.annotation) is typing.Literal:
-        return str(next(choice for choice in arguments if choice != leaf.default))
+        return str(next(choice for choice in arguments if choice != leaf.value))
     if leaf.annotation is bool:
-        return "false" if leaf.default else "true"
+        return "false" if leaf.value else "true"
     if leaf.annotation == bool | None:
         return "true"
     if typing.get_origin(leaf.annotation) is tuple:
@@ -167,7 +170,7 @@ REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
         ([*SYNTHETIC, "--augment.profile", "linear"], "choose from mocov2"),
         ([*SYNTHETIC, "--augment.min-scale", "3"], "--augment.min-scale 3"),
         ([*SMALL, "--augment.implementation", "kernel"], "is for a CUDA device"),
-        ([*SMALL, "--data", "photos.beton"], "reads no photos.beton"),
+        (replaced(SMALL, "--data", "photos.beton"), "reads no photos.beton"),
         ([*SYNTHETIC, "--global-batch", "1"], "--global-batch 1: must be at least 2"),
         ([*SYNTHETIC, "--image-size", "1"], "--image-size 1: must be at least 8"),
         ([*SYNTHETIC, "--temperature", "0"], "--temperature 0"),
@@ -216,7 +219,7 @@ def test_a_backbone_that_has_diverged_ends_the_run(capfd: pytest.CaptureFixture[
 def test_few_images_have_health_figures(tmp_path: Path, more: list[str]) -> None:
     """Of one image alone there is no spread and no neighbour: then images that are trained on serve."""
     run_dir = tmp_path / "run"
-    assert train.main.main([*SMALL, "--max-steps", "1", "--run-dir", str(run_dir), *more]) == 0
+    assert train.main.main(replaced([*SMALL, "--max-steps", "1", "--run-dir", str(run_dir)], *more)) == 0
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "health"] == [0, 1]
 
@@ -338,3 +341,96 @@ def test_heads_are_compiled_on_a_gpu_where_they_can_be(monkeypatch):
     assert compiles(True, cpu) and not compiles(False, gpu)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not compiles(None, gpu) and compiles(True, gpu)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--method", "moco-v2", "--recipe", "moco-v2", "--recipe", "moco-v2-small"],
+        ["--method", "moco-v2", "--method", "simsiam"],
+        ["--recipe", "moco-v2-small", "--method", "moco-v2", "--method=regioncl"],
+        ["--method", "moco-v2", "--seed", "1", "--seed", "1"],
+        ["--method", "moco-v2", "--bn.group-size", "8", "--bn.group_size=16"],
+    ],
+)
+def test_a_flag_given_twice_is_refused(capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert "is given twice; give it once" in error_line(capfd, argv)
+
+
+def test_a_recipe_and_a_file_of_another_recipe_are_refused(tmp_path: Path) -> None:
+    """The values of the one under the name of the other would be recorded as what was not run."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(resolve(["--method", "moco-v2", "--recipe", "moco-v2-small"]).to_json()))
+    with pytest.raises(UserMistake, match="whose recipe is moco-v2-small, both set every value"):
+        resolve(["--config", str(path), "--recipe", "moco-v2"])
+    assert resolve(["--config", str(path), "--recipe", "moco-v2-small"]).run.recipe == "moco-v2-small"
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        ("--lr", "--optim.lr"),
+        ("--batch-size", "--global-batch"),
+        ("--batch_size=64", "--global-batch"),
+        ("--amp", "--precision"),
+        ("--fp16", "--precision"),
+        ("--warmup", "--schedule.warmup-epochs"),
+        ("--warmup-epochs", "--schedule.warmup-epochs"),
+        ("--model", "--arch"),
+        ("--out", "--run-dir"),
+        ("--gpus", "torchrun --nproc_per_node=N"),
+        ("--wandb", "metrics.jsonl"),
+        ("--global-bach", "--global-batch"),
+        ("--sampling", "--region.sampling"),
+        ("--moco-t", "--temperature"),
+    ],
+)
+def test_flags_of_other_trainers_lead_to_ours(capfd: pytest.CaptureFixture[str], typed: str, named: str) -> None:
+    line = error_line(capfd, ["--method", "regioncl-m", typed])
+    assert typed.partition("=")[0].replace("_", "-") in line and named in line
+
+
+def test_no_advice_is_better_than_a_wrong_one(capfd: pytest.CaptureFixture[str]) -> None:
+    line = error_line(capfd, ["--method", "moco-v2", "--quux"])
+    assert line.endswith("unknown flag --quux; --help lists all flags")
+
+
+def test_every_synonym_leads_to_a_flag_that_some_command_has() -> None:
+    """A synonym whose flags were all renamed would silently give no advice."""
+    from train.flags import SYNONYMS
+
+    known = {
+        *flatten(train.config.RunConfig()),
+        *flatten(train.config.Recipe()),
+        *(name for method in METHODS.values() for name in flatten(method.Config())),
+    }
+    known = {name.replace("_", "-") for name in known} | {"checkpoint", "overwrite"}
+    lost = [word for word, flags in SYNONYMS.items() if not known.intersection(flags)]
+    assert not lost
+
+
+BEFORE = sorted((Path(__file__).parent / "golden" / "config_json").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", BEFORE, ids=lambda path: path.stem)
+def test_a_run_of_before_is_unchanged(path: Path, tmp_path: Path) -> None:
+    """`config.json` as commit ba97f32 wrote it is read by --config, and what it says counts as no change."""
+    saved = json.loads(path.read_text())["config"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = resolve(["--config", str(tmp_path / "config.json")])
+    assert json.loads(json.dumps(config.to_json())) == saved
+    assert changed_fields(saved, config.to_json()) == []
+    assert changed_fields(config.to_json(), saved) == []
+    other = resolve(["--config", str(tmp_path / "config.json"), "--optim.eps", "0.5", "--knn-every", "3"])
+    assert changed_fields(saved, other.to_json()) == ["optim.eps: 1e-08 -> 0.5"]
+
+
+@pytest.mark.parametrize("method", ["moco-v2", "regioncl-m", "simsiam"])
+def test_the_flags_of_a_run_of_before_give_its_configuration(method: str) -> None:
+    path = next(path for path in BEFORE if path.stem == method)
+    document = json.loads(path.read_text())
+    assert changed_fields(document["config"], resolve(document["flags"].split()).to_json()) == []
+
+
+def test_runs_of_before_are_there() -> None:
+    assert len(BEFORE) == 8

@@ -23,7 +23,7 @@ from pipeline.prefetch import deliver_batches
 from tests.fake_cuda import DEVICE, fake_gpu, on_gpu
 from tests.method_cases import SWIN_METHODS, small_backbones
 from train.checkpoint import TrainState, optimizer_tensors, restore_optimizer
-from train.config import Config, resolve
+from train.config import Config, OptimConfig
 from train.eval.linear import LINEAR_RECIPES, LinearHeads, train_heads
 from train.eval.segmentation.augment import Crop
 from train.eval.segmentation.feed import TrainBatch
@@ -33,7 +33,8 @@ from train.loop import take_step
 from train.main import build_method, feature_grid
 from train.measure.features import normalise
 from train.measure.knn import knn_predict
-from train.optim import OptimConfig, build_optimizer
+from train.optim import build_optimizer
+from train.resolve import resolve
 from train.runtime import Runtime
 
 BATCH, SIZE = 8, 64

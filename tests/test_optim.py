@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from train.config import LarsConfig, OptimConfig
 from train.optim import (
     Lars,
-    LarsConfig,
-    OptimConfig,
     build_optimizer,
     clip_or_measure,
     parameter_groups,
@@ -273,10 +272,9 @@ def test_wrong_settings_are_named() -> None:
 
 
 def test_every_setting_has_help() -> None:
-    from dataclasses import fields
-
-    from train.schedules import EmaConfig, ScheduleConfig
+    from train.config import EmaConfig, ScheduleConfig
+    from train.fields import flatten
 
     for config in (OptimConfig, LarsConfig, ScheduleConfig, EmaConfig):
-        for item in fields(config):
-            assert item.name == "lars" or item.metadata["help"]
+        for leaf in flatten(config()).values():
+            assert leaf.option.help, leaf.name

@@ -9,10 +9,10 @@ import torch
 
 from pipeline import regions
 from pipeline.regions import Region, RegionSampler, make_mixed, rank_partner, region_bounds
-from train.config import resolve
 from train.errors import UserMistake
 from train.inputs import InputBuilder, batch_per_device, pairing_group_size
 from train.recipes import RECIPES
+from train.resolve import resolve
 
 STEPS = 6000
 

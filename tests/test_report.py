@@ -13,13 +13,13 @@ import pytest
 
 from models.methods import METHODS
 from tools import report
-from train.config import resolve
 from train.errors import UserMistake
 from train.record import charts
 from train.record.evaluations import NAMES, PROTOCOLS
 from train.record.page import build_report, render
 from train.record.published import DATA_IMAGES, PUBLISHED, candidates, differences, nearest_task
 from train.record.run import read_run
+from train.resolve import resolve
 
 
 def write_run(folder: Path, method: str = "regioncl-m", steps: int = 300, seed: int = 0, **recipe: object) -> Path:

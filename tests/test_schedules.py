@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from train.optim import OptimConfig
-from train.schedules import EmaConfig, ScheduleConfig, batch_scale, ema_at, lr_at, scaled_lr
+from train.config import EmaConfig, OptimConfig, ScheduleConfig
+from train.schedules import batch_scale, ema_at, lr_at, scaled_lr
 
 FIXED = OptimConfig(lr=1.0, lr_reference_batch=0)
 

@@ -37,7 +37,7 @@ from pipeline.loaders import build_pipeline
 from tools.cli import make_parser, parse
 from train.backbone_io import LoadedBackbone, load
 from train.checkpoint import is_good
-from train.config import Config, resolve
+from train.config import Config
 from train.errors import UserMistake, run_to_exit_code
 from train.eval import analysis
 from train.eval.linear import fit_logistic
@@ -46,6 +46,7 @@ from train.inputs import InputBuilder
 from train.main import build_method, feature_grid
 from train.measure.features import center_view, extract_features, normalise
 from train.record.run import read_run
+from train.resolve import resolve
 from train.runtime import Runtime
 
 PROBE_L2 = 1e-3

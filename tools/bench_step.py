@@ -38,7 +38,7 @@ from tools.benchmarking import Report, add_common_flags, choose_device, peak_mib
 from tools.projection import GPUS
 from tools.reference_port import PortedStep, PortOptions
 from train.checkpoint import TrainState
-from train.config import Config, resolve
+from train.config import Config
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import RunEnd
 from train.inputs import InputBuilder, train_views
@@ -46,6 +46,7 @@ from train.loop import Job, take_step
 from train.main import build_method, feature_grid
 from train.optim import build_optimizer
 from train.record.metrics import Metrics
+from train.resolve import resolve
 from train.runtime import Runtime, start
 
 PORTED = ("regioncl-m", "moco-v2")
@@ -570,7 +571,7 @@ def main(argv: Sequence[str]) -> int:
     check_attempts(options)
     precision = torch.get_float32_matmul_precision()
     try:
-        with start(configure(options, options.batch, None, options.precision)) as runtime:
+        with start(configure(options, options.batch, None, options.precision).run) as runtime:
             if runtime.device.type == "cuda":
                 torch.set_float32_matmul_precision("high")  # TF32 for the fp32 contenders, as in the released run
             measure(options, runtime)

@@ -230,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--steps and --rounds must be at least 1, --settle at least 0")
     choose_device(options.device)
     try:
-        with start(configure(options, options.batch, None, options.precision)) as runtime:
+        with start(configure(options, options.batch, None, options.precision).run) as runtime:
             measure(options, runtime)
     except RunEnd as reason:
         raise ValueError(str(reason)) from None

@@ -19,9 +19,9 @@ from typing import Any
 
 from tools.benchmarking import Report, Summary
 from tools.cli import make_parser, parse, run_main
-from train.config import changed_fields, resolve
 from train.record.evaluations import measurements
 from train.record.run import read_results
+from train.resolve import changed_fields, resolve
 
 
 def _single(value: float) -> Summary:

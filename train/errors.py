@@ -24,8 +24,11 @@ class RunEnd(Exception):
             self.code = code
 
 
-class UserMistake(RunEnd):
-    """A flag, path, data set or checkpoint that cannot be used as given; the message names the remedy."""
+class UserMistake(RunEnd, ValueError):
+    """A flag, path, data set or checkpoint that cannot be used as given; the message names the remedy.
+
+    A `ValueError` as well, for callers who use these modules from Python.
+    """
 
     code = EXIT_USER_MISTAKE
 

@@ -1,69 +1,209 @@
-"""Command-line flags from nested frozen dataclasses: one flag per leaf field, dots for nesting, one-line errors."""
+"""Flags of every command: one line of error with the right flag in it, and one flag for each field of a dataclass."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from .errors import UserMistake
+from .fields import Leaf
+
+# What other trainers call an option, and what it may be called here; the first one that a command has is named.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "lr": ("optim.lr", "lr", "lrs"),
+    "learning-rate": ("optim.lr", "lr", "lrs"),
+    "base-lr": ("optim.lr", "lr", "lrs"),
+    "wd": ("optim.weight-decay", "weight-decay"),
+    "optimizer": ("optim.kind",),
+    "opt": ("optim.kind",),
+    "momentum": ("optim.sgd-momentum",),
+    "clip-grad": ("optim.clip-grad-norm",),
+    "grad-clip": ("optim.clip-grad-norm",),
+    "warmup": ("schedule.warmup-epochs",),
+    "scheduler": ("schedule.decay", "schedule"),
+    "lr-schedule": ("schedule.decay", "schedule"),
+    "min-lr": ("schedule.final",),
+    "ema": ("ema.momentum",),
+    "ema-decay": ("ema.momentum",),
+    "moco-m": ("ema.momentum",),
+    "moco-k": ("queue-size", "queue"),
+    "moco-t": ("temperature",),
+    "moco-dim": ("dim",),
+    "tau": ("temperature",),
+    "batch-size": ("global-batch", "batch", "images"),
+    "batch": ("global-batch",),
+    "bs": ("global-batch", "batch"),
+    "accumulate": ("micro-batch",),
+    "accum-iter": ("micro-batch",),
+    "gradient-accumulation-steps": ("micro-batch",),
+    "amp": ("precision",),
+    "use-amp": ("precision",),
+    "mixed-precision": ("precision",),
+    "fp16": ("precision",),
+    "bf16": ("precision",),
+    "fp32": ("precision",),
+    "half": ("precision",),
+    "dtype": ("precision",),
+    "cuda": ("device",),
+    "cpu": ("device",),
+    "gpu": ("device",),
+    "sync-bn": ("bn.mode", "bn", "norm"),
+    "syncbn": ("bn.mode", "bn", "norm"),
+    "model": ("arch",),
+    "model-name": ("arch",),
+    "backbone": ("arch",),
+    "architecture": ("arch",),
+    "img-size": ("image-size", "size"),
+    "input-size": ("image-size", "size"),
+    "resolution": ("image-size", "size"),
+    "crop-size": ("image-size", "crop"),
+    "num-epochs": ("epochs",),
+    "max-epochs": ("epochs",),
+    "iterations": ("max-steps", "steps"),
+    "max-iters": ("max-steps", "steps"),
+    "num-steps": ("max-steps", "steps"),
+    "dataset": ("data",),
+    "data-dir": ("data",),
+    "data-path": ("data",),
+    "train-dir": ("data",),
+    "train-data": ("data",),
+    "val-dir": ("val-data",),
+    "val-path": ("val-data",),
+    "val": ("val-data",),
+    "out": ("run-dir", "out", "output"),
+    "output": ("run-dir", "output", "out"),
+    "output-dir": ("run-dir", "output", "out"),
+    "out-dir": ("run-dir", "output", "out"),
+    "save-dir": ("run-dir", "output", "out"),
+    "log-dir": ("run-dir", "output", "out"),
+    "weights": ("init", "checkpoint"),
+    "pretrained": ("init", "checkpoint"),
+    "ckpt": ("init", "checkpoint"),
+    "num-workers": ("workers",),
+    "threads": ("workers",),
+    "print-freq": ("log-every",),
+    "save-freq": ("checkpoint-every",),
+    "save-every": ("checkpoint-every",),
+    "eval-freq": ("knn-every", "eval-every"),
+    "force": ("overwrite",),
+}
+# Options of other trainers that no command here has.
+INSTEAD: dict[str, str] = {
+    **dict.fromkeys(
+        ("gpus", "devices", "num-gpus", "ngpus", "nproc-per-node", "world-size", "nodes", "num-nodes", "distributed"),
+        "processes are started by torchrun --nproc_per_node=N",
+    ),
+    **dict.fromkeys(
+        ("wandb", "tensorboard", "logger", "log"), "metrics are always written to metrics.jsonl and tensorboard/"
+    ),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One field that a flag sets.
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The one of `known` that a mistyped word most likely means; empty where none is like it."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
 
-    Attributes:
-        path: field names from the root, for example ("region", "sampling").
-        annotation: resolved type of the field.
-        default: value before flags.
-        help: one line from the field's metadata.
-        positive: whether 0 and less are refused.
+
+def nearest_flag(flag: str, known: Sequence[str]) -> str:
+    """The flag of a command that an unknown one most likely means: a synonym, a nested one's last part, or a typo.
+
+    Args:
+        flag: what was typed, with its dashes.
+        known: the command's flags, with their dashes.
+
+    Returns:
+        One of `known`, or empty text where a guess would be a wrong one.
+    """
+    by_name = {each.lstrip("-"): each for each in known if each.startswith("--")}
+    name = flag.lstrip("-").lower()
+    for candidate in SYNONYMS.get(name, ()):
+        if candidate in by_name:
+            return by_name[candidate]
+    if name in SYNONYMS or name in INSTEAD:
+        return ""
+    ends = [each for each in by_name if each.rpartition(".")[2] == name]
+    if len(ends) == 1:
+        return by_name[ends[0]]
+    return by_name.get(nearest(name, by_name), "")
+
+
+def unknown_flag(flag: str, known: Sequence[str]) -> UserMistake:
+    """The mistake of giving a flag that a command does not have, with what to give instead."""
+    name = flag.lstrip("-").lower()
+    found = nearest_flag(flag, known)
+    if found:
+        remedy = f"the nearest valid flag is {found}; --help lists all"
+    else:
+        remedy = f"{INSTEAD[name]}; --help lists all flags" if name in INSTEAD else "--help lists all flags"
+    return UserMistake(f"unknown flag {flag}; {remedy}")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line that names the nearest valid flag, never a usage block.
+
+    Flags may be written with underscores or hyphens, never abbreviated, and each only once.
     """
 
-    path: tuple[str, ...]
-    annotation: Any
-    default: Any
-    help: str
-    positive: bool = False
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
 
-    @property
-    def flag(self) -> str:
-        """The flag as users type it."""
-        return "--" + ".".join(self.path).replace("_", "-")
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing usage."""
+        raise UserMistake(f"{message}; --help lists all flags")
+
+    def known_flags(self) -> list[str]:
+        """Every flag this parser accepts."""
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+    def parse_once(self, argv: Sequence[str], others_allowed: bool = False) -> argparse.Namespace:
+        """Parse the arguments.
+
+        Args:
+            argv: the command's arguments.
+            others_allowed: leave arguments alone that this parser does not know, for a first pass.
+
+        Raises:
+            UserMistake: an unknown flag, a flag given twice, or a value that does not fit.
+        """
+        arguments = [_normalise(argument) for argument in argv]
+        self._refuse_flags(arguments, others_allowed)
+        namespace, unknown = self.parse_known_args(arguments)
+        if unknown and not others_allowed:
+            raise UserMistake(f"unknown argument {unknown[0]}; --help lists all")
+        return namespace
+
+    def _refuse_flags(self, arguments: Sequence[str], others_allowed: bool) -> None:
+        # Before argparse, which tells of a missing argument first and takes the last of two values without a word.
+        seen: set[int] = set()
+        for argument in arguments:
+            flag = argument.partition("=")[0]
+            if flag == "--":
+                return
+            if not re.fullmatch(r"--?[A-Za-z][-\w.]*", flag):
+                continue
+            action = self._option_string_actions.get(flag)
+            if action is None:
+                if others_allowed:
+                    continue
+                raise unknown_flag(flag, self.known_flags())
+            if id(action) in seen:
+                raise UserMistake(f"{flag} is given twice; give it once")
+            seen.add(id(action))
 
 
-def leaves(config: Any, prefix: tuple[str, ...] = ()) -> list[Leaf]:
-    """The leaf fields of a dataclass instance, in order of definition."""
-    hints = typing.get_type_hints(type(config))
-    found: list[Leaf] = []
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        path = (*prefix, item.name)
-        if dataclasses.is_dataclass(value):
-            found.extend(leaves(value, path))
-        else:
-            help, positive = item.metadata.get("help", ""), item.metadata.get("positive", False)
-            found.append(Leaf(path, hints[item.name], value, help, positive))
-    return found
-
-
-def replace_leaves(config: Any, values: Mapping[tuple[str, ...], Any]) -> Any:
-    """A copy of the dataclass with the leaves at the given paths replaced."""
-    changes: dict[str, Any] = {path[0]: value for path, value in values.items() if len(path) == 1}
-    nested: dict[str, dict[tuple[str, ...], Any]] = {}
-    for path, value in values.items():
-        if len(path) > 1:
-            nested.setdefault(path[0], {})[path[1:]] = value
-    for name, inner in nested.items():
-        changes[name] = replace_leaves(getattr(config, name), inner)
-    return dataclasses.replace(config, **changes)
+def _normalise(argument: str) -> str:
+    """Flags may be written with underscores or hyphens; values are left alone."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def parse_value(text: str, annotation: Any) -> Any:
@@ -108,66 +248,47 @@ def _number(kind: type[int] | type[float], text: str, what: str) -> int | float:
     return value
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Errors are one line that names the nearest valid flag, never a usage block."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing usage."""
-        raise UserMistake(message)
-
-    def known_flags(self) -> list[str]:
-        """Every flag this parser accepts."""
-        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-
-
-def _normalise(argument: str) -> str:
-    """Flags may be written with underscores or hyphens; values are left alone."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def add_leaf(parser: argparse._ActionsContainer, leaf: Leaf) -> None:
-    """One flag for one leaf; a boolean gets a `--no-` form as well."""
-    shown = json.dumps(list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default, default=str)
-    text = f"{leaf.help} (default: {shown})".strip().replace("%", "%%")
-    dest = ".".join(leaf.path)
+def add_leaf(parser: argparse._ActionsContainer, leaf: Leaf, prefix: str = "") -> None:
+    """One flag for one field, under `prefix` and its name in the namespace; a boolean gets a `--no-` form as well."""
+    shown = json.dumps(list(leaf.value) if isinstance(leaf.value, tuple) else leaf.value, default=str)
+    text = f"{leaf.option.help} (default: {shown})".strip().replace("%", "%%")
+    dest = prefix + leaf.name
+    above, _, last = leaf.name.rpartition(".")
     if leaf.annotation in (bool, bool | None):
         group = parser.add_mutually_exclusive_group()
         group.add_argument(
             leaf.flag, dest=dest, nargs="?", const="true", metavar="BOOL", default=argparse.SUPPRESS, help=text
         )
-        negative = "--" + ".".join((*leaf.path[:-1], "no-" + leaf.path[-1])).replace("_", "-")
+        negative = "--" + ".".join(filter(None, (above, f"no-{last}"))).replace("_", "-")
         group.add_argument(
             negative, dest=dest, action="store_const", const="false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
         return
     choices = typing.get_args(leaf.annotation) if typing.get_origin(leaf.annotation) is typing.Literal else ()
-    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else leaf.path[-1].upper()
+    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else last.upper()
     parser.add_argument(leaf.flag, dest=dest, metavar=metavar, default=argparse.SUPPRESS, help=text)
 
 
-def parse_flags(parser: OneLineParser, argv: Iterable[str], fields: Iterable[Leaf]) -> dict[tuple[str, ...], Any]:
-    """The leaves that the command line sets, by path.
+def parse_fields(parser: OneLineParser, argv: Sequence[str], fields: Mapping[str, Leaf]) -> dict[str, Any]:
+    """The values of the fields that the command line sets.
+
+    Args:
+        parser: has a flag of each field, by `add_leaf`.
+        argv: the command's arguments.
+        fields: the fields by their names in the namespace; flags of the parser that are not in it are left out.
+
+    Returns:
+        Name -> value, of the fields that were given.
 
     Raises:
-        UserMistake: on an unknown flag (with the nearest valid one) or a value that does not fit.
+        UserMistake: an unknown or repeated flag, or a value that does not fit.
     """
-    by_dest = {".".join(leaf.path): leaf for leaf in fields}
-    namespace, unknown = parser.parse_known_args([_normalise(argument) for argument in argv])
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        nearest = difflib.get_close_matches(name, parser.known_flags(), n=1, cutoff=0.0)
-        kind = "flag" if name.startswith("-") else "argument"
-        raise UserMistake(f"unknown {kind} {name}; the nearest valid flag is {nearest[0]}; --help lists all")
-    values: dict[tuple[str, ...], Any] = {}
-    for dest, text in vars(namespace).items():
-        if dest not in by_dest:
-            continue  # a flag of the caller's own
-        leaf = by_dest[dest]
+    given = vars(parser.parse_once(argv))
+    values: dict[str, Any] = {}
+    for name in given.keys() & fields.keys():
+        leaf = fields[name]
         try:
-            values[leaf.path] = parse_value(text, leaf.annotation)
+            values[name] = parse_value(given[name], leaf.annotation)
         except ValueError as reason:
-            raise UserMistake(f"{leaf.flag} {text}: {reason}") from None
+            raise UserMistake(f"{leaf.flag} {given[name]}: {reason}") from None
     return values

@@ -23,7 +23,7 @@ from models.methods.base import Method
 from pipeline.augment import choose_implementation
 from train import data as run_data
 from train.checkpoint import TrainState, newest_good, read_document, restore_checkpoint, write_atomically
-from train.config import Config, changed_fields, resolve
+from train.config import Config
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import UserMistake, run_to_exit_code
 from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size, region_sampler
@@ -31,6 +31,7 @@ from train.loop import Job, train
 from train.measure.online import health_figures, knn_figures
 from train.optim import build_optimizer
 from train.record.metrics import Metrics
+from train.resolve import changed_fields, resolve
 from train.runtime import Runtime, SignalWatch, start, wrap_distributed
 from train.schedules import scaled_lr
 from train.versions import versions
@@ -186,7 +187,7 @@ def run(config: Config) -> int:
             "--data is needed: pack a folder of images with `python tools/make_ffcv_dataset.py FOLDER photos.beton`, "
             "then give --data photos.beton"
         )
-    with start(config) as runtime:
+    with start(config.run) as runtime:
         batch_per_device(config, runtime.world_size)
         method = build_method(config, runtime)
         check_regions(config, runtime, method)

@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.options import option
-
+from .config import OptimConfig
+from .fields import check
 from .schedules import scaled_lr
-
-
-@dataclass(frozen=True)
-class LarsConfig:
-    """Details in which published LARS implementations differ."""
-
-    trust: float = option(1e-3, "trust coefficient: a layer's step relative to its weight norm")
-    lr_in_buffer: bool = option(
-        False, "learning rate inside the momentum buffer (LEWEL) or applied outside it (MoCo v3)"
-    )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Which optimizer, and what it does to which parameter."""
-
-    kind: Literal["sgd", "adamw", "lars"] = option("sgd", "optimizer")
-    lr: float = option(0.03, "base learning rate, at lr_reference_batch images a step")
-    lr_reference_batch: int = option(256, "global batch that lr belongs to; lr grows linearly with it; 0: no scaling")
-    weight_decay: float = option(1e-4, "weight decay: added to the gradient in sgd and lars, decoupled in adamw")
-    exclude: Literal["none", "1d", "bias_bn", "bias_bn_encoder", "1d_tables"] = option(
-        "none",
-        "what has no weight decay and no LARS trust ratio: nothing; 1d: vectors (MoCo v3; MoBY, whose 2-D position "
-        "tables are decayed); bias_bn: biases and batch norms; bias_bn_encoder: the same, but batch-norm scales only "
-        "inside the encoder (LEWEL's code with SyncBN); 1d_tables: vectors and relative-position tables",
-    )
-    sgd_momentum: float = option(0.9, "momentum of sgd and lars")
-    betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of adamw's two averages")
-    eps: float = option(1e-8, "adamw's addition to the denominator")
-    clip_grad_norm: float = option(0.0, "largest norm of all gradients together; 0: no clipping")
-    lars: LarsConfig = field(default_factory=LarsConfig)
 
 
 def _batch_norm_parameters(module: nn.Module) -> set[nn.Parameter]:
@@ -103,9 +71,9 @@ def build_optimizer(method: nn.Module, config: OptimConfig, global_batch: int) -
         global_batch: images of one step over all ranks, for the learning rate.
 
     Raises:
-        ValueError: a setting outside its range.
+        UserMistake: a setting outside its range.
     """
-    check_optimizer(config)
+    check(config, "optim.")
     groups = parameter_groups(method, config, global_batch)
     lr = scaled_lr(config, global_batch)
     # One launch on CUDA, where the fused form can also skip a step by a flag on the device, without a wait of the host.
@@ -133,19 +101,6 @@ def with_momentum_buffers(optimizer: torch.optim.SGD) -> torch.optim.SGD:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
     return optimizer
-
-
-def check_optimizer(config: OptimConfig) -> None:
-    """Raises ValueError for a setting outside its range."""
-    if config.kind not in ("sgd", "adamw", "lars"):
-        raise ValueError(f"optim.kind {config.kind!r} is unknown; choose sgd, adamw or lars")
-    for name in ("lr", "lr_reference_batch", "weight_decay", "clip_grad_norm"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"optim.{name} {getattr(config, name)} is negative; give 0 or more")
-    if len(config.betas) != 2:
-        raise ValueError(f"optim.betas {config.betas} must be two numbers, for example 0.9,0.999")
-    if not 0 <= config.sgd_momentum < 1:
-        raise ValueError(f"optim.sgd_momentum {config.sgd_momentum} is outside 0..1")
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

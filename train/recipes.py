@@ -12,9 +12,7 @@ from typing import Any, Literal
 
 from models.methods import METHODS
 
-from .config import AugmentConfig, BnConfig, Recipe
-from .optim import LarsConfig, OptimConfig
-from .schedules import EmaConfig, ScheduleConfig
+from .config import AugmentConfig, BnConfig, EmaConfig, LarsConfig, OptimConfig, Recipe, ScheduleConfig
 
 Made = tuple[Recipe, Any]
 COSINE_TO_ONE: Literal["cosine"] = "cosine"

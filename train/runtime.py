@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .config import Config
+from .config import RunConfig
 from .errors import UserMistake
 
 
@@ -154,15 +154,15 @@ def compiles(wanted: bool | None, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def start(config: Config) -> Iterator[Runtime]:
-    """Set the process up for the run, and take the process group down after it."""
+def start(run: RunConfig) -> Iterator[Runtime]:
+    """Set the process up as the run's flags say, and take the process group down after it."""
     rank, world_size, local_rank = _launch_environment()
-    device = _choose_device(config.run.device, local_rank)
-    if config.run.precision == "fp16" and device.type == "cpu":
+    device = _choose_device(run.device, local_rank)
+    if run.precision == "fp16" and device.type == "cpu":
         raise UserMistake("--precision fp16 needs a CUDA device; use bf16 or fp32 on the CPU")
     if world_size > 1:
         bind_to_numa_node(device)
-    if config.run.deterministic:
+    if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
@@ -172,7 +172,7 @@ def start(config: Config) -> Iterator[Runtime]:
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
         host_group = dist.new_group(backend="gloo")
-    dtype, compiled = choose_dtype(config.run.precision, device), compiles(config.run.compile, device)
+    dtype, compiled = choose_dtype(run.precision, device), compiles(run.compile, device)
     try:
         yield Runtime(rank, world_size, device, dtype, compiled, host_group)
     finally:

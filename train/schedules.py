@@ -15,40 +15,8 @@ epoch. Every published schedule of the trainer is one setting of `ScheduleConfig
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
-from models.options import option
-
-if TYPE_CHECKING:
-    from .optim import OptimConfig
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """How the learning rate moves between the start and the end of a run."""
-
-    decay: Literal["cosine-epoch", "cosine-step", "constant"] = option(
-        "cosine-epoch", "after warm-up: half a cosine, evaluated once an epoch or every step, or no change"
-    )
-    final: float = option(0.0, "learning rate that the cosine ends at")
-    cosine_origin: Literal["warmup-end", "run-start"] = option(
-        "warmup-end", "where the cosine begins; run-start cuts its first part off by the warm-up, as timm does (MoBY)"
-    )
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up, step by step")
-    warmup_start: float = option(0.0, "learning rate at which the warm-up begins")
-    warmup_offset: int = option(0, "0: step t of the warm-up has the share t / W of the rise; 1: (t + 1) / W (LEWEL)")
-    scale_ends: bool = option(
-        False, "scale final and warmup_start with the global batch like the base learning rate (MoBY)"
-    )
-
-
-@dataclass(frozen=True)
-class EmaConfig:
-    """How slowly the momentum network follows."""
-
-    momentum: float = option(0.999, "EMA coefficient, at the first step where it changes")
-    schedule: Literal["constant", "cosine"] = option("constant", "constant, or half a cosine up to 1 at the last step")
+from .config import EmaConfig, OptimConfig, ScheduleConfig
 
 
 def batch_scale(optim: OptimConfig, global_batch: int) -> float:

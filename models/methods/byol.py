@@ -20,8 +20,8 @@ from .regression_method import MomentumNorm, RegressionMethod
 class ByolConfig:
     """Hyper-parameters of BYOL."""
 
-    hidden_dim: int = option(4096, "width of the hidden layer of projector and predictor", positive=True)
-    dim: int = option(256, "width of the embeddings", positive=True)
+    hidden_dim: int = option(4096, "width of the hidden layer of projector and predictor", above=0)
+    dim: int = option(256, "width of the embeddings", above=0)
     head_bias: bool = option(False, "biases in the linear layers of projector and predictor")
     momentum_norm: MomentumNorm = option(
         "own", "batch norm of the momentum network: own batch statistics, or ema: the online ones averaged (EMAN)"

@@ -32,8 +32,8 @@ class CareConfig:
         "layer3",
         "stage that feeds the transformer stream: beside layer4 (the code), or the last one (the paper's text)",
     )
-    n_blocks: int = option(5, "attention blocks (n)", positive=True)
-    heads: int = option(4, "attention heads", positive=True)
+    n_blocks: int = option(5, "attention blocks (n)", above=0)
+    heads: int = option(4, "attention heads", above=0)
     pos: Position = option("absolute", "position encoding of the attention blocks")
     lambda_att: float = option(100.0, "weight of the attention loss (lambda)")
     att_loss: AttentionLoss = option(
@@ -47,8 +47,8 @@ class CareConfig:
     t_bn_group_size: int = option(
         128, "images that share batch-norm statistics in the transformer stream; 0 is the rank's whole batch"
     )
-    hidden_dim: int = option(4096, "width of the hidden layer of projectors and predictors", positive=True)
-    dim: int = option(256, "width of the embeddings", positive=True)
+    hidden_dim: int = option(4096, "width of the hidden layer of projectors and predictors", above=0)
+    dim: int = option(256, "width of the embeddings", above=0)
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
 

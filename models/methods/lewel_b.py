@@ -21,10 +21,10 @@ from .regression_method import MomentumNorm, RegressionMethod
 class LewelBConfig:
     """Hyper-parameters of LEWEL-B."""
 
-    hidden_dim: int = option(4096, "width of the hidden layers of projectors and predictors", positive=True)
-    dim: int = option(256, "width of the projector's output (d); there are d / h maps", positive=True)
-    c: int = option(256, "width of an aligned embedding", positive=True)
-    h: int = option(4, "channel groups, each pooled by maps of its own", positive=True)
+    hidden_dim: int = option(4096, "width of the hidden layers of projectors and predictors", above=0)
+    dim: int = option(256, "width of the projector's output (d); there are d / h maps", above=0)
+    c: int = option(256, "width of an aligned embedding", above=0)
+    h: int = option(4, "channel groups, each pooled by maps of its own", above=0)
     beta: float = option(0.5, "weight of the aligned loss; the global loss has 1 - beta (the paper's meaning)")
     coupled: bool = option(True, "the global projector also makes the maps; false gives them a head of their own")
     global_loss: bool = option(True, "train the global embedding; alone it has weight 1")

@@ -44,12 +44,12 @@ class LewelMConfig:
     """Hyper-parameters of LEWEL-M."""
 
     aligned: AlignedConfig = field(default_factory=AlignedConfig)
-    queue_size: int = option(65536, "global keys kept as negatives (K)", positive=True)
-    temperature: float = option(0.2, "softmax temperature (tau) of both losses", positive=True)
-    hidden_dim: int = option(2048, "width of the projectors' hidden layers", positive=True)
-    dim: int = option(128, "width of the global embedding (d); there are d / h maps", positive=True)
-    c: int = option(128, "width of an aligned embedding", positive=True)
-    h: int = option(4, "channel groups, each pooled by maps of its own", positive=True)
+    queue_size: int = option(65536, "global keys kept as negatives (K)", above=0)
+    temperature: float = option(0.2, "softmax temperature (tau) of both losses", above=0)
+    hidden_dim: int = option(2048, "width of the projectors' hidden layers", above=0)
+    dim: int = option(128, "width of the global embedding (d); there are d / h maps", above=0)
+    c: int = option(128, "width of an aligned embedding", above=0)
+    h: int = option(4, "channel groups, each pooled by maps of its own", above=0)
     beta: float = option(0.5, "weight of the aligned loss; the global loss has 1 - beta")
     coupled: bool = option(True, "the global projector also makes the maps; false gives them a head of their own")
     global_loss: bool = option(True, "train the global embedding; alone it has weight 1")

@@ -25,10 +25,10 @@ from .simsiam import VIEWS
 class MoBYConfig:
     """Hyper-parameters of MoBY."""
 
-    queue_size: int = option(4096, "keys kept as negatives in each of the two queues (K)", positive=True)
-    temperature: float = option(0.2, "softmax temperature (tau)", positive=True)
-    dim: int = option(256, "width of the embeddings", positive=True)
-    hidden_dim: int = option(4096, "width of the hidden layers of projector and predictor", positive=True)
+    queue_size: int = option(4096, "keys kept as negatives in each of the two queues (K)", above=0)
+    temperature: float = option(0.2, "softmax temperature (tau)", above=0)
+    dim: int = option(256, "width of the embeddings", above=0)
+    hidden_dim: int = option(4096, "width of the hidden layers of projector and predictor", above=0)
     drop_path: float = option(0.2, "drop rate of the online network's last residual branch; 0 for a ResNet")
     conv_init: ConvInit = option("torch", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")

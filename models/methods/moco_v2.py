@@ -36,10 +36,10 @@ class MoCoV2Config:
     """Hyper-parameters of MoCo v2."""
 
     symmetric: SymmetricConfig = field(default_factory=SymmetricConfig)
-    queue_size: int = option(65536, "keys kept as negatives (K)", positive=True)
-    temperature: float = option(0.2, "softmax temperature (tau)", positive=True)
-    dim: int = option(128, "width of the embeddings", positive=True)
-    hidden_dim: int = option(2048, "width of the projector's hidden layer", positive=True)
+    queue_size: int = option(65536, "keys kept as negatives (K)", above=0)
+    temperature: float = option(0.2, "softmax temperature (tau)", above=0)
+    dim: int = option(128, "width of the embeddings", above=0)
+    hidden_dim: int = option(2048, "width of the projector's hidden layer", above=0)
     mlp: bool = option(True, "two-layer projector; false is MoCo v1's single linear layer")
     shuffle_bn: bool = option(True, "compute keys in shuffled order, away from their queries' batch-norm groups")
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")

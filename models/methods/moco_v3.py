@@ -22,9 +22,9 @@ from .moco_v2 import global_pool
 class MoCoV3Config:
     """Hyper-parameters of MoCo v3 on ResNets."""
 
-    temperature: float = option(1.0, "softmax temperature (tau)", positive=True)
-    dim: int = option(256, "width of the embeddings", positive=True)
-    hidden_dim: int = option(4096, "width of the hidden layers of projector and predictor", positive=True)
+    temperature: float = option(1.0, "softmax temperature (tau)", above=0)
+    dim: int = option(256, "width of the embeddings", above=0)
+    hidden_dim: int = option(4096, "width of the hidden layers of projector and predictor", above=0)
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
 

@@ -22,9 +22,9 @@ VIEWS = ("view1", "view2")
 class SimSiamConfig:
     """Hyper-parameters of SimSiam."""
 
-    dim: int = option(2048, "width of the projections and predictions", positive=True)
-    hidden_dim: int = option(2048, "width of the projector's hidden layers", positive=True)
-    predictor_hidden_dim: int = option(512, "width of the predictor's hidden layer", positive=True)
+    dim: int = option(2048, "width of the projections and predictions", above=0)
+    hidden_dim: int = option(2048, "width of the projector's hidden layers", above=0)
+    predictor_hidden_dim: int = option(512, "width of the predictor's hidden layer", above=0)
     fixed_predictor_lr: bool = option(True, "keep the predictor's learning rate constant")
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")

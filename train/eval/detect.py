@@ -13,6 +13,7 @@ from models.options import option
 from pipeline.prefetch import decoding_threads
 
 from ..errors import UserMistake
+from ..fields import check as check_fields
 from ..runtime import SignalWatch, wrap_distributed
 from .detection.cityscapes_ap import cityscapes_ap
 from .detection.coco_ap import METRICS, coco_ap, coco_results
@@ -71,22 +72,30 @@ class DetectConfig(ProtocolConfig):
         "backbone and none elsewhere",
     )
     box_head: Literal["2fc", "4conv1fc"] = option("2fc", "box head of the FPN detectors; 4conv1fc is LEWEL's")
-    steps: int = option(0, "optimizer steps, milestones and warm-up move in proportion; 0: the schedule's")
-    global_batch: int = option(0, "images of a step over all ranks; 0: the schedule's")
-    lr: float = option(0.0, "peak learning rate at this batch; 0: the schedule's, in proportion to the batch")
-    weight_decay: float = option(1e-4, "L2 coupled to the gradient, of all but norm layers")
+    steps: int = option(0, "optimizer steps, milestones and warm-up move in proportion; 0: the schedule's", least=0)
+    global_batch: int = option(0, "images of a step over all ranks; 0: the schedule's", least=0)
+    lr: float = option(0.0, "peak learning rate at this batch; 0: the schedule's, in proportion to the batch", least=0)
+    weight_decay: float = option(1e-4, "L2 coupled to the gradient, of all but norm layers", least=0)
     train_sides: tuple[int, ...] = option(
-        (), "short edges of training images in pixels, one drawn for each image; empty: the data's published ones"
+        (),
+        "short edges of training images in pixels, one drawn for each image; empty: the data's published ones",
+        least=1,
     )
-    test_side: int = option(0, "short edge of validation images in pixels; 0: the data's published one")
+    test_side: int = option(0, "short edge of validation images in pixels; 0: the data's published one", least=0)
     longest_side: int = option(
-        0, "the most a long edge may have, in pixels; 0: the data's published one; RegionCL's C4 detectors have 1200"
+        0,
+        "the most a long edge may have, in pixels; 0: the data's published one; RegionCL's C4 detectors have 1200",
+        least=0,
     )
-    anchor_sizes: tuple[float, ...] = option(ANCHOR_SIZES, "sides of anchors in pixels, one a level of a pyramid")
-    regions: int = option(512, "proposals that an image is trained on (not RetinaNet)")
-    precise_bn_steps: int = option(200, "training batches for the batch-norm statistics used at test; 0: running ones")
-    checkpoint_every: int = option(1000, "steps between checkpoints; the last step always has one")
-    log_every: int = option(20, "steps between lines and rows of losses")
+    anchor_sizes: tuple[float, ...] = option(
+        ANCHOR_SIZES, "sides of anchors in pixels, one a level of a pyramid", least=1
+    )
+    regions: int = option(512, "proposals that an image is trained on (not RetinaNet)", least=1)
+    precise_bn_steps: int = option(
+        200, "training batches for the batch-norm statistics used at test; 0: running ones", least=0
+    )
+    checkpoint_every: int = option(1000, "steps between checkpoints; the last step always has one", least=1)
+    log_every: int = option(20, "steps between lines and rows of losses", least=1)
     resume: Literal["auto", "never"] = option(
         "auto", "auto continues from the newest good checkpoint beside the result"
     )
@@ -113,15 +122,7 @@ class Plan:
 
 def check(config: DetectConfig) -> None:
     """Raises UserMistake for a value outside its range, or flags that do not go together."""
-    for name in ("steps", "global_batch", "lr", "weight_decay", "test_side", "longest_side", "precise_bn_steps"):
-        if getattr(config, name) < 0:
-            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
-    for name in ("regions", "checkpoint_every", "log_every"):
-        if getattr(config, name) < 1:
-            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
-    for name in ("train_sides", "anchor_sizes"):
-        if any(side < 1 for side in getattr(config, name)):
-            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)}: sides must be at least 1 pixel")
+    check_fields(config)
     if config.box_head != "2fc" and config.detector not in ("faster-rcnn-fpn", "mask-rcnn-fpn"):
         raise UserMistake(f"--box-head {config.box_head} is for FPN detectors with regions, not {config.detector}")
     if config.detector == "retinanet" and config.regions != 512:

@@ -18,23 +18,21 @@ from .splits import source_names
 class KnnConfig(EvalConfig):
     """Flags of the k-NN protocol."""
 
-    k: tuple[int, ...] = option(DEFAULT_KS, "how many neighbours vote, comma-separated")
-    temperature: float = option(DEFAULT_TEMPERATURE, "the weighted vote of a neighbour is exp(cosine / temperature)")
-    block: int = option(512, "validation images compared with all training images at a time; only memory depends on it")
+    k: tuple[int, ...] = option(DEFAULT_KS, "how many neighbours vote, comma-separated", least=1)
+    temperature: float = option(
+        DEFAULT_TEMPERATURE, "the weighted vote of a neighbour is exp(cosine / temperature)", above=0
+    )
+    block: int = option(
+        512, "validation images compared with all training images at a time; only memory depends on it", least=1
+    )
     real_labels: str = option("", "ImageNet-ReaL label file (real.json), for its top-1")
-
-
-def _check(config: KnnConfig) -> None:
-    if not config.k or min(config.k) < 1:
-        raise UserMistake(f"--k {','.join(map(str, config.k))}: give whole numbers of at least 1")
-    if config.temperature <= 0 or config.block < 1:
-        raise UserMistake(f"--temperature {config.temperature} must be above 0 and --block {config.block} at least 1")
 
 
 def run(argv: Sequence[str]) -> int:
     """The `knn` command."""
     config = parse_config("knn", "k-nearest neighbours on frozen features.", KnnConfig(), argv)
-    _check(config)
+    if not config.k:
+        raise UserMistake("--k needs a number of neighbours, as 20 or 10,20")
     with open_session("knn", config) as session:
         bank, data_hash = session.features_of(config.data)
         queries, val_hash = session.features_of(config.val_data)

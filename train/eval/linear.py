@@ -20,6 +20,7 @@ from models.options import option
 from pipeline.interface import Pipeline
 
 from ..errors import UserMistake
+from ..fields import check
 from ..measure.features import Features, evaluation_mode, pool
 from ..optim import Lars
 from .accuracy import Accuracy, accuracy, read_real_labels
@@ -106,13 +107,17 @@ class LinearConfig(EvalConfig):
 
     recipe: str = option("", "one of " + ", ".join(LINEAR_RECIPES) + "; empty: the pre-training method's, else moco-v2")
     lrs: tuple[float, ...] = option(
-        (), "peak learning rates trained side by side, comma-separated (L2 strengths for logistic); empty: the recipe's"
+        (),
+        "peak learning rates trained side by side, comma-separated (L2 strengths for logistic); empty: the recipe's",
+        above=0,
     )
-    epochs: int = option(0, "passes over the training images; 0: the recipe's. Milestones move in proportion")
-    global_batch: int = option(0, "images of a step over all ranks; 0: the recipe's, or all where there are fewer")
+    epochs: int = option(0, "passes over the training images; 0: the recipe's. Milestones move in proportion", least=0)
+    global_batch: int = option(
+        0, "images of a step over all ranks; 0: the recipe's, or all where there are fewer", least=0
+    )
     weight_decay: float = option(-1.0, "L2 coupled to the gradient; negative: the recipe's")
     head_bn: Literal["recipe", "yes", "no"] = option("recipe", "BatchNorm1d after the linear layer")
-    eval_every: int = option(1, "epochs between validations; the last epoch always has one")
+    eval_every: int = option(1, "epochs between validations; the last epoch always has one", least=1)
     real_labels: str = option("", "ImageNet-ReaL label file (real.json), for its top-1")
     resume: Literal["auto", "never"] = option(
         "auto", "auto continues a run that was stopped from its last whole epoch, kept beside the result"
@@ -278,17 +283,11 @@ def choose_recipe(config: LinearConfig, method: str) -> tuple[str, LinearRecipe]
     Raises:
         UserMistake: for an unknown name or a value outside its range.
     """
+    check(config)
     name = config.recipe or RECIPE_OF_METHOD.get(method, "moco-v2")
     if name not in LINEAR_RECIPES:
         raise UserMistake(f"--recipe {name}: choose from {', '.join(LINEAR_RECIPES)}")
     recipe = LINEAR_RECIPES[name]
-    if any(lr <= 0 for lr in config.lrs):
-        raise UserMistake(f"--lrs {','.join(map(str, config.lrs))}: each must be above 0")
-    if config.epochs < 0 or config.global_batch < 0 or config.eval_every < 1:
-        raise UserMistake(
-            f"--epochs {config.epochs}, --global-batch {config.global_batch} must not be negative and --eval-every "
-            f"{config.eval_every} must be at least 1"
-        )
     if recipe.optimizer == "lbfgs" and (config.epochs or config.global_batch or config.head_bn == "yes"):
         raise UserMistake("--recipe logistic is solved exactly: leave out --epochs, --global-batch and --head-bn")
     if config.weight_decay >= 0:

@@ -17,7 +17,6 @@ from models.norm import convert_batch_norm, running_buffers
 from models.options import option
 from pipeline.interface import Pipeline
 
-from ..errors import UserMistake
 from ..measure.features import center_view, extract_features, pool
 from .accuracy import Accuracy, accuracy
 from .fewshot import labelled_subset
@@ -54,13 +53,15 @@ class SemiConfig(EvalConfig):
     list: str = option(
         "", "text file with one training image a line (as SimCLR's 1percent.txt), instead of a drawn one"
     )
-    lr_backbone: float = option(0.0, "peak learning rate of the backbone; 0: the recipe's for 1% or 10%")
-    lr_head: float = option(0.0, "peak learning rate of the classifier; 0: the recipe's for 1% or 10%")
-    weight_decay: float = option(1e-4, "L2 coupled to the gradient")
-    epochs: int = option(EPOCHS, "passes over the labelled images; milestones move in proportion")
-    global_batch: int = option(0, "images of a step over all ranks; 0: 256, or fewer where there are fewer images")
+    lr_backbone: float = option(0.0, "peak learning rate of the backbone; 0: the recipe's for 1% or 10%", least=0)
+    lr_head: float = option(0.0, "peak learning rate of the classifier; 0: the recipe's for 1% or 10%", least=0)
+    weight_decay: float = option(1e-4, "L2 coupled to the gradient", least=0)
+    epochs: int = option(EPOCHS, "passes over the labelled images; milestones move in proportion", least=1)
+    global_batch: int = option(
+        0, "images of a step over all ranks; 0: 256, or fewer where there are fewer images", least=0
+    )
     bn: Literal["sync", "plain"] = option("sync", "batch norm over the global batch, or over each rank's part")
-    eval_every: int = option(10, "epochs between validations; the last epoch always has one")
+    eval_every: int = option(10, "epochs between validations; the last epoch always has one", least=1)
     resume: Literal["auto", "never"] = option(
         "auto", "auto continues a run that was stopped from its last whole epoch, kept beside the result"
     )
@@ -72,17 +73,6 @@ def learning_rates(config: SemiConfig, images: int, total: int, batch: int) -> t
     nearest = min(PUBLISHED_LRS, key=lambda known: abs(np.log(known / share)))
     backbone, head = (lr * batch / 256 for lr in PUBLISHED_LRS[nearest])
     return config.lr_backbone or backbone, config.lr_head or head
-
-
-def _check(config: SemiConfig) -> None:
-    for name in ("lr_backbone", "lr_head", "weight_decay"):
-        if getattr(config, name) < 0:
-            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
-    if config.epochs < 1 or config.global_batch < 0 or config.eval_every < 1:
-        raise UserMistake(
-            f"--epochs {config.epochs} and --eval-every {config.eval_every} must be at least 1, --global-batch "
-            f"{config.global_batch} not negative"
-        )
 
 
 class Classifier(nn.Module):
@@ -208,7 +198,6 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
 def run(argv: Sequence[str]) -> int:
     """The `semi` command."""
     config = parse_config("semi", "Fine-tune the whole network on a share of the labels.", SemiConfig(), argv)
-    _check(config)
     with open_session("semi", config) as session:
         population, facts = labelled_subset(session, config, config.fraction, config.list)
         record, more = fine_tune(session, config, population)

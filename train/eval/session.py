@@ -22,9 +22,10 @@ from pipeline.loaders import build_pipeline
 
 from ..backbone_io import BackboneSource, build_encoder, load
 from ..checkpoint import write_atomically
-from ..config import Config, Recipe, RunConfig
+from ..config import RunConfig
 from ..errors import UserMistake
-from ..flags import OneLineParser, add_leaf, leaves, parse_flags, replace_leaves
+from ..fields import check, flatten, unflatten
+from ..flags import OneLineParser, add_leaf, parse_fields
 from ..measure.features import Features, center_view, extract_features
 from ..runtime import Runtime, start
 from ..versions import versions
@@ -52,8 +53,8 @@ class ProtocolConfig:
     )
     deterministic: bool = option(False, "deterministic kernels, for byte-identical runs on CUDA; the CPU needs no flag")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
-    workers: int = option(0, "decoding threads of this process; 0 follows from the cores it may use")
-    seed: int = option(0, "every random draw follows from it")
+    workers: int = option(0, "decoding threads of this process; 0 follows from the cores it may use", least=0)
+    seed: int = option(0, "every random draw follows from it", least=0)
     output: str = option("", "result file; empty is eval-PROTOCOL.json beside the checkpoint")
 
 
@@ -65,7 +66,7 @@ class EvalConfig(ProtocolConfig):
     loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "reference", "synthetic"] = option(
         "auto", "where images come from; for synthetic, --data and --val-data are numbers of images"
     )
-    image_size: int = option(0, "side of the evaluated square in pixels; 0 is the run's own, or 224")
+    image_size: int = option(0, "side of the evaluated square in pixels; 0 is the run's own, or 224", least=0)
 
 
 ConfigT = TypeVar("ConfigT", bound=ProtocolConfig)
@@ -77,11 +78,11 @@ def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequen
     Raises:
         UserMistake: an unknown flag, a value that does not fit, or one of the three paths missing.
     """
-    parser = OneLineParser(prog=f"train/evaluate.py {protocol}", description=description, allow_abbrev=False)
-    fields = leaves(default)
-    for leaf in fields:
+    parser = OneLineParser(prog=f"train/evaluate.py {protocol}", description=description)
+    fields = flatten(default)
+    for leaf in fields.values():
         add_leaf(parser, leaf)
-    config = replace_leaves(default, parse_flags(parser, argv, fields))
+    config = unflatten(default, parse_fields(parser, argv, fields))
     for name, what in (
         ("checkpoint", "a run's folder or a file"),
         ("data", "labelled images"),
@@ -89,9 +90,7 @@ def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequen
     ):
         if not getattr(config, name):
             raise UserMistake(f"--{name.replace('_', '-')} is needed: give {what}")
-    for name in ("image_size", "workers", "seed"):
-        if getattr(config, name, 0) < 0:
-            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
+    check(config)
     return config
 
 
@@ -281,7 +280,7 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
         deterministic=config.deterministic,
         compile=False,
     )
-    with start(Config(process, Recipe(), None)) as runtime:
+    with start(process) as runtime:
         loaded = load(config.checkpoint, config.arch, print if runtime.is_main else lambda _: None)
         encoder = loaded.encoder
         if config.untrained:

@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw
 from pipeline import augment, regions
 from pipeline.interface import Batch, PipelineConfig
 from pipeline.loaders import build_pipeline
-from train.config import Config, resolve
+from train.config import Config
 from train.errors import UserMistake
 from train.inputs import VIEWS, region_sampler, train_views
+from train.resolve import resolve
 
 _IMAGES = 8
 _MIXED_STEPS = 3

@@ -185,6 +185,7 @@ def _reference(row: Published) -> tuple[str, dict[str, Any]]:
     """Name and flat settings of our recipe for a published figure: most of its flags right, then the schedule."""
     # Recipes bring PyTorch with them, which the table alone does not need.
     from train.config import Config, RunConfig
+    from train.fields import flatten
     from train.recipes import RECIPES
 
     found: list[tuple[tuple[int, int], str, dict[str, Any]]] = []
@@ -195,14 +196,8 @@ def _reference(row: Published) -> tuple[str, dict[str, Any]]:
         made = json.loads(json.dumps(Config(RunConfig(), *make()).to_json()))
         wrong = sum(not _flag_fits(made, flag, values) for flag, values in row.flags.items())
         if made["recipe"]["image_size"] == 224:
-            settings = _flat(made["model"]) | _flat(made["recipe"])
-            found.append(((wrong, abs(made["recipe"]["epochs"] - row.epochs)), name, settings))
+            settings = {**flatten(made["model"]), **flatten(made["recipe"])}
+            plain = {flag: leaf.value for flag, leaf in settings.items()}
+            found.append(((wrong, abs(made["recipe"]["epochs"] - row.epochs)), name, plain))
     _, name, settings = min(found, key=lambda entry: entry[0], default=((0, 0), "", {}))
     return name, {flag: value for flag, value in settings.items() if flag not in row.flags}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found

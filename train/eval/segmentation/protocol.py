@@ -8,6 +8,7 @@ from typing import Literal
 from models.options import option
 
 from ...errors import UserMistake
+from ...fields import check
 from ..session import ProtocolConfig
 from .augment import Geometry
 
@@ -60,10 +61,10 @@ class SegmentConfig(ProtocolConfig):
     schedule: Literal["protocol", "20k", "40k", "80k"] = option(
         "protocol", "optimizer steps; protocol: 20k for fcn, 40k for upernet"
     )
-    steps: int = option(0, "optimizer steps, another number than the schedules'; 0: the schedule's")
-    global_batch: int = option(16, "images of a step over all ranks")
-    lr: float = option(0.01, "initial learning rate, falls by (1 - step / steps)^0.9 to 1e-4")
-    weight_decay: float = option(5e-4, "L2 coupled to the gradient, on all parameters")
+    steps: int = option(0, "optimizer steps, another number than the schedules'; 0: the schedule's", least=0)
+    global_batch: int = option(16, "images of a step over all ranks", least=1)
+    lr: float = option(0.01, "initial learning rate, falls by (1 - step / steps)^0.9 to 1e-4", above=0)
+    weight_decay: float = option(5e-4, "L2 coupled to the gradient, on all parameters", least=0)
     crop: tuple[int, ...] = option((), "height,width of training crops; empty: 512,512 for fcn, 512,1024 for upernet")
     scale: tuple[int, ...] = option(
         (),
@@ -71,21 +72,21 @@ class SegmentConfig(ProtocolConfig):
         "2048,1024 for upernet",
     )
     ratio: tuple[float, ...] = option((0.5, 2.0), "limits of the random factor on the scale in training")
-    channels: int = option(0, "width of the head, half of it in the auxiliary head; 0: 512")
+    channels: int = option(0, "width of the head, half of it in the auxiliary head; 0: 512", least=0)
     bn: Literal["sync", "plain"] = option("sync", "batch norm over the global batch, or over each rank's part")
     test: Literal["whole", "slide"] = option("whole", "validate images in one pass or by sliding windows")
     window: tuple[int, ...] = option((), "height,width of sliding windows; empty: the crop")
     stride: tuple[int, ...] = option((), "height,width between sliding windows; empty: two thirds of the window")
-    classes: int = option(0, "number of classes of plain folders without classes.json; 0: highest label + 1")
-    ignore_index: int = option(-1, "label value that does not count; -1: that of classes.json, else 255")
+    classes: int = option(0, "number of classes of plain folders without classes.json; 0: highest label + 1", least=0)
+    ignore_index: int = option(-1, "label value that does not count; -1: that of classes.json, else 255", least=-1)
     train_split: str = option("", "list or folder of --data; empty: train, in VOC trainaug where there is such a list")
     val_split: str = option("", "list or folder of --val-data; empty: val")
-    eval_every: int = option(0, "steps between validations; 0: only after the last step")
-    checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one")
+    eval_every: int = option(0, "steps between validations; 0: only after the last step", least=0)
+    checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one", least=1)
     resume: Literal["auto", "never"] = option(
         "auto", "auto continues from the newest good checkpoint beside the result"
     )
-    log_every: int = option(50, "steps between lines of loss and learning rate")
+    log_every: int = option(50, "steps between lines of loss and learning rate", least=1)
 
 
 @dataclass(frozen=True)
@@ -127,21 +128,7 @@ def make_plan(config: SegmentConfig, world_size: int) -> Plan:
         UserMistake: a value outside its range.
     """
     published = PUBLISHED[config.model]
-    for name, least in (
-        ("steps", 0),
-        ("global_batch", 1),
-        ("channels", 0),
-        ("classes", 0),
-        ("eval_every", 0),
-        ("checkpoint_every", 1),
-        ("log_every", 1),
-        ("ignore_index", -1),
-        ("weight_decay", 0),
-    ):
-        if getattr(config, name) < least:
-            raise UserMistake(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    if config.lr <= 0:
-        raise UserMistake(f"--lr {config.lr}: must be above 0")
+    check(config)
     if config.ignore_index > 255:
         raise UserMistake(f"--ignore-index {config.ignore_index}: label files hold values up to 255")
     if config.channels == 1:

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,16 @@ TINY = (
 ).split()
 
 
-def replaced(argv: list[str], *flags: str) -> list[str]:
-    """The arguments with these flags and their values in place of what they say of the same flags."""
-    given = {flag for flag in flags if flag.startswith("--")}
-    kept, skip = [], False
+def last_wins(argv: Sequence[str]) -> list[str]:
+    """The arguments without those flags that come again later, which the commands refuse."""
+    groups: list[list[str]] = [[]]
     for argument in argv:
         if argument.startswith("--"):
-            skip = argument in given
-        if not skip:
-            kept.append(argument)
-    return [*kept, *flags]
+            groups.append([])
+        groups[-1].append(argument)
+    flags = [group[0].partition("=")[0] if group else "" for group in groups]
+    kept = [group for place, group in enumerate(groups) if not flags[place] or flags[place] not in flags[place + 1 :]]
+    return [argument for group in kept for argument in group]
 
 
 def free_port() -> int:

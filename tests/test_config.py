@@ -11,7 +11,7 @@ import torch
 
 import train.main
 from models.methods import METHODS
-from tests.runs import replaced
+from tests.runs import last_wins
 from train.config import Config
 from train.errors import EXIT_NON_FINITE, EXIT_USER_MISTAKE, UserMistake
 from train.fields import flatten
@@ -170,7 +170,7 @@ REGIONS = ["--method", "regioncl-m", *SYNTHETIC[2:], "--arch", "resnet18"]
         ([*SYNTHETIC, "--augment.profile", "linear"], "choose from mocov2"),
         ([*SYNTHETIC, "--augment.min-scale", "3"], "--augment.min-scale 3"),
         ([*SMALL, "--augment.implementation", "kernel"], "is for a CUDA device"),
-        (replaced(SMALL, "--data", "photos.beton"), "reads no photos.beton"),
+        (last_wins([*SMALL, "--data", "photos.beton"]), "reads no photos.beton"),
         ([*SYNTHETIC, "--global-batch", "1"], "--global-batch 1: must be at least 2"),
         ([*SYNTHETIC, "--image-size", "1"], "--image-size 1: must be at least 8"),
         ([*SYNTHETIC, "--temperature", "0"], "--temperature 0"),
@@ -219,7 +219,7 @@ def test_a_backbone_that_has_diverged_ends_the_run(capfd: pytest.CaptureFixture[
 def test_few_images_have_health_figures(tmp_path: Path, more: list[str]) -> None:
     """Of one image alone there is no spread and no neighbour: then images that are trained on serve."""
     run_dir = tmp_path / "run"
-    assert train.main.main(replaced([*SMALL, "--max-steps", "1", "--run-dir", str(run_dir)], *more)) == 0
+    assert train.main.main(last_wins([*SMALL, "--max-steps", "1", "--run-dir", str(run_dir), *more])) == 0
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "health"] == [0, 1]
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.detection_cases import COLOURS, coco_document, write_coco
 from tests.distributed import run_ranks
+from tests.runs import last_wins
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import NonFinite, UserMistake
 from train.eval.detect import DetectConfig, check, headline, plan_of
@@ -317,32 +318,34 @@ def backbone(tmp_path: Path) -> Path:
 
 
 def command(backbone: Path, data: Path, *more: str) -> list[str]:
-    return [
-        "detect",
-        "--checkpoint",
-        str(backbone),
-        "--data",
-        str(data),
-        "--val-data",
-        str(data),
-        "--train-sides",
-        "48,64",
-        "--test-side",
-        "64",
-        "--longest-side",
-        "96",
-        "--anchor-sizes",
-        "8,16,32,48,64",
-        "--global-batch",
-        "2",
-        "--precise-bn-steps",
-        "1",
-        "--workers",
-        "1",
-        "--device",
-        "cpu",
-        *more,
-    ]
+    return last_wins(
+        [
+            "detect",
+            "--checkpoint",
+            str(backbone),
+            "--data",
+            str(data),
+            "--val-data",
+            str(data),
+            "--train-sides",
+            "48,64",
+            "--test-side",
+            "64",
+            "--longest-side",
+            "96",
+            "--anchor-sizes",
+            "8,16,32,48,64",
+            "--global-batch",
+            "2",
+            "--precise-bn-steps",
+            "1",
+            "--workers",
+            "1",
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
 
 
 class Asked:

@@ -16,6 +16,7 @@ import torch
 from models.methods import METHODS
 from pipeline.interface import Batch, PipelineConfig, PipelineStats
 from pipeline.loaders import build_pipeline
+from tests.runs import last_wins
 from train.backbone_io import build_encoder, load_backbone, save_backbone
 from train.errors import UserMistake
 from train.eval import linear, semi, splits
@@ -277,7 +278,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(name: str, run: Path, *more: str) -> list[str]:
-    return [name, "--checkpoint", str(run), "--loader", "synthetic", "--data", "160", "--val-data", "60", *more]
+    return last_wins(
+        [name, "--checkpoint", str(run), "--loader", "synthetic", "--data", "160", "--val-data", "60", *more]
+    )
 
 
 def result(run: Path, name: str) -> dict:

@@ -22,6 +22,7 @@ from pipeline.interface import Batch, PipelineConfig, ViewSpec
 from pipeline.prefetch import deliver_batches
 from tests.fake_cuda import DEVICE, fake_gpu, on_gpu
 from tests.method_cases import SWIN_METHODS, small_backbones
+from tests.runs import last_wins
 from train.checkpoint import TrainState, optimizer_tensors, restore_optimizer
 from train.config import Config, OptimConfig
 from train.eval.linear import LINEAR_RECIPES, LinearHeads, train_heads
@@ -56,7 +57,7 @@ def settings(method: str, *flags: str) -> Config:
     fields = {field.name for field in dataclasses.fields(METHODS[method].Config)}
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items() if name in fields]
     small = f"--image-size {SIZE} --global-batch {BATCH} --bn.group-size 4 --data 64 --loader synthetic".split()
-    config = resolve(["--method", method, *small, *sizes, *flags])
+    config = resolve(last_wins(["--method", method, *small, *sizes, *flags]))
     arch = "swin-narrow" if method in SWIN_METHODS else "resnet-narrow"
     return dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, arch=arch))
 

@@ -13,14 +13,14 @@ import torch
 
 import train.inputs
 import train.main
-from tests.runs import TINY, rows
+from tests.runs import TINY, last_wins, rows
 from train.errors import EXIT_NON_FINITE
 from train.loop import PATIENCE, _update
 from train.optim import Lars, with_momentum_buffers
 
 
 def argv(run_dir: Path, steps: int, *more: str) -> list[str]:
-    return ["--method", "regioncl-m", "--run-dir", str(run_dir), "--max-steps", str(steps), *TINY, *more]
+    return last_wins(["--method", "regioncl-m", "--run-dir", str(run_dir), "--max-steps", str(steps), *TINY, *more])
 
 
 def test_one_bad_batch_is_skipped_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

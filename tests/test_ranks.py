@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import TINY, rows, run
+from tests.runs import TINY, last_wins, rows, run
 
 METHODS = ["moco-v2", "regioncl-m"]
 # Groups of four and small steps: BN over a few values per channel doubles a difference in the last bit at every step.
@@ -17,7 +17,7 @@ def losses(method: str, world_size: int, run_dir: Path, *more: str) -> tuple[lis
     """Losses and gradient norms of ten steps."""
     argv = ["--method", method, "--run-dir", str(run_dir), "--max-steps", "10", *TINY, *CALM, "--log-every", "1", *more]
     log = run_dir.with_suffix(".log")
-    assert set(run(argv, world_size, log)) == {0}, log.read_text()[-2000:]
+    assert set(run(last_wins(argv), world_size, log)) == {0}, log.read_text()[-2000:]
     found = rows(run_dir, "train")
     assert len(found) == 10
     return [row["loss"] for row in found], [row["grad_norm"] for row in found]

@@ -96,7 +96,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pack(folder / part, folder / f"{part}.beton")
     run_dir = folder / "runs" / "regioncl-m"
     tiny = ["--method", "regioncl-m", *runs.TINY, "--run-dir", str(run_dir), "--epochs", "1", "--max-steps", "2"]
-    assert runs.run(tiny, log=folder / "log.txt") == [0], (folder / "log.txt").read_text()
+    assert runs.run(runs.last_wins(tiny), log=folder / "log.txt") == [0], (folder / "log.txt").read_text()
     return folder
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from models.methods import METHODS
+from tests.runs import last_wins
 from tools import report
 from train.errors import UserMistake
 from train.record import charts
@@ -228,7 +229,7 @@ def test_flags_of_published_figures_exist() -> None:
 
 def run_config(method: str, arch: str = "resnet50", epochs: int = 100, *flags: str) -> dict:
     arguments = ["--method", method, "--arch", arch, "--epochs", str(epochs), *flags]
-    return {**json.loads(json.dumps(resolve(arguments).to_json())), "data_images": 1_281_167}
+    return {**json.loads(json.dumps(resolve(last_wins(arguments)).to_json())), "data_images": 1_281_167}
 
 
 def test_nearest_published_schedule() -> None:

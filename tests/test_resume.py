@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import train.main
-from tests.runs import TINY, comparable, finish, rows, run, start
+from tests.runs import TINY, comparable, finish, last_wins, rows, run, start
 from train.errors import EXIT_CHECKPOINT, EXIT_REQUEUE, EXIT_USER_MISTAKE
 
 
 def argv(run_dir: Path, method: str = "regioncl-m", steps: int = 10, *more: str) -> list[str]:
-    return ["--method", method, "--run-dir", str(run_dir), "--max-steps", str(steps), *TINY, *more]
+    return last_wins(["--method", method, "--run-dir", str(run_dir), "--max-steps", str(steps), *TINY, *more])
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from torchvision.models import resnet50
 
 import train.eval.segment
 import train.eval.segmentation.training as training
+from tests.runs import last_wins
 from tools.benchmarking import RESULTS
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import UserMistake
@@ -518,30 +519,32 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(backbone: Path, data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "segment",
-        "--checkpoint",
-        str(backbone),
-        "--data",
-        str(data),
-        "--val-data",
-        str(data),
-        "--output",
-        str(output),
-        "--crop",
-        "32,48",
-        "--scale",
-        "0,0",
-        "--channels",
-        "16",
-        "--global-batch",
-        "4",
-        "--log-every",
-        "1",
-        "--workers",
-        "1",
-        *more,
-    ]
+    return last_wins(
+        [
+            "segment",
+            "--checkpoint",
+            str(backbone),
+            "--data",
+            str(data),
+            "--val-data",
+            str(data),
+            "--output",
+            str(output),
+            "--crop",
+            "32,48",
+            "--scale",
+            "0,0",
+            "--channels",
+            "16",
+            "--global-batch",
+            "4",
+            "--log-every",
+            "1",
+            "--workers",
+            "1",
+            *more,
+        ]
+    )
 
 
 @pytest.mark.parametrize("model", ["fcn", "upernet"])

@@ -83,7 +83,7 @@ def shapes_backbones() -> Iterator[None]:
 SETTINGS = (
     "--image-size 32 --global-batch 64 --augment.profile mocov1 --augment.min-scale 0.5 --optim.lr-reference-batch 0 "
     "--optim.exclude 1d --optim.clip-grad-norm 0 --schedule.decay cosine-step --schedule.warmup-epochs 2 "
-    "--schedule.warmup-start 0 --schedule.final 0 --conv-init torch --no-zero-init-residual --bn.group-size 16 "
+    "--schedule.warmup-start 0 --schedule.final 0 --conv-init torch --no-zero-init-residual "
     "--workers 1 --knn-every 0 --device cpu --precision fp32 --no-report"
 ).split()
 SGD = "--optim.kind sgd --optim.lr 0.1 --optim.weight-decay 5e-4".split()
@@ -122,8 +122,11 @@ def settings(method: str) -> list[str]:
     """Flags of a method's run, less data, folder, seed and length."""
     fields = METHODS[method].Config.__dataclass_fields__  # type: ignore[attr-defined]
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in MODEL.items() if name in fields]
+    own = family(method)
+    taken = {flag.partition("=")[0] for flag in own}  # a flag may be given once
+    shared = [flag for flag in ("--bn.group-size=16", *sizes) if flag.partition("=")[0] not in taken]
     arch = "swin-shapes" if method in SWIN_METHODS else "resnet-shapes"
-    return ["--method", method, "--arch", arch, *SETTINGS, *sizes, *family(method)]
+    return ["--method", method, "--arch", arch, *SETTINGS, *shared, *own]
 
 
 @dataclass(frozen=True)

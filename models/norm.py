@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .collectives import world
 from .ops.batch_norm_act import batch_norm_act, move_running_statistics
-from .ops.norm_kernels import operator_chosen
+from .ops.choice import NORM
 
 MODES = ("group", "sync", "plain")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -129,7 +129,7 @@ class _ViewsBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, ...); updates running statistics in training mode."""
         self._check_input_dim(input)
-        if operator_chosen() and self.fusible(input):
+        if NORM.asked_for and self.fusible(input):
             return self.forward_fused(input, None, relu=False)
         # As (N, C, L, 1) a column tensor with channels innermost is channels-last, for which there are fast kernels.
         x = input.unsqueeze(-1) if input.ndim == 3 else input
@@ -396,14 +396,14 @@ class SyncBatchNorm(_ViewsBatchNorm):
 
 
 def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """relu(norm(x) + residual), as one operator where that was chosen (`ops/norm_kernels.py`) and the norm can.
+    """relu(norm(x) + residual), as one operator where that was chosen (`ops/choice.py`) and the norm can.
 
     Args:
         norm: a batch norm, converted or PyTorch's own; PyTorch's own is never fused.
         x: (N, C, H, W).
         residual: of the same shape, or None for no sum.
     """
-    if operator_chosen() and isinstance(norm, _ViewsBatchNorm) and norm.fusible(x):
+    if NORM.asked_for and isinstance(norm, _ViewsBatchNorm) and norm.fusible(x):
         return norm.forward_fused(x, residual, relu=True)
     y: Tensor = norm(x)
     if residual is not None:

@@ -347,7 +347,11 @@ def choose_implementation(device: torch.device, dtype: torch.dtype, implementati
 
 
 def apply(
-    images: Tensor, params: AugmentParams, dtype: torch.dtype = torch.float32, implementation: str = "auto"
+    images: Tensor,
+    params: AugmentParams,
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "auto",
+    load: fused_augment.LoadKernels | None = None,
 ) -> Tensor:
     """Augment and normalise one view of a batch.
 
@@ -358,6 +362,7 @@ def apply(
         implementation: one of `IMPLEMENTATIONS`: "reference" is the PyTorch definition, "native" the C++ pass on the
             CPU, "kernel" the fused GPU kernel, "auto" as `choose_implementation` says. All agree to a few thousandths
             of a grey level before they round to `dtype`.
+        load: compiles and launches the fused GPU kernel, `models.ops.launcher.CudaModule`; only "kernel" needs it.
 
     Returns:
         (B, 3, S, S) `dtype`, channels-last, normalised with `MEAN` and `STD`; `images` is not changed.
@@ -372,7 +377,7 @@ def apply(
         radius = params.blur_radius(images)
         return augment_native.augment(images, params.table, params.profile.gray_first, radius, dtype)
     if chosen == "kernel":
-        return _apply_kernel(images, params, dtype, reason)
+        return _apply_kernel(images, params, dtype, reason, load)
     return _apply_reference(images, params, dtype)
 
 
@@ -381,10 +386,14 @@ def _say_once(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _apply_kernel(images: Tensor, params: AugmentParams, dtype: torch.dtype, reason: str) -> Tensor:
+def _apply_kernel(
+    images: Tensor, params: AugmentParams, dtype: torch.dtype, reason: str, load: fused_augment.LoadKernels | None
+) -> Tensor:
+    if load is None:
+        raise ValueError("the fused kernel needs load=models.ops.launcher.CudaModule, which compiles and launches it")
     _say_once(f"augmentation on {images.device.type}: kernel ({reason})")
-    radius = params.blur_radius(images)
-    return fused_augment.augment(images, params.table, params.profile.gray_first, radius, dtype)
+    radius, launch = params.blur_radius(images), fused_augment.loaded(load, images.device)
+    return fused_augment.augment(images, params.table, params.profile.gray_first, radius, dtype, launch=launch)
 
 
 def _apply_reference(images: Tensor, params: AugmentParams, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,15 @@
-"""Compiles a CUDA source for the host under `cuda_shim.h`, as a launcher that takes CPU tensors' addresses."""
+"""Compiles CUDA sources: for the host, as a launcher that takes CPU tensors' addresses, and for GPUs."""
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from models.ops.nvrtc import Nvrtc, find_nvrtc, nvrtc_candidates, read_source
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
 ENTRY = """
@@ -38,3 +42,35 @@ class HostModule:
         address = ctypes.cast(getattr(self._library, kernel), ctypes.c_void_p)
         triple = ctypes.c_int * 3
         self._library.shim_launch(address, ctypes.byref(arguments), triple(*grid), triple(*block))
+
+
+def nvrtc_or_skip() -> Nvrtc:
+    """The compiler, where it is installed."""
+    try:
+        return find_nvrtc()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def compiles_for(source: Path, kernels: tuple[str, ...], capability: tuple[int, int], options: list[str]) -> None:
+    """Assert that a source compiles for a compute capability, with all its kernels in the result."""
+    cubin = nvrtc_or_skip().compile(read_source(source), source.name, capability, options)
+    assert cubin[:4] == b"\x7fELF" and all(kernel.encode() in cubin for kernel in kernels)
+
+
+def compiles_for_volta(source: Path, options: list[str]) -> None:
+    """Assert that CUDA 12's compiler, the last that knows sm_70, takes a source."""
+    path = next((path for path in nvrtc_candidates(12) if os.sep in path), None)
+    if path is None:
+        pytest.skip("CUDA 12's NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
+    # Another process, so that two versions of the compiler never meet in one.
+    code = (
+        "import sys; from pathlib import Path; from models.ops.nvrtc import Nvrtc, read_source\n"
+        "source = Path(sys.argv[2])\n"
+        "print(len(Nvrtc(sys.argv[1]).compile(read_source(source), source.name, (7, 0), sys.argv[3:])))\n"
+    )
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", code, path, str(source), *options]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 1000

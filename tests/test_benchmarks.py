@@ -118,7 +118,7 @@ def test_bench_ops_refuses_a_wrong_fused_batch_norm(monkeypatch):
     monkeypatch.setattr(
         bench_ops,
         "norm_relu",
-        lambda *inputs: original(*inputs) * (1.1 if bench_ops.norm_kernels.operator_chosen() else 1.0),
+        lambda *inputs: original(*inputs) * (1.1 if bench_ops.NORM.asked_for else 1.0),
     )
     with pytest.raises(RuntimeError, match="batch_norm_act, definition"):
         bench_ops.main([*NORM, "--no-csv"])

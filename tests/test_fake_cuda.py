@@ -16,7 +16,7 @@ from models.methods.base import Method, StepInputs
 from models.ops.batch_norm_act import batch_norm_act_backward_definition, batch_norm_act_definition
 from models.ops.box_pool import box_pool_backward_definition, box_pool_definition
 from models.ops.masked_pool import masked_pool_backward_definition, masked_pool_definition
-from models.ops.queue_contrast import _queue_sumexp, _queue_sumexp_backward
+from models.ops.queue_contrast import queue_sumexp_backward_definition, queue_sumexp_definition
 from pipeline import augment
 from pipeline.interface import Batch, PipelineConfig, ViewSpec
 from pipeline.prefetch import deliver_batches
@@ -192,8 +192,8 @@ def test_definitions_of_our_operators_stay_on_the_device(dtype: torch.dtype) -> 
         under = masked_pool_definition(x, maps)
         made += [under, *masked_pool_backward_definition(under, x, maps, True, True)]
         rows, queue = (torch.empty(count, 16, dtype=dtype, device=DEVICE) for count in (8, 40))
-        total, maximum = _queue_sumexp._init_fn(rows, queue, 0.2)
-        made += [total, maximum, _queue_sumexp_backward._init_fn(total, rows, queue, maximum, 0.2)]
+        total, maximum = queue_sumexp_definition(rows, queue, 0.2)
+        made += [total, maximum, queue_sumexp_backward_definition(total, rows, queue, maximum, 0.2)]
         scale = torch.empty(16, device=DEVICE)
         y, mean, variance, mask = batch_norm_act_definition(x, x, scale, scale, 2, 1e-5, True, True)
         made += [y, mean, variance, mask]

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torchvision.models.resnet import resnet18
 
 from models.norm import convert_batch_norm, norm_relu, stacked_views
-from models.ops import norm_kernels
+from models.ops.choice import NORM
 from models.resnet import build_backbone
 from tests.method_cases import NarrowResNet, build, make_inputs, small_config, to_double
 
 
 @pytest.fixture(autouse=True)
 def restore_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm_kernels, "_mode", "auto")
+    monkeypatch.setattr(NORM, "_mode", "auto")
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
     """(groups, whether there is a residual, whether there is a ReLU) of each call of the operator."""
     made: list[tuple[int, bool, bool]] = []
-    original = torch.ops.regatta.batch_norm_act.default
+    original = sys.modules["models.ops.batch_norm_act"]._batch_norm_act  # type: ignore[attr-defined]
 
     def counted(x, residual, weight, bias, groups, eps, relu, keep_mask):
         made.append((groups, residual is not None, relu))
@@ -60,7 +60,7 @@ def test_a_trunk_gives_the_same(calls: list, mode: str, group: int, views: int) 
     other = copy.deepcopy(trunk)
     expected = results(other, images(), views)
     assert not calls, "off by default"
-    norm_kernels.set_norm_kernel("definition")
+    NORM.set("definition")
     actual = results(trunk, images(), views)
     groups = (8 // group if group else views) if mode == "group" else views
     # A ReLU behind every norm but those of the three shortcuts, a sum before the last one of every block.
@@ -90,7 +90,7 @@ def test_blocks_are_torchvision_s(arch: str) -> None:
 
 
 def test_evaluation_and_plain_norms_stay_pytorch_s(calls: list) -> None:
-    norm_kernels.set_norm_kernel("definition")
+    NORM.set("definition")
     x = images(4, 6, 3)
     for norm in (convert_batch_norm(nn.BatchNorm2d(6).double()).eval(), nn.BatchNorm2d(6).double()):
         expected = F.relu(copy.deepcopy(norm)(x) + x)
@@ -102,7 +102,7 @@ def test_evaluation_and_plain_norms_stay_pytorch_s(calls: list) -> None:
 def test_running_statistics_and_their_counter(momentum: float | None) -> None:
     states = []
     for mode in ("auto", "definition"):
-        norm_kernels.set_norm_kernel(mode)
+        NORM.set(mode)
         norm = convert_batch_norm(nn.BatchNorm2d(6, momentum=momentum).double(), "group", 2)
         for step in range(2):
             with stacked_views(norm, 2):
@@ -115,7 +115,7 @@ def test_running_statistics_and_their_counter(momentum: float | None) -> None:
 def test_norms_without_running_statistics_or_parameters(calls: list) -> None:
     norm = convert_batch_norm(nn.BatchNorm2d(6, affine=False, track_running_stats=False).double(), "group", 2)
     expected = norm_relu(norm, images(4, 6, 3))
-    norm_kernels.set_norm_kernel("definition")
+    NORM.set("definition")
     torch.testing.assert_close(norm_relu(norm, images(4, 6, 3)), expected)
     torch.testing.assert_close(norm_relu(norm.eval(), images(4, 6, 3)), expected)
     assert len(calls) == 2
@@ -124,7 +124,7 @@ def test_norms_without_running_statistics_or_parameters(calls: list) -> None:
 def test_refusals_are_those_of_the_separate_path() -> None:
     norm = convert_batch_norm(nn.BatchNorm2d(6).double(), "group", 4)
     for mode in ("auto", "definition"):
-        norm_kernels.set_norm_kernel(mode)
+        NORM.set(mode)
         with pytest.raises(ValueError, match="6 images .* not a whole number of batch-norm groups of 4"):
             norm(images(6, 6, 3))
         with pytest.raises(ValueError, match="not 2 stacked views"), stacked_views(norm, 2):
@@ -136,7 +136,7 @@ def test_regioncl_m_takes_the_same_step(calls: list, shared: bool) -> None:
     """Loss, gradients and running statistics of a whole step, in two passes or one, with the operator and without."""
     outcomes = []
     for mode in ("auto", "definition"):
-        norm_kernels.set_norm_kernel(mode)
+        NORM.set(mode)
         method = build("regioncl-m", small_config("regioncl-m", region_shared_forward=shared)).double()
         method.train()
         loss = method(to_double(make_inputs(method, 1))).loss
@@ -148,7 +148,7 @@ def test_regioncl_m_takes_the_same_step(calls: list, shared: bool) -> None:
 
 
 def test_a_compiled_trunk_holds_the_operator() -> None:
-    norm_kernels.set_norm_kernel("definition")
+    NORM.set("definition")
     trunk = convert_batch_norm(NarrowResNet().double(), "group", 4)
     expected = results(copy.deepcopy(trunk), images())
     trunk.compile(backend="aot_eager", fullgraph=True)
@@ -168,7 +168,7 @@ def test_a_trunk_on_a_gpu(dtype: torch.dtype) -> None:
     exact = copy.deepcopy(trunk).double()(x.double())
     errors = {}
     for mode in ("auto", "cuda"):
-        norm_kernels.set_norm_kernel(mode)
+        NORM.set(mode)
         network = copy.deepcopy(trunk)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             y = network(x)

@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.norm import GroupBatchNorm, norm_relu
-from models.ops import batch_norm_act, box_pool, masked_pool, norm_kernels, pool_kernels, queue_contrast
+from models.ops import batch_norm_act, box_pool, masked_pool, queue_contrast
 from models.ops.box_pool import box_masks, box_pool_definition
+from models.ops.choice import NORM, POOL
+from models.ops.launcher import CudaModule
 from models.ops.masked_pool import masked_pool_definition
 from models.ops.queue_contrast import queue_contrast_definition
 from pipeline import augment
@@ -89,7 +91,7 @@ def _pool_contenders(
     device: torch.device,
     compiled: bool,
 ) -> dict[str, tuple[str, Callable[..., Tensor]]]:
-    """Name -> (implementation for `set_pool_kernel`, function)."""
+    """Name -> (implementation for `POOL.set`, function)."""
     contenders = {"definition": ("definition", op)}
     contenders |= {name: ("definition", function) for name, function in eager.items()}
     if device.type == "cuda":
@@ -108,7 +110,7 @@ class _Differentiated:
         contender: tuple[str, Callable[..., Tensor]],
         inputs: Sequence[Tensor],
         wanted: Sequence[Tensor],
-        choose: Callable[[str], None] = pool_kernels.set_pool_kernel,
+        choose: Callable[[str], None] = POOL.set,
     ) -> None:
         self.mode, self.function = contender
         self.choose = choose
@@ -236,7 +238,7 @@ def bench_norm(report: Report, options: argparse.Namespace) -> None:
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
             several = {}
             for name, contender in _norm_contenders(norm, report.device, options.compile).items():
-                call = _Differentiated(contender, maps, (*maps, norm.weight, norm.bias), norm_kernels.set_norm_kernel)
+                call = _Differentiated(contender, maps, (*maps, norm.weight, norm.bias), NORM.set)
                 call.grad = cotangent  # a gradient of ones would come out as zeros
                 several[name] = call
             _check_norm(several, norm, groups, cotangent)
@@ -246,13 +248,13 @@ def bench_norm(report: Report, options: argparse.Namespace) -> None:
         setting = f"{' x '.join(map(str, shape))}, {options.dtype}, channels-last, {options.norm_groups} groups"
         _time_passes(report, "batch_norm_act", setting, calls, (4 * size, 10 * size), options)
     finally:
-        norm_kernels.set_norm_kernel("auto")
+        NORM.set("auto")
 
 
 def _norm_contenders(
     norm: GroupBatchNorm, device: torch.device, compiled: bool
 ) -> dict[str, tuple[str, Callable[..., Tensor]]]:
-    """Name -> (implementation for `set_norm_kernel`, function of map and residual)."""
+    """Name -> (implementation for `NORM.set`, function of map and residual)."""
     block = partial(norm_relu, norm)
     contenders: dict[str, tuple[str, Callable[..., Tensor]]] = {
         "eager": ("auto", block),
@@ -273,7 +275,7 @@ def _check_norm(calls: Mapping[str, _Differentiated], norm: GroupBatchNorm, grou
         ours = calls[name].both()
         leaves = [t.detach().double().requires_grad_() for t in (*maps, norm.weight, norm.bias)]
         x, residual, weight, bias = leaves
-        norm_kernels.set_norm_kernel("definition")
+        NORM.set("definition")
         y = batch_norm_act(x, weight, bias, groups=groups, eps=norm.eps, residual=residual)[0]
         y = y * (ours[0] > 0)  # where rounding decides what the ReLU passes, float64 must not decide otherwise
         exact = (y, *torch.autograd.grad(y, leaves, cotangent.double()))
@@ -323,14 +325,14 @@ def bench_augment(report: Report, options: argparse.Namespace) -> None:
         if name == "auto":
             continue
         try:
-            result = augment.apply(images, params, implementation=name)
+            result = augment.apply(images, params, implementation=name, load=CudaModule)
         except ValueError as reason:
             print(f"augment, {name}: left out, {reason}")
             continue
         # A tenth of a grey level, in units of the normalised image.
         if not float((result - reference).abs().max()) <= 0.1 / (255 * min(augment.STD)) + 1e-5:
             raise RuntimeError(f"augment, {name}: differs from the reference by more than a tenth of a grey level")
-        calls[f"ours, {name}"] = partial(augment.apply, images, params, implementation=name)
+        calls[f"ours, {name}"] = partial(augment.apply, images, params, implementation=name, load=CudaModule)
     for name, (module, build) in CONTENDERS.items():
         if not installed(module):
             print(f"augment, {name}: left out, {module} is not installed")

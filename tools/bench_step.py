@@ -29,8 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.methods import METHODS
 from models.methods.base import Method, StepInputs
 from models.methods.moco_v2 import MoCoV2
-from models.ops.norm_kernels import set_norm_kernel
-from models.ops.pool_kernels import set_pool_kernel
+from models.ops.choice import NORM, POOL
 from pipeline.interface import PipelineConfig
 from pipeline.synthetic import SyntheticPipeline
 from tools import cli
@@ -71,8 +70,8 @@ class OurStep:
         runtime: device and precision.
         compile_parts: "" for none, "heads" as `--compile` does, "trunk" for heads and trunks.
         graph: forward and backward as a CUDA graph.
-        pool_kernel: as `set_pool_kernel`.
-        norm_kernel: as `set_norm_kernel`.
+        pool_kernel: as `POOL.set`.
+        norm_kernel: as `NORM.set`.
     """
 
     def __init__(
@@ -129,8 +128,8 @@ class OurStep:
 
     def __call__(self) -> None:
         """Take the next step."""
-        set_pool_kernel(self.pool_kernel)
-        set_norm_kernel(self.norm_kernel)
+        POOL.set(self.pool_kernel)
+        NORM.set(self.norm_kernel)
         step = self.state.step
         take_step(self.job, self.state, step, [self.inputs[step % len(self.inputs)]])
         self.state.step += 1
@@ -579,8 +578,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(str(reason)) from None
     finally:
         torch.set_float32_matmul_precision(precision)
-        set_pool_kernel("auto")
-        set_norm_kernel("auto")
+        POOL.set("auto")
+        NORM.set("auto")
     return 0
 
 

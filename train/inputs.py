@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.collectives import all_gather_rows
 from models.methods.base import Method, StepInputs
+from models.ops.launcher import CudaModule
 from pipeline import augment
 from pipeline.interface import Batch, Pipeline, ViewSpec
 from pipeline.regions import RegionSampler, make_mixed
@@ -153,6 +154,7 @@ class InputBuilder:
             params.to(self.runtime.device, non_blocking=True),
             dtype,
             implementation=config.recipe.augment.implementation,
+            load=CudaModule,
         )
 
     def step_inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int) -> StepInputs:

@@ -3,7 +3,7 @@
 //   y = relu((x - mean[g]) * weight / sqrt(variance[g] + eps) + bias + residual)
 //
 // The map is (groups, rows, C) in memory, a row being one position of one image. Compiled at first use by NVRTC with the
-// macros of storage.h (nvrtc.py, norm_kernels.py). Sums are float32 and in a fixed order, whatever the device: blocks
+// macros of storage.h (nvrtc.py, batch_norm_act_kernels.py). Sums are float32 and in a fixed order, whatever the device: blocks
 // leave partial sums, and a second launch joins them, so that no result depends on which block comes first.
 //
 // A block is lanes x slices threads (256): lanes walk along the channels, which are contiguous, slices share out the
@@ -208,6 +208,8 @@ struct Affine {
             staged[2][at] = a.bias ? a.bias[c] : 0.0f;
         }
         __syncthreads();
+        // Nobody wrote the columns of lanes beyond the channels, which have no rows to work on either.
+        if (p.channel >= a.channels) return;
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
             mean[v] = staged[0][v * ROW + p.lane];

@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .masked_pool import layout_of, like_layout
-from .norm_kernels import kernels_for, pack_size
+from .batch_norm_act_kernels import kernels_for, kernels_to_move, pack_size
+from .layout import layout_of, like_layout
+from .operator import differentiable
 from .precision import accumulation_dtype
 
 
@@ -149,8 +150,7 @@ def batch_norm_act_backward_definition(
         )
 
 
-@torch.library.custom_op("regatta::batch_norm_act", mutates_args=())
-def _batch_norm_act(
+def _forward(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -160,15 +160,14 @@ def _batch_norm_act(
     relu: bool,
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = kernels_for(x, weight, bias)
+    kernels = kernels_for(x, weight, bias, groups)
     if kernels is None:
         return batch_norm_act_definition(x, residual, weight, bias, groups, eps, relu, keep_mask)
     y, mean, variance, mask = kernels.forward(x, residual, weight, bias, groups, eps, relu, keep_mask)
     return like_layout(y, x), mean, variance, mask
 
 
-@_batch_norm_act.register_fake
-def _(
+def _forward_fake(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -184,8 +183,7 @@ def _(
     return torch.empty_like(x, memory_format=layout_of(x)), mean, variance, mask
 
 
-@torch.library.custom_op("regatta::batch_norm_act_backward", mutates_args=())
-def _batch_norm_act_backward(
+def _backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -197,7 +195,7 @@ def _batch_norm_act_backward(
     relu: bool,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = kernels_for(x, weight, bias)
+    kernels = kernels_for(x, weight, bias, mean.shape[0])
     if kernels is None:
         return batch_norm_act_backward_definition(grad, x, weight, bias, mean, variance, mask, eps, relu, residual)
     grad_x, grad_residual, grad_weight, grad_bias = kernels.backward(
@@ -206,8 +204,7 @@ def _batch_norm_act_backward(
     return like_layout(grad_x, x), like_layout(grad_residual, x) if residual else grad_residual, grad_weight, grad_bias
 
 
-@_batch_norm_act_backward.register_fake
-def _(
+def _backward_fake(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -233,12 +230,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight, bias, mean, variance, mask)
 
 
-def _backward(ctx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _gradients(backward, ctx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     if ctx.maskless:
         raise RuntimeError("batch_norm_act: a ReLU behind a residual sum needs keep_mask for its gradient")
     x, weight, bias, mean, variance, mask = ctx.saved_tensors
     wants_residual = ctx.residual and ctx.needs_input_grad[1]
-    grad_x, grad_residual, grad_weight, grad_bias = _batch_norm_act_backward(
+    grad_x, grad_residual, grad_weight, grad_bias = backward(
         grad, x, weight, bias, mean, variance, mask, ctx.eps, ctx.relu, wants_residual and ctx.relu
     )
     return (
@@ -253,7 +250,15 @@ def _backward(ctx, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     )
 
 
-_batch_norm_act.register_autograd(_backward, setup_context=_setup_context)
+_batch_norm_act = differentiable(
+    "batch_norm_act",
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
 
 
 def batch_norm_act(
@@ -308,7 +313,40 @@ def move_running_definition(
             running.lerp_(groups.mean(0).to(running.dtype), momentum)
 
 
-@torch.library.custom_op("regatta::move_running", mutates_args=("running_mean", "running_variance", "batches"))
+def _move(
+    running_mean: Tensor,
+    running_variance: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    views: int,
+    momentum: float,
+) -> None:
+    kernels = kernels_to_move(running_mean, running_variance, batches, mean, variance)
+    move = move_running_definition if kernels is None else kernels.move_running
+    move(running_mean, running_variance, batches, mean, variance, count, views, momentum)
+
+
+_move_operator = torch.library.custom_op(
+    "regatta::move_running", _move, mutates_args=("running_mean", "running_variance", "batches")
+)
+
+
+@_move_operator.register_fake
+def _(
+    running_mean: Tensor,
+    running_variance: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+    views: int,
+    momentum: float,
+) -> None:
+    return None
+
+
 def move_running_statistics(
     running_mean: Tensor,
     running_variance: Tensor,
@@ -331,20 +369,11 @@ def move_running_statistics(
         views: equal parts of the groups that come one after the other, as if each were a batch.
         momentum: how far each view moves them: new = (1 - momentum) * old + momentum * view.
     """
-    kernels = kernels_for(mean, running_mean, running_variance)
-    move = move_running_definition if kernels is None else kernels.move_running
-    move(running_mean, running_variance, batches, mean, variance, count, views, momentum)
-
-
-@move_running_statistics.register_fake
-def _(
-    running_mean: Tensor,
-    running_variance: Tensor,
-    batches: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    count: int,
-    views: int,
-    momentum: float,
-) -> None:
-    return None
+    changed = (running_mean, running_variance, batches)
+    if torch.compiler.is_compiling():
+        _move_operator(*changed, mean, variance, count, views, momentum)
+        return
+    with torch.no_grad():
+        _move(*changed, mean, variance, count, views, momentum)
+    # A kernel writes behind autograd's back: what saved these tensors must learn that they have changed.
+    torch.autograd.graph.increment_version(changed)

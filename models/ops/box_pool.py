@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .masked_pool import layout_of, like_layout
-from .pool_kernels import kernels_for
+from .box_pool_kernels import kernels_for
+from .layout import layout_of, like_layout
+from .operator import differentiable
 from .precision import accumulated_matmul, accumulation_dtype
 
 
@@ -62,27 +63,23 @@ def box_pool_backward_definition(grad: Tensor, feature_map: Tensor, box_cells: T
         return like_layout(by_cell.permute(0, 3, 1, 2), feature_map)
 
 
-@torch.library.custom_op("regatta::box_pool", mutates_args=())
-def _box_pool(feature_map: Tensor, box_cells: Tensor) -> Tensor:
-    kernels = kernels_for(feature_map)
-    return kernels.box_pool(feature_map, box_cells) if kernels else box_pool_definition(feature_map, box_cells)
+def _forward(feature_map: Tensor, box_cells: Tensor) -> Tensor:
+    kernels = kernels_for(feature_map, box_cells)
+    return kernels.forward(feature_map, box_cells) if kernels else box_pool_definition(feature_map, box_cells)
 
 
-@_box_pool.register_fake
-def _(feature_map: Tensor, box_cells: Tensor) -> Tensor:
+def _forward_fake(feature_map: Tensor, box_cells: Tensor) -> Tensor:
     return feature_map.new_empty((feature_map.shape[0], 3, feature_map.shape[1]))
 
 
-@torch.library.custom_op("regatta::box_pool_backward", mutates_args=())
-def _box_pool_backward(grad: Tensor, feature_map: Tensor, box_cells: Tensor) -> Tensor:
-    kernels = kernels_for(feature_map)
+def _backward(grad: Tensor, feature_map: Tensor, box_cells: Tensor) -> Tensor:
+    kernels = kernels_for(feature_map, box_cells)
     if kernels is None:
         return box_pool_backward_definition(grad, feature_map, box_cells)
-    return like_layout(kernels.box_pool_backward(grad, feature_map, box_cells), feature_map)
+    return like_layout(kernels.backward(grad, feature_map, box_cells), feature_map)
 
 
-@_box_pool_backward.register_fake
-def _(grad: Tensor, feature_map: Tensor, box_cells: Tensor) -> Tensor:
+def _backward_fake(grad: Tensor, feature_map: Tensor, box_cells: Tensor) -> Tensor:
     return torch.empty_like(feature_map, memory_format=layout_of(feature_map))
 
 
@@ -90,12 +87,20 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+def _gradients(backward, ctx, grad: Tensor) -> tuple[Tensor, None]:
     feature_map, box_cells = ctx.saved_tensors
-    return _box_pool_backward(grad, feature_map, box_cells), None
+    return backward(grad, feature_map, box_cells), None
 
 
-_box_pool.register_autograd(_backward, setup_context=_setup_context)
+_box_pool = differentiable(
+    "box_pool",
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
 
 
 def box_pool(feature_map: Tensor, box_cells: Tensor) -> Tensor:
@@ -115,4 +120,5 @@ def box_pool(feature_map: Tensor, box_cells: Tensor) -> Tensor:
         ValueError: shapes or dtypes that do not fit.
     """
     check_box_pool(feature_map, box_cells)
-    return _box_pool(feature_map, box_cells)
+    pooled: Tensor = _box_pool(feature_map, box_cells)
+    return pooled

@@ -13,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pool_kernels import STORAGE, kernels_for
+from .layout import layout_of, like_layout
+from .masked_pool_kernels import kernels_for
+from .operator import differentiable
 from .precision import accumulated_matmul, accumulation_dtype
 
 
@@ -83,41 +85,26 @@ def masked_pool_backward_definition(
     return grad_features, grad_weights
 
 
-def like_layout(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """`tensor` made contiguous in the memory format of `pattern` (both (B, C, H, W))."""
-    return tensor.contiguous(memory_format=layout_of(pattern))
+def _forward(features: Tensor, weights: Tensor) -> Tensor:
+    kernels = kernels_for(features, weights)
+    return kernels.forward(features, weights) if kernels else masked_pool_definition(features, weights)
 
 
-def layout_of(pattern: Tensor) -> torch.memory_format:
-    """Channels-last where `pattern` (B, C, H, W) is stored so, the default format otherwise."""
-    channels_last = pattern.is_contiguous(memory_format=torch.channels_last) and not pattern.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-@torch.library.custom_op("regatta::masked_pool", mutates_args=())
-def _masked_pool(features: Tensor, weights: Tensor) -> Tensor:
-    kernels = kernels_for(features, *weights.shape[1:3]) if weights.dtype in STORAGE else None
-    return kernels.masked_pool(features, weights) if kernels else masked_pool_definition(features, weights)
-
-
-@_masked_pool.register_fake
-def _(features: Tensor, weights: Tensor) -> Tensor:
+def _forward_fake(features: Tensor, weights: Tensor) -> Tensor:
     return features.new_empty((features.shape[0], weights.shape[2], features.shape[1]))
 
 
-@torch.library.custom_op("regatta::masked_pool_backward", mutates_args=())
-def _masked_pool_backward(
+def _backward(
     grad: Tensor, features: Tensor, weights: Tensor, need_features: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor]:
-    kernels = kernels_for(features, *weights.shape[1:3]) if weights.dtype in STORAGE else None
+    kernels = kernels_for(features, weights)
     if kernels is None:
         return masked_pool_backward_definition(grad.contiguous(), features, weights, need_features, need_weights)
-    grad_features, grad_weights = kernels.masked_pool_backward(grad, features, weights, need_features, need_weights)
+    grad_features, grad_weights = kernels.backward(grad, features, weights, need_features, need_weights)
     return like_layout(grad_features, features) if need_features else grad_features, grad_weights
 
 
-@_masked_pool_backward.register_fake
-def _(
+def _backward_fake(
     grad: Tensor, features: Tensor, weights: Tensor, need_features: bool, need_weights: bool
 ) -> tuple[Tensor, Tensor]:
     grad_features = (
@@ -130,14 +117,22 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(backward, ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     features, weights = ctx.saved_tensors
     need_features, need_weights = ctx.needs_input_grad
-    grad_features, grad_weights = _masked_pool_backward(grad, features, weights, need_features, need_weights)
+    grad_features, grad_weights = backward(grad, features, weights, need_features, need_weights)
     return grad_features if need_features else None, grad_weights if need_weights else None
 
 
-_masked_pool.register_autograd(_backward, setup_context=_setup_context)
+_masked_pool = differentiable(
+    "masked_pool",
+    forward=_forward,
+    forward_fake=_forward_fake,
+    backward=_backward,
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
 
 
 def masked_pool(features: Tensor, weights: Tensor) -> Tensor:
@@ -156,4 +151,5 @@ def masked_pool(features: Tensor, weights: Tensor) -> Tensor:
         ValueError: shapes that do not fit each other.
     """
     check_masked_pool(features, weights)
-    return _masked_pool(features, weights)
+    pooled: Tensor = _masked_pool(features, weights)
+    return pooled

@@ -1,11 +1,12 @@
-"""Compile CUDA C++ at first use with NVRTC, keep the result, and launch it on PyTorch's current stream.
+"""Compile CUDA C++ at first use with NVRTC, and keep the result on disk.
 
 Every CUDA build of torch brings NVRTC along, so no toolkit is needed. NVRTC is called through ctypes, so that any major
-version will do; the driver through `cuda.bindings`, which torch brings too. Compiling needs no GPU.
+version will do. Compiling needs no GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,18 +15,8 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
-
-
-class Launcher(Protocol):
-    """Runs a kernel that takes one structure by value."""
-
-    def __call__(
-        self, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], arguments: ctypes.Structure
-    ) -> None:
-        """Launch `kernel` and return at once."""
 
 
 def nvrtc_candidates(major: int | None = None) -> Iterator[str]:
@@ -74,23 +65,43 @@ class Nvrtc:
         self._call(function, program, buffer)
         return buffer.raw
 
+    @functools.cached_property
+    def architectures(self) -> list[int]:
+        """Architectures that this compiler knows, ascending: 80 for compute capability 8.0, 120 for 12.0."""
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        numbers = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", numbers)
+        return sorted(numbers)
+
+    def flags(self, capability: tuple[int, int], options: Sequence[str]) -> list[str]:
+        """All flags of a compilation: machine code of the GPU's own architecture where the compiler knows it.
+
+        A GPU newer than the compiler gets PTX of the newest architecture known, which its driver compiles when it loads
+        it. One that is older than all known gets its own number, and so the compiler's refusal.
+        """
+        wanted = 10 * capability[0] + capability[1]
+        known = [number for number in self.architectures if number <= wanted]
+        target = f"compute_{known[-1]}" if known and known[-1] < wanted else f"sm_{wanted}"
+        return [f"--gpu-architecture={target}", "--std=c++17", *options]
+
     def compile(self, source: str, name: str, capability: tuple[int, int], options: Sequence[str] = ()) -> bytes:
-        """Machine code (a cubin) of `source` for one compute capability.
+        """What the driver loads for `source` on one compute capability: a cubin, or PTX for an unknown newer GPU.
 
         Raises:
             RuntimeError: the compiler refuses the source or the capability; the message ends with its log.
         """
+        flags = self.flags(capability, options)
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
         try:
-            flags = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", *options]
             encoded = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
             try:
                 self._call("nvrtcCompileProgram", program, len(flags), encoded)
             except RuntimeError as error:
                 log = self._text("nvrtcGetProgramLog", program).rstrip(b"\0").decode(errors="replace")
                 raise RuntimeError(f"{name} for sm_{capability[0]}{capability[1]}: {error}\n{log}") from None
-            return self._text("nvrtcGetCUBIN", program)
+            return self._text("nvrtcGetPTX" if "=compute_" in flags[0] else "nvrtcGetCUBIN", program)
         finally:
             self._call("nvrtcDestroyProgram", ctypes.byref(program))
 
@@ -123,74 +134,38 @@ def read_source(path: Path) -> str:
     return "".join(path.with_name(n).read_text() if n else line for n, line in zip(names, lines, strict=True))
 
 
-def cached_cubin(nvrtc: Nvrtc, source: Path, capability: tuple[int, int], options: Sequence[str]) -> bytes:
-    """Machine code from the cache, or compiled and put there; keyed by source, options, capability and compiler."""
+def cached_binary(
+    nvrtc: Nvrtc, source: Path, capability: tuple[int, int], options: Sequence[str], fresh: bool = False
+) -> bytes:
+    """What `Nvrtc.compile` gives, from the cache, or compiled and put there.
+
+    Args:
+        nvrtc: the compiler; its version is a part of the key.
+        source: file; its text with its headers is a part of the key.
+        capability: compute capability of the GPU.
+        options: compiler flags; with the fixed ones they are a part of the key.
+        fresh: compile even if the cache has it, and replace what is there: it proved to be damaged.
+    """
     text = read_source(source)
-    key = hashlib.sha256(repr((text, tuple(options), capability, nvrtc.version)).encode()).hexdigest()
+    key = hashlib.sha256(repr((text, nvrtc.flags(capability, options), nvrtc.version)).encode()).hexdigest()
     path = cache_folder() / f"{source.stem}-{key[:32]}.cubin"
+    if not fresh:
+        with contextlib.suppress(OSError):
+            return path.read_bytes()
+    binary = nvrtc.compile(text, source.name, capability, options)
+    with contextlib.suppress(OSError):  # an unwritable home costs a compilation in each run, nothing else
+        _replace(path, binary)
+    return binary
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: another process may write or read the same one now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     try:
-        return path.read_bytes()
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
     except OSError:
-        cubin = nvrtc.compile(text, source.name, capability, options)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)  # another process may do the same; either result is whole
-    except OSError:
-        pass  # an unwritable home costs a compilation in each run, nothing else
-    return cubin
-
-
-class CudaModule:
-    """Kernels of one compiled source on one device; calling it launches one of them."""
-
-    def __init__(self, source: Path, options: Sequence[str], device: torch.device) -> None:
-        """Compile (or fetch) and load; the device's context is made current first.
-
-        Raises:
-            RuntimeError: no NVRTC, no driver bindings, a source that does not compile, or a stream that is capturing a
-                CUDA graph: a module must be loaded before.
-        """
-        try:
-            from cuda.bindings import driver
-        except ImportError as error:
-            raise RuntimeError(f"cuda.bindings is missing ({error}); pip install cuda-bindings") from None
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{source.name} must be loaded before a CUDA graph is captured: run one step first")
-        cubin = cached_cubin(find_nvrtc(), source, torch.cuda.get_device_capability(device), options)
-        self._driver = driver
-        self._device = device
-        self._functions: dict[str, object] = {}
-        with torch.cuda.device(device):
-            torch.cuda.current_stream().synchronize()  # the context exists from here on
-            self._module = self._checked(driver.cuModuleLoadData(cubin))
-
-    def _checked(self, result: tuple) -> object:
-        status, *values = result
-        if status != self._driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"CUDA driver: {status!r}")
-        return values[0] if values else None
-
-    def preload(self, kernels: Sequence[str]) -> None:
-        """Resolve the kernels now, so that a later capture finds them loaded."""
-        for kernel in kernels:
-            self._function(kernel)
-
-    def _function(self, kernel: str) -> object:
-        if kernel not in self._functions:
-            self._functions[kernel] = self._checked(self._driver.cuModuleGetFunction(self._module, kernel.encode()))
-        return self._functions[kernel]
-
-    def __call__(
-        self, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], arguments: ctypes.Structure
-    ) -> None:
-        """Launch on the current stream of the module's device. The arguments are copied by the driver in the call."""
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream().cuda_stream
-            self._checked(
-                self._driver.cuLaunchKernel(
-                    self._function(kernel), *grid, *block, 0, stream, ctypes.addressof(pointers), 0
-                )
-            )
+        os.unlink(temporary)  # a full disk must not fill up further with halves of files
+        raise

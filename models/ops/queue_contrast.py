@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .operator import differentiable
 from .precision import accumulated_matmul, accumulation_dtype
 
 BLOCK_ELEMENTS = 8 * 2**20
@@ -28,8 +29,7 @@ def block_size(rows: int, queue_size: int) -> int:
     return min(queue_size, max(256, BLOCK_ELEMENTS // max(rows, 1) // 256 * 256))
 
 
-@torch.library.custom_op("regatta::queue_sumexp", mutates_args=())
-def _queue_sumexp(rows: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def queue_sumexp_definition(rows: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """For every row sum_k exp(logit_k - m) and m = max_k logit_k, logit_k = rows . queue_k / temperature; each (R,).
 
     The sum and its shift are returned apart, not as one logarithm: a logarithm near 8 rounded to float32 would put an
@@ -47,14 +47,14 @@ def _queue_sumexp(rows: Tensor, queue: Tensor, temperature: float) -> tuple[Tens
         return total.squeeze(1), maximum.squeeze(1)
 
 
-@_queue_sumexp.register_fake
-def _(rows: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _sumexp_fake(rows: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     total = rows.new_empty(rows.shape[0], dtype=accumulation_dtype(rows.dtype))
     return total, torch.empty_like(total)
 
 
-@torch.library.custom_op("regatta::queue_sumexp_backward", mutates_args=())
-def _queue_sumexp_backward(grad: Tensor, rows: Tensor, queue: Tensor, maximum: Tensor, temperature: float) -> Tensor:
+def queue_sumexp_backward_definition(
+    grad: Tensor, rows: Tensor, queue: Tensor, maximum: Tensor, temperature: float
+) -> Tensor:
     """Return grad / temperature * sum_k exp(logit_k - m) queue_k, each block computed again; m is a constant."""
     dtype = accumulation_dtype(rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
@@ -66,8 +66,7 @@ def _queue_sumexp_backward(grad: Tensor, rows: Tensor, queue: Tensor, maximum: T
         return result.mul_((grad.to(dtype) / temperature)[:, None]).to(rows.dtype)
 
 
-@_queue_sumexp_backward.register_fake
-def _(grad: Tensor, rows: Tensor, queue: Tensor, maximum: Tensor, temperature: float) -> Tensor:
+def _sumexp_backward_fake(grad: Tensor, rows: Tensor, queue: Tensor, maximum: Tensor, temperature: float) -> Tensor:
     return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
@@ -76,12 +75,20 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(rows, queue, output[1])
 
 
-def _backward(ctx, grad_total: Tensor, grad_maximum: Tensor) -> tuple[Tensor, None, None]:
+def _gradients(backward, ctx, grad_total: Tensor, _: object) -> tuple[Tensor, None, None]:
     rows, queue, maximum = ctx.saved_tensors
-    return _queue_sumexp_backward(grad_total, rows, queue, maximum, ctx.temperature), None, None
+    return backward(grad_total, rows, queue, maximum, ctx.temperature), None, None
 
 
-_queue_sumexp.register_autograd(_backward, setup_context=_setup_context)
+_queue_sumexp = differentiable(
+    "queue_sumexp",
+    forward=queue_sumexp_definition,
+    forward_fake=_sumexp_fake,
+    backward=queue_sumexp_backward_definition,
+    backward_fake=_sumexp_backward_fake,
+    setup_context=_setup_context,
+    gradients=_gradients,
+)
 
 
 def queue_contrast(

@@ -2,14 +2,18 @@
 
 Nobody has run them on a GPU yet: their source is compiled for three architectures and its arithmetic is checked on the
 host, but they are used only where they are asked for.
+
+The project has one module that compiles and launches kernels, `models/ops/launcher.py`. `pipeline` and `models` are
+libraries that do not import each other, so a caller that has both hands the launcher over, as `load`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +25,12 @@ THREADS = 256
 PARTS = 8
 REACH = 8
 TILE = (32, 64)
+COLUMNS = 14
 SHARED_FLOATS = 3 * 48 * 81 + 48 * 65 + 33
 SHARED_BYTES = {"mean_luma": 4 * THREADS, "augment": 4 * SHARED_FLOATS}
+
+MAX_BATCH = 65535
+"""Images are blocks along y of the grid."""
 
 OUTPUTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -43,14 +51,41 @@ class Arguments(ctypes.Structure):
     ]
 
 
-Launch = Callable[[str, tuple[int, int], int, ctypes.Structure], None]
+class Launch(Protocol):
+    """Launches a kernel of the loaded source, which takes one structure by value."""
+
+    def __call__(
+        self, kernel: str, grid: tuple[int, int, int], block: tuple[int, int, int], arguments: ctypes.Structure, /
+    ) -> None:
+        """Launch `kernel` on the device's current stream and return at once."""
+
+
+LoadKernels = Callable[[Path, Sequence[str], torch.device, Mapping[str, int]], Launch]
+"""Compiles a source for a device: source, compiler options, device and, for each kernel by name, the dynamic shared
+memory of a block in bytes. `models.ops.launcher.CudaModule` is one."""
 
 
 @cache
-def _module(device: torch.device) -> Launch:
-    from .launcher import Module
+def loaded(load: LoadKernels, device: torch.device) -> Launch:
+    """The kernels on one device, compiled once in a process."""
+    return load(SOURCE, (), device, SHARED_BYTES)
 
-    return Module(SOURCE, device, SHARED_BYTES).launch
+
+def _check(images: Tensor, table: Tensor, radius: int, dtype: torch.dtype) -> None:
+    """Refuse what the kernels do not have, and a table that they would read past its end."""
+    if dtype not in OUTPUTS:
+        raise ValueError(f"the fused kernel gives float32, float16 or bfloat16, not {dtype}")
+    batch, _, height, width = images.shape
+    if not 0 <= radius <= min(REACH, height - 1, width - 1):
+        raise ValueError(
+            f"the fused kernel blurs with at most {REACH} taps to each side on {height} x {width} px, not {radius}; "
+            "use implementation 'reference'"
+        )
+    if batch > MAX_BATCH:
+        raise ValueError(f"the fused kernel takes up to {MAX_BATCH} images, not {batch}; use 'reference'")
+    if table.shape != (batch, COLUMNS) or table.dtype != torch.float32 or table.device != images.device:
+        given = f"{tuple(table.shape)} {table.dtype} on {table.device}"
+        raise ValueError(f"the table must be {(batch, COLUMNS)} torch.float32 on {images.device}, not {given}")
 
 
 def augment(
@@ -59,7 +94,8 @@ def augment(
     gray_first: bool,
     radius: int,
     dtype: torch.dtype = torch.float16,
-    launch: Launch | None = None,
+    *,
+    launch: Launch,
 ) -> Tensor:
     """Augment a batch of views.
 
@@ -69,23 +105,17 @@ def augment(
         gray_first: whether the profile greys before it jitters.
         radius: taps on each side of the blur's centre, less than H and W, at most 8.
         dtype: float32, float16 or bfloat16.
-        launch: runs a kernel by name, grid, threads and arguments; the tests' host program. None is the GPU.
+        launch: of the kernels on the images' device, see `loaded`.
 
     Returns:
         (B, 3, H, W) `dtype`, channels-last.
 
     Raises:
-        ValueError: for a dtype or blur that the kernels do not have.
+        ValueError: for a dtype, blur or batch that the kernels do not have, or a table that is not as said above.
         RuntimeError: if they cannot be compiled or launched.
     """
-    if dtype not in OUTPUTS:
-        raise ValueError(f"the fused kernel gives float32, float16 or bfloat16, not {dtype}")
+    _check(images, table, radius, dtype)
     batch, _, height, width = images.shape
-    if not 0 <= radius <= min(REACH, height - 1, width - 1):
-        raise ValueError(
-            f"the fused kernel blurs with at most {REACH} taps to each side on {height} x {width} px, not {radius}; "
-            "use implementation 'reference'"
-        )
     images = images.contiguous(memory_format=torch.channels_last)
     table = table.contiguous()
     view = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
@@ -103,8 +133,7 @@ def augment(
         radius=radius,
         output=OUTPUTS[dtype],
     )
-    launch = launch or _module(images.device)
     tiles = -(-height // TILE[0]) * -(-width // TILE[1])
-    launch("mean_luma", (PARTS, batch), THREADS, arguments)
-    launch("augment", (tiles, batch), THREADS, arguments)
+    launch("mean_luma", (PARTS, batch, 1), (THREADS, 1, 1), arguments)
+    launch("augment", (tiles, batch, 1), (THREADS, 1, 1), arguments)
     return view

@@ -1,25 +1,18 @@
-"""Which implementation of fused batch norm runs, and the launches of `batch_norm_act.cu`.
-
-`REGATTA_NORM_KERNEL` or `set_norm_kernel` chooses: "cuda" runs batch norm, residual sum and ReLU as one operator, with
-the kernels on CUDA tensors, "definition" the operator's PyTorch definition, "auto" (default) what has been shown to be
-right and faster. No one has run the kernels on a GPU yet, so "auto" means PyTorch's own batch norm, sum and ReLU, one
-after the other. The choice and its reason are logged once.
-"""
+"""When the kernels of `batch_norm_act.cu` run, and their launches."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .nvrtc import CudaModule, Launcher
-from .pool_kernels import STORAGE
+from .choice import NORM, unreadable
+from .launcher import MAX_GRID, Launcher, loader
+from .layout import STORAGE, channels_last
 
 SOURCE = Path(__file__).with_name("batch_norm_act.cu")
 KERNELS = (
@@ -33,10 +26,6 @@ KERNELS = (
 )
 THREADS, JOIN_LANES, JOIN_SLICES = 256, 32, 16  # as in the source
 GATE_NONE, GATE_RECOMPUTE, GATE_MASK = 0, 1, 2
-MODES = ("auto", "cuda", "definition")
-
-_logger = logging.getLogger(__name__)
-_mode = os.environ.get("REGATTA_NORM_KERNEL", "auto")
 
 
 class Arguments(ctypes.Structure):
@@ -71,74 +60,46 @@ class Arguments(ctypes.Structure):
     ]
 
 
-def set_norm_kernel(mode: str) -> None:
-    """Choose the implementation for this process: "auto", "cuda" or "definition".
-
-    Raises:
-        ValueError: another mode.
-    """
-    global _mode
-    if mode not in MODES:
-        raise ValueError(f"norm kernel {mode!r} is unknown; choose from {', '.join(MODES)}")
-    _mode = mode
+def kernels_for(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> BatchNormActKernels | None:
+    """The kernels, where they are chosen and can serve; None for the definition. Logs why, once."""
+    return cuda_kernels(x.device) if NORM.runs(why_not(x, weight, bias, groups)) else None
 
 
-def operator_chosen() -> bool:
-    """Whether networks call the fused operator at all, rather than batch norm, sum and ReLU one after the other."""
-    if _mode not in MODES:
-        raise ValueError(f"REGATTA_NORM_KERNEL={_mode!r} is unknown; choose from {', '.join(MODES)}")
-    return _mode != "auto"
-
-
-@functools.cache
-def _say_once(message: str, level: int) -> None:
-    _logger.log(level, message)
-
-
-def kernels_for(x: Tensor, *others: Tensor | None) -> NormKernels | None:
-    """The kernels, where they are chosen and can serve; None for the definition. Logs why, once.
-
-    Args:
-        x: (N, C, H, W) map.
-        others: the float32 tensors of the call, where there are any: parameters and statistics.
-    """
-    reason = why_not(x, *others)
-    if reason is None:
-        _say_once("fused batch norm: CUDA kernels, as asked for", logging.INFO)
-        return cuda_kernels(x.device)
-    level = logging.WARNING if _mode == "cuda" else logging.INFO
-    _say_once(f"fused batch norm: PyTorch definition, because {reason}", level)
-    return None
-
-
-def why_not(x: Tensor, *others: Tensor | None) -> str | None:
-    """Why the kernels do not run for a map and the float32 tensors that go with it; None where they do."""
-    if not operator_chosen():
-        return "the CUDA kernels have not been run on a GPU yet (REGATTA_NORM_KERNEL=cuda turns them on)"
-    if _mode == "definition":
-        return "it was asked for"
-    if not x.is_cuda:
-        return f"the features are on {x.device.type}"
+def why_not(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> str | None:
+    """Why the kernels do not run for a map (N, C, H, W) and its parameters (C,); None where they do."""
+    reason = NORM.why_not(x)
+    if reason is not None:
+        return reason
     if x.dtype not in STORAGE:
         return f"the kernels know no {x.dtype}"
-    wrong = [other.dtype for other in others if other is not None and other.dtype != torch.float32]
-    if wrong:
-        return f"the kernels take parameters and statistics of float32, not {wrong[0]}"
     if x.numel() == 0:
         return "there are no features"
-    return None
+    if groups > MAX_GRID[2]:  # groups are blocks along z of the grid
+        return f"the kernels take up to {MAX_GRID[2]} groups, not {groups}"
+    channels = (x.shape[1],)
+    parameters = (("a weight", weight, channels, torch.float32), ("a bias", bias, channels, torch.float32))
+    return unreadable(x, parameters)
+
+
+def kernels_to_move(
+    running_mean: Tensor, running_variance: Tensor, batches: Tensor, mean: Tensor, variance: Tensor
+) -> BatchNormActKernels | None:
+    """As `kernels_for`, for `move_running`: running statistics (C,), their counter () and statistics (G, C)."""
+    groups_channels, channels = tuple(mean.shape), (mean.shape[1],)
+    tensors = (
+        ("a running mean", running_mean, channels, torch.float32),
+        ("a running variance", running_variance, channels, torch.float32),
+        ("a counter of batches", batches, (), torch.int64),
+        ("means", mean, groups_channels, torch.float32),
+        ("variances", variance, groups_channels, torch.float32),
+    )
+    return cuda_kernels(mean.device) if NORM.runs(NORM.why_not(mean) or unreadable(mean, tensors)) else None
 
 
 @functools.cache
-def cuda_kernels(device: torch.device) -> NormKernels:
+def cuda_kernels(device: torch.device) -> BatchNormActKernels:
     """The kernels on one device."""
-    return NormKernels(functools.partial(_load_cuda, device=device))
-
-
-def _load_cuda(options: tuple[str, ...], device: torch.device) -> Launcher:
-    module = CudaModule(SOURCE, options, device)
-    module.preload(KERNELS)
-    return module
+    return BatchNormActKernels(loader(SOURCE, KERNELS, device))
 
 
 def pack_size(channels: int, dtype: torch.dtype) -> int:
@@ -147,7 +108,7 @@ def pack_size(channels: int, dtype: torch.dtype) -> int:
     return pack if channels % pack == 0 else 1
 
 
-class NormKernels:
+class BatchNormActKernels:
     """Allocates results and launches the kernels; compiles a variant at its first use.
 
     Args:
@@ -251,7 +212,7 @@ class _Launch:
         load: compiler options -> a launcher.
         x: (N, C, H, W), channels-last.
         groups: of images.
-        blocks: as for `NormKernels`.
+        blocks: as for `BatchNormActKernels`.
         min_rows: likewise.
     """
 
@@ -300,5 +261,5 @@ class _Launch:
 
 def _readable(features: Tensor) -> Tensor:
     """The layout and alignment that the kernels read; a copy where the features are not stored so."""
-    features = features.contiguous(memory_format=torch.channels_last)
+    features = channels_last(features)
     return features if features.data_ptr() % 16 == 0 else features.clone(memory_format=torch.channels_last)

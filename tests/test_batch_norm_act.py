@@ -2,16 +2,12 @@
 
 import functools
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.ops import norm_kernels
+from models.ops import choice
 from models.ops.batch_norm_act import (
     batch_norm_act,
     batch_norm_act_backward_definition,
@@ -19,9 +15,16 @@ from models.ops.batch_norm_act import (
     move_running_definition,
     move_running_statistics,
 )
-from models.ops.norm_kernels import KERNELS, SOURCE, NormKernels, kernels_for, set_norm_kernel, why_not
-from models.ops.nvrtc import find_nvrtc, nvrtc_candidates, read_source
-from tests.cuda_host import HostModule
+from models.ops.batch_norm_act_kernels import (
+    KERNELS,
+    SOURCE,
+    BatchNormActKernels,
+    kernels_for,
+    kernels_to_move,
+    why_not,
+)
+from models.ops.choice import NORM
+from tests.cuda_host import HostModule, compiles_for, compiles_for_volta
 from tools.benchmarking import check_twice_eager
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -183,7 +186,7 @@ def test_kernels_agree_with_the_definition(host_load, case, dtype, blocks):
     float64, the definition rounds the mean less.
     """
     *shape, groups = case
-    kernels = NormKernels(host_load, blocks=blocks, min_rows=1)
+    kernels = BatchNormActKernels(host_load, blocks=blocks, min_rows=1)
     x, residual = make_map(*shape, dtype=dtype), make_map(*shape, dtype=dtype, seed=3)
     weight, bias = parameters(shape[1], torch.float32)
     grad = normal(*shape, dtype=dtype, seed=5).to(memory_format=torch.channels_last)
@@ -234,7 +237,7 @@ def exact_statistics(x, groups):
 
 
 def test_kernels_equal_the_definition_bit_by_bit_in_the_mask(host_load):
-    kernels = NormKernels(host_load, min_rows=1)
+    kernels = BatchNormActKernels(host_load, min_rows=1)
     x, residual = make_map(4, 24, 3, 3, dtype=torch.float16), make_map(4, 24, 3, 3, dtype=torch.float16, seed=3)
     weight, bias = parameters(24, torch.float32)
     ours = kernels.forward(x, residual, weight, bias, 2, EPS, True, True)
@@ -253,16 +256,18 @@ def test_statistics_of_a_channel_far_from_zero(host_load):
     """Sums of squares would lose everything here: mean 1000, spread 1e-2."""
     x = normal(8, 4, 8, 8, scale=1e-2, shift=1000.0).float().to(memory_format=torch.channels_last)
     for blocks in (1, 64):
-        _, mean, variance, _ = NormKernels(host_load, blocks, 1).forward(x, None, None, None, 2, EPS, False, False)
+        _, mean, variance, _ = BatchNormActKernels(host_load, blocks, 1).forward(
+            x, None, None, None, 2, EPS, False, False
+        )
         exact_mean, exact_variance = exact_statistics(x, 2)
         torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-7, atol=0)
         torch.testing.assert_close(variance.double(), exact_variance, rtol=1e-4, atol=0)
     constant = torch.full((4, 4, 3, 3), 7.0).to(memory_format=torch.channels_last)
-    assert (NormKernels(host_load).forward(constant, None, None, None, 1, EPS, False, False)[2] == 0).all()
+    assert (BatchNormActKernels(host_load).forward(constant, None, None, None, 1, EPS, False, False)[2] == 0).all()
 
 
 def test_kernels_keep_nan_and_take_other_layouts(host_load):
-    kernels = NormKernels(host_load)
+    kernels = BatchNormActKernels(host_load)
     x, weight = make_map(4, 8, 3, 3, dtype=torch.float32), parameters(8, torch.float32)[0]
     expected = kernels.forward(x, x, weight, None, 1, EPS, True, False)[0]
     shifted = torch.empty(x.numel() + 1)[1:].view(4, 3, 3, 8).permute(0, 3, 1, 2).copy_(x)
@@ -280,7 +285,7 @@ def test_running_kernel_agrees_with_the_definition(host_load, views):
     mean, variance = normal(4, 300, seed=1, dtype=torch.float32), normal(4, 300, seed=2, dtype=torch.float32).square()
     for momentum in (0.1, 0.9):
         results = []
-        for move in (NormKernels(host_load).move_running, move_running_definition):
+        for move in (BatchNormActKernels(host_load).move_running, move_running_definition):
             running = [torch.zeros(300), torch.ones(300), torch.tensor(7)]
             move(*running, mean, variance, 12, views, momentum)
             results.append(running)
@@ -288,7 +293,7 @@ def test_running_kernel_agrees_with_the_definition(host_load, views):
 
 
 def test_each_pass_is_one_launch(host_load):
-    kernels = NormKernels(host_load)
+    kernels = BatchNormActKernels(host_load)
     x = make_map(2, 8, 2, 2, dtype=torch.float32)
     launched = host_load(("-DFEATURE=Float32", "-DVECTOR=4")).launched
     launched.clear()
@@ -302,30 +307,12 @@ def test_each_pass_is_one_launch(host_load):
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_source_compiles_for_gpus(capability):
-    try:
-        nvrtc = find_nvrtc()
-    except RuntimeError as error:
-        pytest.skip(str(error))
     for feature, vector in (("BFloat16", 8), ("Float32", 1)):
-        options = [f"-DFEATURE={feature}", f"-DVECTOR={vector}"]
-        cubin = nvrtc.compile(read_source(SOURCE), SOURCE.name, capability, options)
-        assert cubin[:4] == b"\x7fELF" and all(kernel.encode() in cubin for kernel in KERNELS)
+        compiles_for(SOURCE, KERNELS, capability, [f"-DFEATURE={feature}", f"-DVECTOR={vector}"])
 
 
 def test_source_compiles_for_volta_with_cuda_12():
-    path = next((path for path in nvrtc_candidates(12) if os.sep in path), None)
-    if path is None:
-        pytest.skip("CUDA 12's NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12")
-    # Another process, so that two versions of the compiler never meet in one.
-    code = (
-        "import sys; from pathlib import Path; from models.ops.nvrtc import Nvrtc, read_source\n"
-        "options = ['-DFEATURE=Float16', '-DVECTOR=8']\n"
-        "print(len(Nvrtc(sys.argv[1]).compile(read_source(Path(sys.argv[2])), 'bn.cu', (7, 0), options)))\n"
-    )
-    root = Path(__file__).resolve().parents[1]
-    run = subprocess.run([sys.executable, "-c", code, path, str(SOURCE)], cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 1000
+    compiles_for_volta(SOURCE, ["-DFEATURE=Float16", "-DVECTOR=8"])
 
 
 # The choice.
@@ -333,9 +320,9 @@ def test_source_compiles_for_volta_with_cuda_12():
 
 def test_choice_is_said_once(caplog, monkeypatch):
     x = make_map(2, 4, 3, 3, dtype=torch.float32)
-    monkeypatch.setattr(norm_kernels, "_mode", "cuda")
-    norm_kernels._say_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger=norm_kernels.__name__):
+    monkeypatch.setattr(NORM, "_mode", "cuda")
+    choice._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger=choice.__name__):
         for _ in range(3):
             batch_norm_act(x, None, None)
     assert [record.message for record in caplog.records] == [
@@ -344,26 +331,68 @@ def test_choice_is_said_once(caplog, monkeypatch):
     assert caplog.records[0].levelno == logging.WARNING
 
 
+class OnGpu:
+    """As much of a CUDA tensor as the choice looks at: a map (2, 4, 3, 3), or what its arguments say."""
+
+    is_cuda = True
+
+    def __init__(self, *length, dtype=torch.float32, contiguous=True, device="cuda:0", shape=None):
+        self.dtype, self.device, self.contiguous = dtype, torch.device(device), contiguous
+        self.shape = torch.Size(shape if shape is not None else length or (2, 4, 3, 3))
+
+    def numel(self):
+        return self.shape.numel()
+
+    def is_contiguous(self):
+        return self.contiguous
+
+
 def test_kernels_are_off_until_asked_for(monkeypatch):
-    class OnGpu:
-        is_cuda, dtype = True, torch.float32
-
-        def numel(self):
-            return 144
-
-    monkeypatch.setattr(norm_kernels, "_mode", "auto")
-    assert "have not been run on a GPU" in why_not(OnGpu()) and not norm_kernels.operator_chosen()
-    set_norm_kernel("definition")
-    assert "asked for" in why_not(OnGpu()) and norm_kernels.operator_chosen()
-    set_norm_kernel("cuda")
-    assert why_not(OnGpu(), torch.ones(2), None) is None
-    assert "float64" in why_not(type("Double", (OnGpu,), {"dtype": torch.float64})())
-    assert "float32, not torch.bfloat16" in why_not(OnGpu(), torch.ones(2, dtype=torch.bfloat16))
+    monkeypatch.setattr(NORM, "_mode", "auto")
+    assert "have not been run on a GPU" in why_not(OnGpu(), None, None, 1) and not NORM.asked_for
+    NORM.set("definition")
+    assert "asked for" in why_not(OnGpu(), None, None, 1) and NORM.asked_for
+    NORM.set("cuda")
+    assert why_not(OnGpu(), OnGpu(4), None, 1) is None
+    assert "float64" in why_not(OnGpu(dtype=torch.float64), None, None, 1)
+    assert "float32, not torch.bfloat16" in why_not(OnGpu(), OnGpu(4, dtype=torch.bfloat16), None, 1)
     with pytest.raises(ValueError, match="definition"):
-        set_norm_kernel("fast")
-    monkeypatch.setattr(norm_kernels, "_mode", "quick")
+        NORM.set("fast")
+    monkeypatch.setattr(NORM, "_mode", "quick")
     with pytest.raises(ValueError, match="REGATTA_NORM_KERNEL='quick'"):
-        norm_kernels.operator_chosen()
+        assert NORM.asked_for
+
+
+def test_what_kernels_would_misread_is_left_to_the_definition(monkeypatch):
+    """A kernel gets addresses without strides: each of these would be read or written at the wrong place."""
+    monkeypatch.setattr(NORM, "_mode", "cuda")
+    x, good = OnGpu(), OnGpu(4)
+    assert why_not(x, good, good, 65535) is None
+    assert why_not(x, None, None, 65536) == "the kernels take up to 65535 groups, not 65536"
+    assert "a bias is not contiguous" in why_not(x, good, OnGpu(4, contiguous=False), 1)
+    assert "a weight of shape (4,), not (5,)" in why_not(x, OnGpu(5), good, 1)
+    assert "a weight is on cpu" in why_not(x, OnGpu(4, device="cpu"), good, 1)
+    counter, rows = OnGpu(dtype=torch.int64, shape=()), OnGpu(shape=(2, 4))
+    said = []
+    monkeypatch.setattr(choice, "_say_once", lambda message, level: said.append(message))
+    for changed in ({0: OnGpu(4, contiguous=False)}, {1: OnGpu(8)}, {2: OnGpu(shape=())}, {4: OnGpu(shape=(1, 4))}):
+        given = [good, good, counter, rows, rows]
+        for place, tensor in changed.items():
+            given[place] = tensor
+        assert kernels_to_move(*given) is None
+    assert len(said) == 4 and all("PyTorch definition, because" in message for message in said)
+
+
+def test_strided_parameters_and_statistics_give_what_they_hold(monkeypatch):
+    """In mode "cuda" too, the operator on strided tensors equals the one on copies of them."""
+    monkeypatch.setattr(NORM, "_mode", "cuda")
+    x, wide = make_map(4, 6, 3, 3, dtype=torch.float32), torch.linspace(0.5, 2, 12)
+    ours = batch_norm_act(x, wide[::2], wide[:1].expand(6), groups=2)[0]
+    assert torch.equal(ours, batch_norm_act(x, wide[::2].clone(), wide[:1].repeat(6), groups=2)[0])
+    running = torch.zeros(12)
+    mean = torch.ones(2, 6)
+    move_running_statistics(running[::2], torch.ones(6), torch.tensor(0), mean, mean, 12, 1, 0.5)
+    assert running.view(6, 2).tolist() == [[0.5, 0.0]] * 6
 
 
 @pytest.mark.gpu
@@ -371,11 +400,11 @@ def test_kernels_are_off_until_asked_for(monkeypatch):
 def test_kernels_on_a_gpu(dtype, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setattr(norm_kernels, "_mode", "cuda")
+    monkeypatch.setattr(NORM, "_mode", "cuda")
     for *shape, groups in [*CASES, (32, 64, 56, 56, 2), (32, 256, 28, 28, 1), (64, 2048, 7, 7, 4)]:
         x, residual = (make_map(*shape, dtype=dtype, seed=seed).cuda() for seed in (0, 3))
         weight, bias = (t.cuda() for t in parameters(shape[1], torch.float32))
-        assert kernels_for(x, weight, bias) is not None
+        assert kernels_for(x, weight, bias, groups) is not None
         grad = normal(*shape, dtype=dtype, seed=5).cuda().to(memory_format=torch.channels_last)
         for added, relu in ((None, False), (None, True), (residual, False), (residual, True)):
             ours = eager_results(x, added, weight, bias, groups, relu, grad, network=fused)
@@ -390,7 +419,7 @@ def test_kernels_on_a_gpu(dtype, monkeypatch):
 def test_kernels_inside_a_cuda_graph(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setattr(norm_kernels, "_mode", "cuda")
+    monkeypatch.setattr(NORM, "_mode", "cuda")
     x = make_map(8, 64, 7, 7, dtype=torch.float16).cuda()
     statistics = [torch.zeros(64).cuda(), torch.ones(64).cuda(), torch.tensor(0).cuda()]
 

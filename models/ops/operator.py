@@ -1,0 +1,80 @@
+"""Registration of a differentiable operator: one body, called as a plain autograd function or as a custom operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def _own(output: Any) -> Any:
+    """Results that are views inside the operator, as tensors of their own on the same memory.
+
+    Autograd refuses an in-place operation (a ReLU behind a batch norm) on a view that was made inside a function.
+    """
+    if isinstance(output, tuple):
+        return tuple(_own(each) for each in output)
+    return output.data if output._is_view() else output
+
+
+def differentiable(
+    name: str,
+    *,
+    forward: Callable[..., Any],
+    forward_fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    backward_fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A function that computes `forward` with the gradient `backward`.
+
+    Compiled code calls the custom operators `regatta::<name>` and `regatta::<name>_backward`, which a graph holds as
+    one node each. Eager code calls the same bodies through an `autograd.Function`: with empty bodies, forward and
+    backward took 216 µs of the host that way and 811 µs through the custom operator (EPYC, torch 2.15), which 53 batch
+    norms a pass would make the longest part of a step.
+
+    Args:
+        name: of the operator.
+        forward: tensors and settings -> result or results.
+        forward_fake: same arguments -> empty results of the right shape, dtype and layout.
+        backward: what computes the gradients; called by `gradients`.
+        backward_fake: likewise for `backward`.
+        setup_context: (ctx, inputs, output), saves what `gradients` needs.
+        gradients: (backward, ctx, *gradients of the results) -> one gradient or None for each argument of `forward`.
+            Only the first result has a gradient; those of the others are None or zeros.
+    """
+    operator = torch.library.custom_op(f"regatta::{name}", forward, mutates_args=())
+    operator.register_fake(forward_fake)
+    backward_operator = torch.library.custom_op(f"regatta::{name}_backward", backward, mutates_args=())
+    backward_operator.register_fake(backward_fake)
+
+    def compiled_gradients(ctx: Any, *grads: Any) -> Any:
+        return gradients(backward_operator, ctx, *grads)
+
+    operator.register_autograd(compiled_gradients, setup_context=setup_context)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:  # type: ignore[override]
+            output = _own(forward(*inputs))
+            # Results without a gradient (statistics, masks) would otherwise get zeros allocated in each backward pass.
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @once_differentiable  # as for the custom operator: the kernels have no second derivative
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if grads[0] is None:  # nothing that depends on the first result, the only one with a gradient, was used
+                return (None,) * len(ctx.needs_input_grad)
+            return gradients(backward, ctx, *grads)
+
+    Eager.__name__ = Eager.__qualname__ = name
+
+    def call(*inputs: Any) -> Any:
+        return operator(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+
+    return call

@@ -2,7 +2,7 @@
 
 import torch
 
-from tools.benchmarking import check_twice_eager
+from tools.bench.timing import check_twice_eager
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BOXES = [[0, 0, 1, 1], [1, 2, 3, 2], [0, 0, 9, 9], [2, 1, 0, 3], [3, 3, 5, 5], [-1, -1, 3, 2]]

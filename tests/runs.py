@@ -15,6 +15,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from train.record.run import read_run
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.runs_preload"])
 
@@ -88,8 +90,8 @@ def run(argv: list[str], world_size: int = 1, log: Path | None = None) -> list[i
 
 def rows(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
     """Rows of a run's metrics, of one kind or all."""
-    loaded = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in loaded if not kind or row["kind"] == kind]
+    recorded = read_run(run_dir)
+    return recorded.of_kind(kind) if kind else recorded.rows
 
 
 def comparable(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, bytes]]:

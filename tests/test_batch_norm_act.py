@@ -25,7 +25,7 @@ from models.ops.batch_norm_act_kernels import (
 )
 from models.ops.choice import NORM
 from tests.cuda_host import HostModule, compiles_for, compiles_for_volta
-from tools.benchmarking import check_twice_eager
+from tools.bench.timing import check_twice_eager
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5

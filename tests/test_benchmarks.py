@@ -8,19 +8,13 @@ import torch
 from PIL import Image
 
 from tests.runs import last_wins
-from tools import bench_ops, bench_pipeline, bench_step, bench_train, cli, reference_port
-from tools.augment_contenders import CONTENDERS, installed
-from tools.benchmarking import (
-    COLUMNS,
-    Report,
-    Row,
-    Summary,
-    check_twice_eager,
-    choose_device,
-    peak_mib,
-    time_interleaved,
-)
-from tools.projection import project, read_measured
+from tools import bench_ops, bench_pipeline, bench_step, bench_train
+from tools.bench import reference_port
+from tools.bench.augment_contenders import CONTENDERS, installed
+from tools.bench.projection import project, read_measured
+from tools.bench.rows import COLUMNS, Report, Row, Summary
+from tools.bench.timing import check_twice_eager, choose_device, peak_mib, time_interleaved
+from tools.support import cli
 
 
 def test_summary_is_median_and_percentiles():

@@ -11,7 +11,9 @@ from PIL import Image
 
 from pipeline.beton import BetonReader
 from tests.test_report import write_run
-from tools import checks, doctor, make_ffcv_dataset
+from tools import doctor, make_ffcv_dataset
+from tools.support import machine
+from tools.support.packed import check_packed
 from train.record.diagnosis import Finding, diagnose
 from train.record.run import read_run
 
@@ -35,7 +37,7 @@ def levels(findings: list[Finding]) -> list[str]:
 
 
 def test_a_good_file_is_good(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = list(checks.check_packed(packed, 100))
+    found = list(check_packed(packed, 100))
     assert levels(found) == ["ok", "ok", "ok"]
     assert "12 images, 2 classes, 80 x 96 px at most" in found[0].text
     assert doctor.main([str(packed)]) == 0
@@ -61,7 +63,7 @@ def test_records_that_do_not_decode_are_found_without_a_manifest(packed: Path) -
     content[first + 2 : first + int(reader.sizes[3])] = bytes(int(reader.sizes[3]) - 2)
     packed.write_bytes(content)
     packed.with_name("images.manifest.json").unlink()
-    found = list(checks.check_packed(packed, 100))
+    found = list(check_packed(packed, 100))
     assert levels(found) == ["ok", "note", "fault"]
     assert "1 of 12 records do not decode: 3" in found[2].text
 
@@ -141,8 +143,8 @@ def test_accidents_are_counted(tmp_path: Path) -> None:
 def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     # Importing every optional package takes long; what is installed is the doctor's business, not this test's.
     listed = (("numpy", "numpy", "everything"), ("no-such-package", "no_such_module", "--loader none"))
-    monkeypatch.setattr(checks, "_OPTIONAL", listed)
-    found = list(checks.check_environment())
+    monkeypatch.setattr(machine, "_OPTIONAL", listed)
+    found = list(machine.check_environment())
     text = " ".join(finding.text for finding in found)
     assert "fault" not in levels(found)
     assert all(word in text for word in ("Python 3", "torch 2", "numpy 2", "cores"))

@@ -1,20 +1,21 @@
 """Methods learn within a few hundred CPU steps, and do not once a fault makes them collapse.
 
-Thresholds come from the rows of tools/results/behaviour.csv, which `python -m tests.learning` writes from three seeds:
-half of the least gain of the seeds, but at least MIN_GAIN, so that a method that hardly learns fails.
+Thresholds come from the rows of tools/results/behaviour.csv, which `python tools/bench_learning.py` writes from three
+seeds: half of the least gain of the seeds, but at least MIN_GAIN, so that a method that hardly learns fails.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from models.methods import METHODS
-from tests import learning
-from tests import test_planted_faults as faults
+from tools.bench import faults, learning
 
 MIN_GAIN = 0.04  # of 20-NN top-1; a share of 384 pictures has a standard error of 0.025 at most
+Fault = Callable[[faults.Patcher], None]
 QUICK = ("simsiam",)  # twenty seconds each
 COLLAPSES = [
     (faults.no_predictor, "simsiam"),
@@ -38,7 +39,7 @@ def test_rows_show_that_every_method_learns(method: str) -> None:
 
 
 @pytest.mark.parametrize(("fault", "method"), COLLAPSES, ids=lambda value: getattr(value, "__name__", value))
-def test_rows_show_that_faults_hold_it_back(fault: faults.Patch, method: str) -> None:
+def test_rows_show_that_faults_hold_it_back(fault: Fault, method: str) -> None:
     assert learning.measured_gain(method, fault.__name__) < threshold(method)
 
 
@@ -56,7 +57,11 @@ def test_every_other_method_learns(method: str, data: tuple[Path, Path], tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "method"), COLLAPSES, ids=lambda value: getattr(value, "__name__", value))
 def test_collapse_is_seen(
-    fault: faults.Patch, method: str, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Fault,
+    method: str,
+    data: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fault(monkeypatch)
     assert learning.learn(method, data, tmp_path / "run").gain < threshold(method)

@@ -21,8 +21,9 @@ from pipeline.jpeg import ImageRefused, check_jpeg
 from pipeline.listing import list_images
 from pipeline.manifest import manifest_of, manifest_path, read_manifest
 from pipeline.records import fit, make_record
-from tools import make_ffcv_dataset, packing
-from tools.cli import call, make_parser, parse
+from tools import make_ffcv_dataset
+from tools.support import packing
+from tools.support.cli import call, make_parser, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -30,10 +30,11 @@ from typing import Any
 import pytest
 import torch
 
-from models import key_queue, losses, momentum, region_branch
+from models import key_queue, losses, region_branch
 from models.methods import densecl, moby, moco_v2, moco_v3, queue_method, regioncl_s, simsiam
 from models.methods.base import Method, StepInputs
 from tests.method_references import REFERENCES, check_against_formula, ready
+from tools.bench.faults import copying_momentum, no_predictor, no_stop_gradient
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 REGION_WITH_NEGATIVES = ["regioncl-m", "regioncl-d", "regioncl-m3", "regioncl-moby"]
@@ -69,21 +70,6 @@ def check_after_step(name: str, method: Any, inputs: StepInputs) -> None:
 @pytest.mark.parametrize("name", REFERENCES)
 def test_after_step_moves_all_state_as_specified(name):
     check_after_step(name, *ready(name))
-
-
-def _cosine_without_stop(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    return -losses.row_dots(losses.unit(p), losses.unit(z))
-
-
-def no_stop_gradient(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(simsiam, "negative_cosine", _cosine_without_stop)
-    patch.setattr(regioncl_s, "negative_cosine", _cosine_without_stop)
-
-
-def no_predictor(patch: pytest.MonkeyPatch) -> None:
-    original = simsiam.instance_loss
-    for module in (simsiam, regioncl_s):
-        patch.setattr(module, "instance_loss", lambda predictions, projections: original(projections, projections))
 
 
 def no_intra_negative(patch: pytest.MonkeyPatch) -> None:
@@ -159,12 +145,6 @@ def queues_exchanged(patch: pytest.MonkeyPatch) -> None:
 def frozen_momentum(patch: pytest.MonkeyPatch) -> None:
     for module in (queue_method, moco_v3):
         patch.setattr(module, "ema_update", lambda pairs, m: None)
-
-
-def copying_momentum(patch: pytest.MonkeyPatch) -> None:
-    for module in (queue_method, moco_v3, momentum):
-        original = module.ema_update
-        patch.setattr(module, "ema_update", lambda pairs, m, update=original, **more: update(pairs, 0.0, **more))
 
 
 def projector_not_averaged(patch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from models.ops import queue_contrast
 from models.ops.queue_contrast import block_size, queue_contrast_definition
-from tools.benchmarking import check_twice_eager
+from tools.bench.timing import check_twice_eager
 
 MODULE = "models.ops.queue_contrast"
 

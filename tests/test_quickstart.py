@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.test_report import write_run
-from tools import quickstart, sample_photos
+from tools import quickstart
+from tools.support import sample_photos
 from train.errors import UserMistake
 from train.record.run import read_run
 

@@ -19,7 +19,7 @@ from pipeline.loaders import build_pipeline
 from pipeline.read_ahead import MAX_GAP, WindowReader, extents
 from pipeline.sampling import sharded_order, sharded_windows
 from tests.small_stores import pack
-from tools.page_limit import PAGE, PageLimit
+from tools.bench.page_limit import PAGE, PageLimit
 
 has_ffcv = [
     pytest.mark.ffcv,

@@ -23,7 +23,7 @@ from torchvision.models import resnet50
 import train.eval.segment
 import train.eval.segmentation.training as training
 from tests.runs import last_wins
-from tools.benchmarking import RESULTS
+from tools.bench.rows import RESULTS
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import UserMistake
 from train.eval.segmentation import augment, layouts

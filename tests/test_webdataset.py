@@ -18,7 +18,7 @@ from pipeline.sampling import sharded_order
 from pipeline.shards import parse_index
 from pipeline.wds_loader import WebDatasetPipeline, public_url, split_location
 from tools import make_ffcv_dataset, make_webdataset
-from tools.cli import call
+from tools.support.cli import call
 
 VIEWS = (ViewSpec("view1", 24, draw_id=0), ViewSpec("view2", 16, draw_id=1))
 COUNT, CLASSES = 48, 3

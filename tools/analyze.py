@@ -34,7 +34,7 @@ from models.methods.base import Method, StepInputs
 from pipeline import augment
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
-from tools.cli import make_parser, parse
+from tools.support.cli import make_parser, parse
 from train.backbone_io import LoadedBackbone, load
 from train.checkpoint import is_good
 from train.config import Config

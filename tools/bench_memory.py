@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops import queue_contrast
-from tools import cli
-from tools.benchmarking import ROOT, Report
+from tools.bench.rows import ROOT, Report
+from tools.support import cli
 
 METHODS = ("regioncl-m", "densecl", "regioncl-d")
 COPIES = 3.2

@@ -29,17 +29,11 @@ from models.ops.launcher import CudaModule
 from models.ops.masked_pool import masked_pool_definition
 from models.ops.queue_contrast import queue_contrast_definition
 from pipeline import augment
-from tools import cli
-from tools.augment_contenders import CONTENDERS, installed
-from tools.benchmarking import (
-    Report,
-    add_common_flags,
-    check_twice_eager,
-    choose_device,
-    peak_mib,
-    time_interleaved,
-)
-from tools.projection import GPUS
+from tools.bench.augment_contenders import CONTENDERS, installed
+from tools.bench.projection import GPUS
+from tools.bench.rows import Report
+from tools.bench.timing import add_common_flags, check_twice_eager, choose_device, peak_mib, time_interleaved
+from tools.support import cli
 
 OPS = ("box_pool", "masked_pool", "batch_norm_act", "queue_contrast", "augment")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

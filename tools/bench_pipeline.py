@@ -34,12 +34,13 @@ from pipeline.loaders import build_pipeline
 from pipeline.manifest import manifest_path
 from pipeline.records import make_record
 from pipeline.stores import PackedStore, list_images
-from tools import cli
-from tools.benchmarking import Report, Summary, add_common_flags, choose_device, usable_cores
-from tools.packing import Tally
-from tools.pipeline_bounded import bounded_conclusion, measure_bounded
-from tools.pipeline_contenders import crops_transform, dataloader_epoch, moco_v2_transform, stock_ffcv_epoch
-from tools.pipeline_levers import measure_levers
+from tools.bench.pipeline_bounded import bounded_conclusion, measure_bounded
+from tools.bench.pipeline_contenders import crops_transform, dataloader_epoch, moco_v2_transform, stock_ffcv_epoch
+from tools.bench.pipeline_levers import measure_levers
+from tools.bench.rows import Report, Summary, usable_cores
+from tools.bench.timing import add_common_flags, choose_device
+from tools.support import cli
+from tools.support.packing import Tally
 
 CONTENDERS = (
     "stock-ffcv",

@@ -32,10 +32,11 @@ from models.methods.moco_v2 import MoCoV2
 from models.ops.choice import NORM, POOL
 from pipeline.interface import PipelineConfig
 from pipeline.synthetic import SyntheticPipeline
-from tools import cli
-from tools.benchmarking import Report, add_common_flags, choose_device, peak_mib, time_interleaved
-from tools.projection import GPUS
-from tools.reference_port import PortedStep, PortOptions
+from tools.bench.projection import GPUS
+from tools.bench.reference_port import PortedStep, PortOptions
+from tools.bench.rows import Report
+from tools.bench.timing import add_common_flags, choose_device, peak_mib, time_interleaved
+from tools.support import cli
 from train.checkpoint import TrainState
 from train.config import Config
 from train.cuda_graph import GraphedForwardBackward

@@ -24,10 +24,11 @@ from models.methods import METHODS
 from models.methods.base import StepInputs
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline, choose_loader
-from tools import cli
+from tools.bench.projection import describe, read_measured
+from tools.bench.rows import RESULTS, Report, Row, Summary, usable_cores
+from tools.bench.timing import add_common_flags, choose_device
 from tools.bench_step import OurStep, configure
-from tools.benchmarking import RESULTS, Report, Row, Summary, add_common_flags, choose_device, usable_cores
-from tools.projection import describe, read_measured
+from tools.support import cli
 from train.errors import RunEnd
 from train.inputs import InputStream, train_views
 from train.loop import take_step

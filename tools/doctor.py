@@ -14,8 +14,9 @@ if not __package__:
 
 from collections.abc import Iterable, Sequence
 
-from tools.checks import check_environment, check_packed
-from tools.cli import TOO_MANY_BAD, USER_MISTAKE, call, make_parser, parse, run_main
+from tools.support.cli import TOO_MANY_BAD, USER_MISTAKE, call, make_parser, parse, run_main
+from tools.support.machine import check_environment
+from tools.support.packed import check_packed
 from train.errors import UserMistake, run_to_exit_code
 from train.record.diagnosis import Finding, diagnose
 from train.record.run import read_run

@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tools.cli import make_parser, parse
-from tools.model_card import model_card
+from tools.support.cli import make_parser, parse
 from train.backbone_io import LoadedBackbone, backbone_state, load, torchvision_to_swin
 from train.errors import UserMistake, run_to_exit_code
+from train.record.model_card import model_card
 
 TORCHVISION_NAMES = {
     "resnet18": "resnet18",

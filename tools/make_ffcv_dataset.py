@@ -18,8 +18,8 @@ if not __package__:
 
 from pipeline.beton import BetonReader, BetonWriter, page_size_for
 from pipeline.manifest import manifest_path, rejected_path
-from tools.cli import TOO_MANY_BAD, make_parser, parse, run_main
-from tools.packing import (
+from tools.support.cli import TOO_MANY_BAD, make_parser, parse, run_main
+from tools.support.packing import (
     SHUFFLE_SEED,
     Source,
     Tally,

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.stores import list_images
-from tools.cli import call, make_parser, parse, run_main
-from tools.sample_photos import cut_photos
+from tools.support.cli import call, make_parser, parse, run_main
+from tools.support.sample_photos import cut_photos
 from train.errors import RunEnd, UserMistake, run_to_exit_code
 from train.record.page import build_report
 from train.record.run import Run, chance_level, read_run

@@ -17,8 +17,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tools.benchmarking import Report, Summary
-from tools.cli import make_parser, parse, run_main
+from tools.bench.rows import Report, Summary
+from tools.support.cli import make_parser, parse, run_main
 from train.record.evaluations import measurements
 from train.record.run import read_results
 from train.resolve import changed_fields, resolve

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from tools.benchmarking import Report, Summary
-from tools.cli import make_parser, parse, run_main
+from tools.bench.rows import Report, Summary
+from tools.support.cli import make_parser, parse, run_main
 from train.record.evaluations import NAMES, measurements
 from train.record.run import read_results
 

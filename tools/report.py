@@ -11,7 +11,7 @@ if not __package__:
 
 from collections.abc import Sequence
 
-from tools.cli import call, make_parser, parse, run_main
+from tools.support.cli import call, make_parser, parse, run_main
 from train.errors import UserMistake, run_to_exit_code
 from train.record.page import build_report
 

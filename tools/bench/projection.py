@@ -131,5 +131,5 @@ def describe(measured: Measured, target: str) -> str:
     return (
         f"projection, not measured: {target} {rate:.4g} images/s; its loaders must decode as many\n"
         f"from {measured.images_per_s:.4g} images/s of '{measured.contender}' on one {measured.gpu} "
-        f"({measured.setting}; {measured.date}) by the model of tools/projection.py"
+        f"({measured.setting}; {measured.date}) by the model of tools/bench/projection.py"
     )

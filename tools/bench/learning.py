@@ -1,21 +1,17 @@
-"""What every method learns within a few hundred CPU steps on the drawn data set (shapes.py), by train/main.py itself.
+"""Short training runs on the drawn data set (shapes.py): small backbones, settings of each method, and their rows.
 
-`python -m tests.learning --methods moco-v2 simsiam --seeds 0 1 2` prints k-NN before and after training;
-`--fault no_predictor` plants a fault first. Rows are appended to tools/results/behaviour.csv but with `--no-csv`.
+The runs go through `train/main.py` itself, on one CPU thread. `tools/bench_learning.py` is the command.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -24,10 +20,9 @@ import train.main
 from models.methods import METHODS
 from models.resnet import BACKBONES, ResNetTrunk, initialise_convolutions
 from models.swin import SwinTrunk
-from tests import test_planted_faults
-from tests.shapes import CLASSES, write_pictures
-from tools.benchmarking import RESULTS, Report
-from tools.cli import make_parser, parse, run_main
+from tools.bench.rows import RESULTS, Report
+from tools.bench.shapes import CLASSES, write_pictures
+from train.record.run import read_run
 
 TRAINING, HELD_OUT = 128, 32  # pictures of each class
 PICTURE_SEED = 7
@@ -163,9 +158,9 @@ def learn(method: str, data: tuple[Path, Path], run_dir: Path, seed: int = 0, mo
     finally:
         torch.set_num_threads(threads)
     assert code == 0, f"train/main.py ended with {code}"
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    before, after = (row["top1"] for row in rows if row["kind"] == "knn")
-    return Learned(before, after, tuple(row["loss"] for row in rows if row["kind"] == "train"))
+    recorded = read_run(run_dir)
+    before, after = recorded.values("knn", "top1")[1]
+    return Learned(before, after, tuple(row["loss"] for row in recorded.of_kind("train")))
 
 
 GAIN = "gain of 20-NN top-1, least of the seeds"
@@ -197,33 +192,5 @@ def measured_gain(method: str, fault: str = "") -> float:
         rows = [row for row in csv.DictReader(stream) if row["contender"] == method and row["metric"] == GAIN]
     gains = [float(row["median"]) for row in rows if row["setting"] == setting(method, fault)]
     if not gains:
-        raise LookupError(f"no row of {method} {fault}; run python -m tests.learning --methods {method}")
+        raise LookupError(f"no row of {method} {fault}; run python tools/bench_learning.py --methods {method}")
     return gains[-1]
-
-
-def main(argv: Sequence[str]) -> int:
-    """Measure what the flags ask for."""
-    parser = make_parser("Measure what methods learn on the drawn data set, with several seeds.")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="which")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run each")
-    parser.add_argument("--fault", default="", help="function of tests/test_planted_faults.py that plants one")
-    parser.add_argument("--no-csv", action="store_true", help="print the table and keep no rows")
-    options = parse(parser, argv)
-    report = Report("behaviour")
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        data = draw_data(Path(folder))
-        if options.fault:
-            getattr(test_planted_faults, options.fault)(patch)
-        for method in options.methods:
-            found = []
-            for seed in options.seeds:
-                found.append(learn(method, data, Path(folder) / f"{method}-{seed}", seed))
-                print(f"{method} {options.fault} seed {seed}: {found[-1]}", flush=True)
-            record(report, method, options.fault, found)
-    least = min(row.value.median for row in report.rows if row.metric.startswith("gain"))
-    report.finish(f"least gain of all: {least:.3f}", write=not options.no_csv)
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -22,7 +22,8 @@ from pipeline.decoder import CHECK_CRC, JOB, LIBJPEG_ONLY, MAX_PIXELS, WHOLE_IMA
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from pipeline.stores import PackedStore
-from tools.benchmarking import Report, Summary, time_interleaved
+from tools.bench.rows import Report, Summary
+from tools.bench.timing import time_interleaved
 
 IMAGES = 512
 _LEVELS = {"no SIMD": 0, "AVX2 instead of AVX-512": 1}

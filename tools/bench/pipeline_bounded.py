@@ -13,9 +13,9 @@ from unittest import mock
 from pipeline import read_ahead
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
-from tools.benchmarking import Report
-from tools.page_limit import PageLimit, bytes_read
-from tools.pipeline_contenders import stock_ffcv_epoch
+from tools.bench.page_limit import PageLimit, bytes_read
+from tools.bench.pipeline_contenders import stock_ffcv_epoch
+from tools.bench.rows import Report
 
 BOUNDED = ("sharded", "global", "stock-ffcv", "stock-ffcv-quasi-random")
 _EXPLAINED = {

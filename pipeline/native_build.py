@@ -1,5 +1,8 @@
 """Our C++ sources: compiled at set-up or first use, loaded through ctypes.
 
+A library is `native/<name>.cpp` and, where there is one, `native/per_target/<name>.cpp`, which is compiled once for each
+instruction set. All of these are compiled side by side and then linked.
+
 A library is named after a hash of its sources and of the command that built it, so that a changed source is built anew
 and several ranks can start at once: whoever comes second waits and finds the file there.
 """
@@ -18,12 +21,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "native"
-# No contraction into fused multiply-adds: crops must have the bits that numpy computes.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared", "-pthread")
-LIBRARIES = {"views": ("-ljpeg",)}
+FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-fPIC", "-pthread")
+TARGETS = ("plain", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("plain",)
+"""Instruction sets, as `native/targets.h` names them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one library needs beside `FLAGS`: flags for its compiler and for its linker."""
+
+    compile: tuple[str, ...] = ()
+    link: tuple[str, ...] = ()
+
+
+_MATHS = ("no-math-errno", "no-trapping-math", "no-signed-zeros", "finite-math-only", "fp-contract=fast")
+LIBRARIES = {
+    # No contraction into fused multiply-adds: crops must have the bits that numpy computes.
+    "views": Options(("-ffp-contract=off",), ("-ljpeg",)),
+    # Pixels are finite, and nothing has to agree with another program bit for bit: native/augment_lanes.h.
+    "augment": Options(tuple(f"-f{freedom}" for freedom in _MATHS)),
+}
 _REMEDY = "install a C++ compiler and libjpeg-turbo's headers (Debian: apt install g++ libjpeg62-turbo-dev)"
 _told: set[str] = set()
 
@@ -56,11 +78,46 @@ def _usable(folder: Path) -> bool:
         return False
 
 
+def _units(name: str) -> list[tuple[Path, tuple[str, ...]]]:
+    """What a library is compiled from: each source with the flags that say for which target."""
+    units: list[tuple[Path, tuple[str, ...]]] = [(SOURCES / f"{name}.cpp", ())]
+    if (kernels := SOURCES / "per_target" / f"{name}.cpp").exists():
+        units += [(kernels, (f"-DREGATTA_TARGET_{target.upper()}",)) for target in TARGETS]
+    return units
+
+
 def _key(name: str, command: list[str]) -> str:
     digest = hashlib.sha256(" ".join([*command, platform.machine(), *platform.libc_ver()]).encode())
-    for path in sorted([*SOURCES.glob("*.h"), SOURCES / f"{name}.cpp"]):
+    for path in sorted({*SOURCES.glob("*.h"), *(source for source, _ in _units(name))}):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _run(name: str, command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = done.stderr.splitlines()
+        first = next((line for line in errors if "error" in line), done.stderr.strip()[:200])
+        raise NativeUnavailable(f"{Path(command[0]).name} could not build {name}.cpp ({first}); {_REMEDY}")
+
+
+def _compile(name: str, command: list[str], target: Path) -> None:
+    """Compile a library's units, as many at a time as there are cores, and link them.
+
+    The file appears under its name when it is whole, so that a killed compiler leaves nothing there.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as folder:
+        units = _units(name)
+        objects = [f"{folder}/{number}.o" for number in range(len(units))]
+        jobs = [
+            [*command, *flags, "-c", str(source), "-o", made]
+            for (source, flags), made in zip(units, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            list(threads.map(functools.partial(_run, name), jobs))
+        partial = f"{folder}/{target.name}"
+        _run(name, [*command, "-shared", *objects, "-o", partial, *LIBRARIES.get(name, Options()).link])
+        os.replace(partial, target)
 
 
 @contextlib.contextmanager
@@ -73,7 +130,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def build(name: str, extra_flags: tuple[str, ...] = ()) -> Path:
-    """The shared library of `native/<name>.cpp`, built where it is not there yet.
+    """The shared library `name`, built where it is not there yet.
 
     Args:
         name: stem of the source file.
@@ -83,8 +140,8 @@ def build(name: str, extra_flags: tuple[str, ...] = ()) -> Path:
         NativeUnavailable: there is no compiler, or it failed; the message names the remedy.
     """
     cxx = compiler()
-    command = [cxx or "g++", *FLAGS, *extra_flags, str(SOURCES / f"{name}.cpp")]
-    file_name = f"{name}-{_key(name, [Path(command[0]).name, *FLAGS, *extra_flags])}.so"
+    flags = [*FLAGS, *LIBRARIES.get(name, Options()).compile, *extra_flags]
+    file_name = f"{name}-{_key(name, [Path(cxx or 'g++').name, *flags])}.so"
     folders = list(_cache_folders())
     for folder in folders:
         if (folder / file_name).exists() and folder.stat().st_uid in (os.getuid(), 0):
@@ -99,16 +156,7 @@ def build(name: str, extra_flags: tuple[str, ...] = ()) -> Path:
     with _locked(folder / f"{name}.lock"):
         if target.exists():
             return target
-        # Built under another name and renamed, so that a killed compiler leaves nothing under the final one.
-        partial = folder / f".{file_name}.{os.getpid()}"
-        done = subprocess.run([*command, "-o", str(partial), *LIBRARIES.get(name, ())], capture_output=True, text=True)
-        if done.returncode:
-            partial.unlink(missing_ok=True)
-            first_error = next(
-                (line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200]
-            )
-            raise NativeUnavailable(f"{Path(cxx).name} could not build {name}.cpp ({first_error}); {_REMEDY}")
-        os.replace(partial, target)
+        _compile(name, [cxx, *flags], target)
     return target
 
 

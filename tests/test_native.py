@@ -385,7 +385,7 @@ def test_damaged_files_under_sanitizers(seconds: int, large_photos: list[Image.I
     runtime = sanitizer_runtime("libasan.so")
     if runtime is None:
         pytest.skip("the compiler has no address sanitizer")
-    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DREGATTA_NO_CLONES")
+    flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     library = build("views", flags)
     photo = large_photos[3].resize((150, 110))
     samples = [

@@ -6,24 +6,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "layouts.h"
 #include "philox.h"
 
 namespace regatta {
-
-enum Kind : int32_t { kRandom = 0, kCenter = 1, kWhole = 2 };
-enum Interpolation : int32_t { kBilinear = 0, kBicubic = 1 };
-
-// How one view is cut; the memory layout is shared with pipeline/decoder.py.
-struct ViewSpec {
-  int32_t size;           // side in pixels
-  int32_t kind;           // Kind
-  int32_t interpolation;  // Interpolation
-  uint32_t draw_id;       // the view word of the random address
-  double scale[2];        // area range relative to the image
-  double ratio[2];        // range of width / height
-  double log_ratio[2];    // its logarithms, taken on the Python side for both implementations
-  double resize_ratio;    // short side before the centre crop, relative to size
-};
 
 struct Box {
   int64_t top, left, height, width;

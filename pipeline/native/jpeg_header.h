@@ -7,14 +7,17 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 
-#include "jpeg_common.h"
-#include "resize.h"
+#include "exif.h"
+#include "plane.h"
 
 namespace regatta {
 
-constexpr int kMaxSide = 65500;       // libjpeg's limit
-constexpr int kMaxBlocksInMcu = 10;   // T.81 B.2.3
+constexpr int kMaxSide = 65500;      // libjpeg's limit
+constexpr int kMaxBlocksInMcu = 10;  // T.81 B.2.3
 
 // A Huffman table as it stands in the file: how many codes there are of each length, and what they mean.
 struct HuffmanCodes {

@@ -11,19 +11,13 @@
 #include <cstring>
 
 #include "jpeg_header.h"
+#include "targets.h"
 
 namespace regatta {
 
-#define REGATTA_INLINE inline __attribute__((always_inline))
-#if REGATTA_X86
-#define REGATTA_BMI2 __attribute__((target("bmi,bmi2")))  // shifts by any register
-#else
-#define REGATTA_BMI2
-#endif
-
 constexpr int kAcBits = 10;  // of a lookup for AC coefficients
 constexpr int kDcBits = 9;
-constexpr int kTurns = 3;                    // lookups from one refill to the next
+constexpr int kTurns = 3;                       // lookups from one refill to the next
 constexpr unsigned kMostDropped = 56 / kTurns;  // bits of a lookup
 
 inline uint64_t load_big_endian(const uint8_t* from) {
@@ -107,18 +101,18 @@ struct CodeTable {
   }
 };
 
-// What a lookup of AC coefficients finds. A lone coefficient is followed by a zero, which is where it belongs. In bytes,
-// because a load each is cheaper than shifting them out of a word.
+// What a lookup of AC coefficients finds. A lone coefficient is followed by a zero, which is where it belongs. In
+// bytes, because a load each is cheaper than shifting them out of a word.
 struct AcEntry {
   static constexpr unsigned kEnds = 64;     // among the steps: the block ends here
   static constexpr unsigned kSingle = 128;  // among the steps: needs decoding symbol by symbol
 
-  uint8_t drop;          // bits that are used up
-  uint8_t steps;         // through the block
-  uint8_t first;         // steps to the first coefficient
-  uint8_t second;        // and to the second
-  uint16_t ones;         // as many ones as the first one's value has bits
-  uint8_t first_bits;    // bits of the first one, code and value
+  uint8_t drop;        // bits that are used up
+  uint8_t steps;       // through the block
+  uint8_t first;       // steps to the first coefficient
+  uint8_t second;      // and to the second
+  uint16_t ones;       // as many ones as the first one's value has bits
+  uint8_t first_bits;  // bits of the first one, code and value
   int8_t second_value;
 };
 static_assert(sizeof(AcEntry) == 8);

@@ -5,6 +5,7 @@
 // as a status.
 #pragma once
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
@@ -15,8 +16,9 @@
 
 #include <jerror.h>
 
-#include "jpeg_common.h"
-#include "resize.h"
+#include "exif.h"
+#include "layouts.h"
+#include "plane.h"
 
 namespace regatta {
 
@@ -93,8 +95,9 @@ class PlaneDecoder {
     else
       status = kUnsupported;
     // The second and third plane share one set of resize weights.
-    if (status == kOk && color != kGray && (info_.comp_info[1].h_samp_factor != info_.comp_info[2].h_samp_factor ||
-                                            info_.comp_info[1].v_samp_factor != info_.comp_info[2].v_samp_factor))
+    if (status == kOk && color != kGray &&
+        (info_.comp_info[1].h_samp_factor != info_.comp_info[2].h_samp_factor ||
+         info_.comp_info[1].v_samp_factor != info_.comp_info[2].v_samp_factor))
       status = kUnsupported;
     if (status != kOk) jpeg_abort_decompress(&info_);
     return status;

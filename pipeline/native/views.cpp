@@ -3,199 +3,17 @@
 // Each view is a crop drawn from (seed, epoch, sample, view), resized with antialiasing straight from the JPEG's colour
 // planes and converted to RGB at the output size. A batch is spread over threads; none of it needs Python's lock.
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <atomic>
-#include <cerrno>
-#include <condition_variable>
+#include <cstddef>
 #include <cstdint>
-#include <mutex>
 #include <new>
-#include <thread>
 #include <vector>
 
-#include "crc32.h"
-#include "crops.h"
-#include "jpeg_baseline.h"
-#include "jpeg_planes.h"
-#include "resize.h"
+#include "layouts.h"
+#include "thread_pool.h"
+#include "view_job.h"
 
 namespace regatta {
-
-enum Flags : uint32_t {
-  kCheckCrc = 1,       // compare the record with `crc` first
-  kWholeImage = 2,     // decode to the end, to notice damage below the crops
-  kRefuseRotated = 4,  // leave images with an EXIF orientation to the general path
-  kLibjpegOnly = 8,    // for tests and measurements
-};
-
-enum Decoder : int32_t { kLibjpeg = 0, kBaseline = 1 };
-
-// One image; the memory layout is shared with pipeline/decoder.py.
-struct Job {
-  const uint8_t* data;  // the record, or null to read `path`
-  uint64_t size;
-  const char* path;
-  uint32_t index;  // keys the draws
-  uint32_t crc;
-  uint32_t flags;
-  int32_t slot;    // row of the output arrays
-  int32_t status;  // Status, written here
-  int32_t width;   // written where the header could be read
-  int32_t height;
-  int32_t decoder;  // Decoder that made the pixels, written where status is kOk
-};
-
-// What takes an image's views on the thread that made them, while they are in its nearest cache. `views` are written
-// anew for the next image; `slot` is the job's. `regatta_augment_image` is such a function.
-struct Finish {
-  void (*call)(const void* context, int32_t slot, const uint8_t* const* views);
-  const void* context;
-};
-
-struct Scratch {
-  BaselineDecoder baseline;
-  PlaneDecoder general;
-  ResizeScratch resize;
-  std::vector<uint8_t> file;
-  std::vector<uint8_t> planes[3];
-  std::vector<Box> boxes;
-  std::vector<std::vector<uint8_t>> views;  // for a Finish
-  std::vector<uint8_t*> outs;               // their addresses
-};
-
-Scratch& scratch() {
-  static thread_local Scratch instance;
-  return instance;
-}
-
-std::atomic<int32_t> forced_level{-1};
-
-int32_t current_level() {
-  static const int32_t best = best_level();
-  const int32_t forced = forced_level.load(std::memory_order_relaxed);
-  return forced < 0 ? best : std::min(forced, best);
-}
-
-// The bytes of a file in a buffer that only grows; -1 where it cannot be read or is no regular file. (A pipe would make
-// the thread wait for ever, a device might never end.)
-int64_t read_file(const char* path, std::vector<uint8_t>& bytes) {
-  const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (file < 0) return -1;
-  struct Closer {
-    int file;
-    ~Closer() { close(file); }
-  } closer{file};
-  struct stat facts;
-  if (fstat(file, &facts) != 0 || !S_ISREG(facts.st_mode)) return -1;
-  // A byte more than it should have, so that one read finds its end.
-  const size_t expected = static_cast<size_t>(facts.st_size) + 1;
-  if (bytes.size() < expected) bytes.resize(expected);
-  size_t used = 0;
-  for (;;) {
-    const ssize_t got = read(file, bytes.data() + used, bytes.size() - used);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return -1;
-    if (got == 0) return static_cast<int64_t>(used);
-    used += static_cast<size_t>(got);
-    if (used == bytes.size()) bytes.resize(bytes.size() * 2);
-  }
-}
-
-void write_views(Scratch& own, const Plane* planes, int32_t color, const ViewSpec* specs, int32_t views, int32_t slot,
-                 uint8_t* const* outs) {
-  for (int32_t view = 0; view < views; ++view) {
-    const size_t bytes = static_cast<size_t>(specs[view].size) * specs[view].size * 3;
-    resize_view(own.resize, planes, color, own.boxes[view], specs[view].size, specs[view].interpolation,
-                current_level(), outs[view] + bytes * slot);
-  }
-}
-
-void draw_boxes(Scratch& own, const ViewSpec* specs, int32_t views, uint64_t seed, uint32_t epoch, uint32_t index,
-                int height, int width) {
-  own.boxes.resize(views);
-  for (int32_t view = 0; view < views; ++view)
-    own.boxes[view] = draw_crop(specs[view], seed, epoch, index, height, width);
-}
-
-// The smallest region with all boxes in it.
-Region region_of(const std::vector<Box>& boxes) {
-  Region region{INT64_MAX, 0, INT64_MAX, 0};
-  for (const Box& box : boxes) {
-    region.top = std::min(region.top, box.top);
-    region.left = std::min(region.left, box.left);
-    region.bottom = std::max(region.bottom, box.top + box.height);
-    region.right = std::max(region.right, box.left + box.width);
-  }
-  return region;
-}
-
-// What a job's views are cut from, for both decoders.
-struct Cut {
-  const ViewSpec* specs;
-  int32_t views;
-  uint8_t* const* outs;
-  uint64_t seed;
-  uint32_t epoch;
-  int64_t max_pixels;
-};
-
-bool run_baseline(Job& job, const uint8_t* data, size_t size, Scratch& own, const Cut& cut) {
-  BaselineDecoder& decoder = own.baseline;
-  if (!BaselineDecoder::usable(current_level())) return false;
-  if (!decoder.open(data, size, cut.max_pixels, job.flags & kRefuseRotated)) return false;
-  draw_boxes(own, cut.specs, cut.views, cut.seed, cut.epoch, job.index, decoder.height, decoder.width);
-  if (!decoder.decode(region_of(own.boxes), job.flags & kWholeImage, current_level())) return false;
-  job.width = decoder.width;
-  job.height = decoder.height;
-  job.decoder = kBaseline;
-  write_views(own, decoder.planes, decoder.color, cut.specs, cut.views, job.slot, cut.outs);
-  return true;
-}
-
-int32_t run_general(Job& job, const uint8_t* data, size_t size, Scratch& own, const Cut& cut) {
-  PlaneDecoder& decoder = own.general;
-  const int32_t opened = decoder.open(data, size, cut.max_pixels, job.flags & kRefuseRotated);
-  job.width = decoder.width;
-  job.height = decoder.height;
-  if (opened != kOk) return opened;
-  draw_boxes(own, cut.specs, cut.views, cut.seed, cut.epoch, job.index, job.height, job.width);
-  const int32_t decoded =
-      decoder.decode(static_cast<int>(region_of(own.boxes).bottom), job.flags & kWholeImage);
-  if (decoded != kOk) return decoded;
-  job.decoder = kLibjpeg;
-  write_views(own, decoder.planes, decoder.color, cut.specs, cut.views, job.slot, cut.outs);
-  return kOk;
-}
-
-int32_t run_job(Job& job, const Cut& cut) {
-  Scratch& own = scratch();
-  const uint8_t* data = job.data;
-  size_t size = job.size;
-  if (!data) {
-    const int64_t used = read_file(job.path, own.file);
-    if (used < 0) return kUnreadable;
-    data = own.file.data();
-    size = static_cast<size_t>(used);
-  }
-  if ((job.flags & kCheckCrc) && crc32(data, size) != job.crc) return kChecksum;
-  if (!(job.flags & kLibjpegOnly) && run_baseline(job, data, size, own, cut)) return kOk;
-  return run_general(job, data, size, own, cut);
-}
-
-// This thread's own views, room for one image.
-uint8_t* const* own_views(Scratch& own, const ViewSpec* specs, int32_t views) {
-  own.views.resize(std::max(own.views.size(), static_cast<size_t>(views)));
-  own.outs.resize(own.views.size());
-  for (int32_t view = 0; view < views; ++view) {
-    const size_t bytes = static_cast<size_t>(specs[view].size) * specs[view].size * 3;
-    if (own.views[view].size() < bytes) own.views[view].resize(bytes);
-    own.outs[view] = own.views[view].data();
-  }
-  return own.outs.data();
-}
 
 // What the threads of one call share.
 struct Work {
@@ -216,7 +34,7 @@ struct Work {
     return status;
   }
 
-  // Images differ in cost, so threads take them one by one.
+  // Images differ in cost, so threads take them one by one. Run on every thread of a pool.
   void drain() {
     for (int32_t at = next.fetch_add(1); at < count; at = next.fetch_add(1)) {
       try {
@@ -228,83 +46,20 @@ struct Work {
   }
 };
 
-// Threads that wait for work; the caller works along, so a pool of one thread starts none.
-class Pool {
- public:
-  explicit Pool(int threads) {
-    try {
-      for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { serve(); });
-    } catch (...) {
-      stop();  // destroying a thread that still runs would end the process
-      throw;
-    }
-  }
-  ~Pool() { stop(); }
-
-  void run(Work& work) {
-    std::lock_guard<std::mutex> one_call_at_a_time(calls_);
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      work_ = &work;
-      busy_ = static_cast<int>(threads_.size());
-      ++generation_;
-    }
-    wake_.notify_all();
-    work.drain();
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return busy_ == 0; });
-    work_ = nullptr;
-  }
-
- private:
-  void stop() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-
-  void serve() {
-    uint64_t seen = 0;
-    for (;;) {
-      Work* work;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return closing_ || generation_ != seen; });
-        if (closing_) return;
-        seen = generation_;
-        work = work_;
-      }
-      work->drain();
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (--busy_ == 0) done_.notify_one();
-    }
-  }
-
-  std::vector<std::thread> threads_;
-  std::mutex mutex_, calls_;
-  std::condition_variable wake_, done_;
-  Work* work_ = nullptr;
-  int busy_ = 0;
-  uint64_t generation_ = 0;
-  bool closing_ = false;
-};
-
 }  // namespace regatta
 
 using regatta::Box;
 using regatta::Finish;
 using regatta::Job;
+using regatta::PackedCall;
 using regatta::Plane;
-using regatta::Pool;
 using regatta::Scratch;
+using regatta::ThreadPool;
 using regatta::ViewSpec;
 
 // Runs the work and counts its failures.
 static int32_t decode_all(void* pool, regatta::Work&& work) {
-  static_cast<Pool*>(pool)->run(work);
+  static_cast<ThreadPool*>(pool)->run([&work] { work.drain(); });
   int32_t failed = 0;
   for (int32_t at = 0; at < work.count; ++at) failed += work.jobs[at].status != regatta::kOk;
   return failed;
@@ -325,13 +80,13 @@ REGATTA_API uint32_t rg_crc32(const uint8_t* data, uint64_t size) { return regat
 
 REGATTA_API void* rg_pool_open(int32_t threads) {
   try {
-    return new Pool(threads);
+    return new ThreadPool(threads);
   } catch (...) {
     return nullptr;
   }
 }
 
-REGATTA_API void rg_pool_close(void* pool) { delete static_cast<Pool*>(pool); }
+REGATTA_API void rg_pool_close(void* pool) { delete static_cast<ThreadPool*>(pool); }
 
 // Decode every job into row `slot` of the outputs, uint8 (rows, size, size, 3) per view. Returns how many failed; each
 // job says why in `status`, and the rows of failed jobs keep what was in them.
@@ -345,22 +100,6 @@ REGATTA_API int32_t rg_decode_finish(void* pool, Job* jobs, int32_t count, const
                                      const Finish* finish, uint64_t seed, uint32_t epoch, int64_t max_pixels) {
   return decode_all(pool, {jobs, count, {specs, views, nullptr, seed, epoch, max_pixels}, finish});
 }
-
-// What a batch of a packed file needs beside its sample numbers; prepared and kept by pipeline/ffcv_loader.py.
-struct PackedCall {
-  void* pool;
-  const ViewSpec* specs;
-  int64_t views;
-  uint64_t seed;
-  int64_t epoch, max_pixels;
-  const int64_t* offsets;     // of each record in the file
-  const int64_t* sizes;
-  const uint32_t* checksums;  // null where none are known
-  Job* jobs;                  // (ring, rows): how each image of a batch fared
-  uint8_t* const* outs;       // (ring, views): where its views go
-  const Finish* finish;       // (ring): what takes them instead, or null
-  int64_t ring, rows;
-};
 
 REGATTA_API int32_t rg_packed_bytes() { return sizeof(PackedCall); }
 
@@ -387,8 +126,8 @@ REGATTA_API int32_t rg_packed_batch(uint64_t call_address, uint64_t file, uint64
                 0,
                 0};
   }
-  const regatta::Cut cut{call.specs, static_cast<int32_t>(call.views), call.outs + turn * call.views, call.seed,
-                         static_cast<uint32_t>(call.epoch), call.max_pixels};
+  const regatta::Cut cut{call.specs, static_cast<int32_t>(call.views),  call.outs + turn * call.views,
+                         call.seed,  static_cast<uint32_t>(call.epoch), call.max_pixels};
   return decode_all(call.pool, {jobs, static_cast<int32_t>(count), cut, call.finish ? call.finish + turn : nullptr});
 }
 

@@ -1,4 +1,4 @@
-// What both JPEG decoders say of a file.
+// The EXIF orientation of a JPEG, which both decoders ask for.
 #pragma once
 
 #include <cstddef>
@@ -6,20 +6,6 @@
 #include <cstring>
 
 namespace regatta {
-
-enum Status : int32_t {
-  kOk = 0,
-  kDamaged = 1,      // not a JPEG, or its data is damaged
-  kUnsupported = 2,  // a JPEG of a kind that only the general path in Python serves (CMYK, arithmetic coding, rotated)
-  kChecksum = 3,     // the bytes are not those that were packed
-  kUnreadable = 4,   // the file cannot be read
-  kTooLarge = 5,     // more pixels than allowed
-};
-
-// The part of an image that is wanted, in image pixels: rows [top, bottom), columns [left, right).
-struct Region {
-  int64_t top, bottom, left, right;
-};
 
 // The EXIF orientation in an APP1 segment, 1 where there is none.
 inline int exif_orientation(const uint8_t* data, size_t size) {

@@ -1,7 +1,7 @@
 """Our C++ sources: compiled at set-up or first use, loaded through ctypes.
 
-A library is `native/<name>.cpp` and, where there is one, `native/per_target/<name>.cpp`, which is compiled once for each
-instruction set. All of these are compiled side by side and then linked.
+A library is `native/<name>.cpp` and, where there is one, `native/per_target/<name>.cpp`, which is compiled once for
+each instruction set. All of these are compiled side by side and then linked.
 
 A library is named after a hash of its sources and of the command that built it, so that a changed source is built anew
 and several ranks can start at once: whoever comes second waits and finds the file there.

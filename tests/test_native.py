@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -179,6 +181,21 @@ def test_gray_and_bicubic(decode: Decode, large_photos: list[Image.Image]) -> No
     assert gaps(decode, jpeg(photo), bicubic, 2).mean() < 0.7
     # A different filter must make a difference.
     assert not np.array_equal(decode(jpeg(photo), bicubic, 2)[1][0], decode(jpeg(photo), PAIR, 2)[1][0])
+
+
+VEX = re.compile(r"\t(v[a-z]+|kmov[a-z]|shlx|shrx|sarx|rorx)\b")  # instructions that a processor without AVX lacks
+
+
+@pytest.mark.parametrize("name", ["views", "augment"])
+def test_shared_functions_hold_no_targets_instructions(name: str) -> None:
+    """The linker keeps one copy of an inline function, so only functions of a target may need its processor."""
+    if "avx2" not in native_build.TARGETS or shutil.which("objdump") is None:
+        pytest.skip("there is one target, or nothing to take the library apart with")
+    command = ["objdump", "-dC", "--no-show-raw-insn", str(build(name))]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = {part.splitlines()[0]: part for part in text.split("\n\n") if VEX.search(part)}
+    strangers = [title for title in functions if not re.search(r"regatta::avx(2|512|512_vbmi)::", title)]
+    assert len(functions) > 3 and not strangers, strangers
 
 
 @pytest.mark.parametrize("width,height", [(1, 1), (1, 40), (40, 1), (7, 9), (17, 2000), (3000, 20), (65_000, 2)])

@@ -64,8 +64,8 @@ def newest_run(rows: Sequence[Row], contenders: Sequence[str]) -> dict[str, Row]
     runs: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row["metric"] == "throughput":
-            # The PIL contenders run on fewer images and say so in their setting, so the date alone tells a run.
-            runs.setdefault((row["date"][:15], row["cpu"]), {})[row["contender"]] = row
+            # The PIL contenders run on fewer images and say so in their setting, so the date tells a run.
+            runs.setdefault((row["date"], row["cpu"]), {})[row["contender"]] = row
     complete = [run for run in runs.values() if set(contenders) <= set(run)]
     if not complete:
         raise ValueError(f"no run in bench_pipeline.csv has all of: {', '.join(contenders)}")

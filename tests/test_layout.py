@@ -421,19 +421,22 @@ def has_row(value: float, digits: int, rows: list[dict[str, str]]) -> bool:
     return False
 
 
-def test_each_speed_in_the_readme_has_its_row() -> None:
-    readme = ROOT / "README.md"
-    if not readme.is_file():
-        pytest.skip("there is no README yet")
+PAGES = ("README.md", "tools/results/README.md", ".github/CONTRIBUTING.md", ".github/CHANGELOG.md")
+"""Pages that a visitor reads figures on."""
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_speed_on_a_page_has_its_row(name: str) -> None:
+    page = ROOT / name
     rows = result_rows()
     wrong = []
-    for number, line in enumerate(readme.read_text().splitlines(), start=1):
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
         if re.search(r"published|projection|official|aim", line, re.IGNORECASE):
             continue
         for text, unit in FIGURE.findall(line):
             value = float(text.replace(",", ""))
             if not has_row(value, len(text.partition(".")[2]), rows):
-                wrong.append(f"README.md:{number}: {text} {unit} has no row in tools/results")
+                wrong.append(f"{name}:{number}: {text} {unit} has no row in tools/results")
     assert not wrong, "\n".join(wrong)
 
 
@@ -444,14 +447,27 @@ def test_a_figure_without_a_row_is_found() -> None:
     assert not has_row(3.3, 1, rows) and not has_row(1500.0, 0, rows)
 
 
-def test_files_named_in_the_readme_exist() -> None:
-    readme = ROOT / "README.md"
-    if not readme.is_file():
-        pytest.skip("there is no README yet")
-    named = set(
-        re.findall(
-            r"(?<![\w/.-])((?:tools|train|pipeline|models|tests)/[\w/.-]+\.(?:py|sh|txt|cpp|cu))", readme.read_text()
-        )
-    )
-    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+def test_files_named_on_a_page_exist() -> None:
+    pages = [path for path in committed() if path.suffix == ".md"]
+    assert len(pages) > 3
+    pattern = r"(?<![\w/.-])((?:tools|train|pipeline|models|tests)/[\w/.-]+\.(?:py|sh|txt|cpp|h|cu|csv|svg|md))"
+    missing = [
+        f"{relative(page)}: {name}"
+        for page in pages
+        for name in sorted(set(re.findall(pattern, page.read_text())))
+        if not (ROOT / name).exists()
+    ]
     assert not missing, missing
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    wrong = []
+    for page in (path for path in committed() if path.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                wrong.append(f"{relative(page)} links to {target}")
+    assert not wrong, wrong
+
+
+def test_the_front_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200

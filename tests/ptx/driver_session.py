@@ -20,11 +20,13 @@ STUB = ctypes.CDLL(sys.argv[1])  # first: later searches for its soname find it
 import torch  # noqa: E402
 from cuda.bindings import driver  # noqa: E402
 
-from models.ops import norm_kernels, nvrtc  # noqa: E402
-from pipeline.kernels import fused_augment, launcher  # noqa: E402
+from models.ops import batch_norm_act_kernels as norm  # noqa: E402
+from models.ops.launcher import CudaModule, Launcher, loader  # noqa: E402
+from models.ops.nvrtc import cached_binary, find_nvrtc  # noqa: E402
+from pipeline.kernels import fused_augment  # noqa: E402
 
 OPTIONS = ("-DFEATURE=Float32", "-DVECTOR=1")
-KERNEL, BLOCK = "batch_norm_move_running", (norm_kernels.THREADS, 1, 1)
+KERNEL, BLOCK = "batch_norm_move_running", (norm.THREADS, 1, 1)
 STUB.stub_reason.restype = ctypes.c_char_p
 
 
@@ -94,32 +96,22 @@ def in_a_thread(action: Callable[[], Any]) -> Any:
     return results[0]
 
 
-def load_norm() -> Callable[..., None]:
-    """The launcher of batch norm's kernels."""
-    return nvrtc.CudaModule(norm_kernels.SOURCE, OPTIONS, torch.device("cuda:0"))
-
-
-def load_augment() -> Callable[..., None]:
-    """The launcher of the augmentation's kernels: name, grid, threads, arguments."""
-    return launcher.Module(fused_augment.SOURCE, torch.device("cuda:0"), fused_augment.SHARED_BYTES).launch
-
-
 class Short(ctypes.Structure):
     """Batch norm's arguments without the last two, which is eight bytes less with the padding."""
 
-    _fields_ = norm_kernels.Arguments._fields_[:-2]
+    _fields_ = norm.Arguments._fields_[:-2]
 
 
 class Long(ctypes.Structure):
     """Batch norm's arguments and one more."""
 
-    _fields_ = [*norm_kernels.Arguments._fields_, ("more", ctypes.c_longlong)]
+    _fields_ = [*norm.Arguments._fields_, ("more", ctypes.c_longlong)]
 
 
-def with_the_other_device_current(launch: Callable[..., None]) -> dict[str, Any]:
+def with_the_other_device_current(launch: Launcher) -> dict[str, Any]:
     """A launch in a thread that works on the other device: whether it went, and whose context it leaves behind."""
     driver.cuCtxSetCurrent(context_of(1))
-    result = outcome(lambda: launch(KERNEL, (1, 1, 1), BLOCK, norm_kernels.Arguments()))
+    result = outcome(lambda: launch(KERNEL, (1, 1, 1), BLOCK, norm.Arguments()))
     return {"result": result, "restored": int(driver.cuCtxGetCurrent()[1]) == int(context_of(1))}
 
 
@@ -131,10 +123,10 @@ def raw(action: Callable[[], tuple]) -> list:
 
 def direct() -> dict[str, list]:
     """What the driver says to calls that the launcher never makes."""
-    cubin = nvrtc.cached_cubin(nvrtc.find_nvrtc(), norm_kernels.SOURCE, (8, 0), OPTIONS)
+    cubin = cached_binary(find_nvrtc(), norm.SOURCE, (8, 0), OPTIONS)
     module = driver.cuModuleLoadData(cubin)[1]
     kernel = driver.cuModuleGetFunction(module, KERNEL.encode())[1]
-    arguments = norm_kernels.Arguments()
+    arguments = norm.Arguments()
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
 
     def launch(grid: tuple[int, int, int] = (1, 1, 1), block: tuple[int, int, int] = (32, 1, 1), shared: int = 0):
@@ -159,8 +151,10 @@ def direct() -> dict[str, list]:
 
 def through_the_launcher() -> dict[str, Any]:
     """Launches that a network makes, and some that it must not."""
-    launch, augment = load_norm(), load_augment()
-    arguments = norm_kernels.Arguments(rows=12, channels=5, momentum=0.25)
+    device, tile = torch.device("cuda:0"), (fused_augment.THREADS, 1, 1)
+    launch = loader(norm.SOURCE, norm.KERNELS, device)(OPTIONS)
+    augment = fused_augment.loaded(CudaModule, device)
+    arguments = norm.Arguments(rows=12, channels=5, momentum=0.25)
     said: dict[str, Any] = {"warm": outcome(lambda: launch(KERNEL, (3, 1, 1), BLOCK, arguments))}
     seen = STUB.stub_launch(STUB.stub_launch_count() - 1).contents
     said["seen"] = [seen.kernel.decode(), list(seen.grid), list(seen.block), seen.stream]
@@ -170,11 +164,9 @@ def through_the_launcher() -> dict[str, Any]:
     said["grid"] = [outcome(lambda g=g: launch(KERNEL, g, BLOCK, arguments)) for g in ((1, 65536, 1), (1, 1, 0))]
     said["sizes"] = [outcome(lambda a=a: launch(KERNEL, (3, 1, 1), BLOCK, a())) for a in (Short, Long)]
     work = fused_augment.Arguments()
-    said["augment"] = outcome(lambda: augment("augment", (1, 1), fused_augment.THREADS, work))
-    said["augment, cold"] = in_a_thread(
-        lambda: outcome(lambda: augment("augment", (1, 1), fused_augment.THREADS, work))
-    )
-    said["augment, grid"] = outcome(lambda: augment("augment", (1, 65536), fused_augment.THREADS, work))
+    said["augment"] = outcome(lambda: augment("augment", (1, 1, 1), tile, work))
+    said["augment, cold"] = in_a_thread(lambda: outcome(lambda: augment("augment", (1, 1, 1), tile, work)))
+    said["augment, grid"] = outcome(lambda: augment("augment", (1, 65536, 1), tile, work))
     return said
 
 

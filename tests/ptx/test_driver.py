@@ -65,7 +65,6 @@ def test_a_launch_arrives_as_it_was_given(said: dict[str, Any]) -> None:
     assert launcher["seen"] == ["batch_norm_move_running", [3, 1, 1], [256, 1, 1], 7]
 
 
-@pytest.mark.xfail(strict=True, reason="the launcher binds no context yet")
 def test_a_cold_thread_can_launch(said: dict[str, Any]) -> None:
     launcher = said["launcher"]
     assert launcher["cold"] == launcher["augment, cold"] == "launched"

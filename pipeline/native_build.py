@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from .atomic import replacing
+
 SOURCES = Path(__file__).resolve().parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-fvisibility=hidden", "-fPIC", "-pthread")
 TARGETS = ("plain", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("plain",)
@@ -115,9 +117,8 @@ def _compile(name: str, command: list[str], target: Path) -> None:
         ]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             list(threads.map(functools.partial(_run, name), jobs))
-        partial = f"{folder}/{target.name}"
-        _run(name, [*command, "-shared", *objects, "-o", partial, *LIBRARIES.get(name, Options()).link])
-        os.replace(partial, target)
+        with replacing(target, durable=False) as partial:
+            _run(name, [*command, "-shared", *objects, "-o", str(partial), *LIBRARIES.get(name, Options()).link])
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .atomic import replacing
 from .decoder import CHECK_CRC, ViewDecoder
 from .epoch import EpochPipeline
 from .host_augment import HostAugmenter, augments_on_host
@@ -101,17 +102,13 @@ def fetch(url: str, into: Path, expected_bytes: int | None = None) -> None:
 
 
 def _fetch_once(url: str, into: Path, expected_bytes: int | None) -> None:
-    partial = into.with_name(f"{into.name}.partial-{threading.get_ident()}")
-    try:
+    with replacing(into, durable=False) as partial:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(partial, "wb") as file:
             while piece := answer.read(_PIECE):
                 file.write(piece)
             size = file.tell()
         if expected_bytes is not None and size != expected_bytes:
             raise OSError(f"it has {size} bytes, the index says {expected_bytes}")
-        partial.replace(into)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class ShardFiles(Protocol):

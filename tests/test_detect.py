@@ -25,9 +25,10 @@ from train.eval.detection.models import DetectorConfig, build_detector
 from train.eval.detection.records import trainable
 from train.eval.detection.schedule import Sizes, draw_size_and_flip, epoch_batches, resized, schedule_of
 from train.eval.detection.training import Course, build_state, precise_statistics, train, train_step
-from train.eval.tuning_state import TuningCheckpoints, TuningState
+from train.eval.tuning import TuningCheckpoints
 from train.evaluate import main, protocol
 from train.runtime import Runtime, wrap_distributed
+from train.state import TuningState
 
 RESULTS = Path(__file__).resolve().parents[1] / "tools" / "results"
 NAMES = ("faster-rcnn-c4", "mask-rcnn-c4", "faster-rcnn-fpn", "mask-rcnn-fpn", "retinanet")

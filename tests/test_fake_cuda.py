@@ -23,7 +23,6 @@ from pipeline.prefetch import deliver_batches
 from tests.fake_cuda import DEVICE, fake_gpu, on_gpu
 from tests.method_cases import SWIN_METHODS, small_backbones
 from tests.runs import last_wins
-from train.checkpoint import TrainState, optimizer_tensors, restore_optimizer
 from train.config import Config, OptimConfig
 from train.eval.linear import LINEAR_RECIPES, LinearHeads, train_heads
 from train.eval.segmentation.augment import Crop
@@ -37,6 +36,7 @@ from train.measure.knn import knn_predict
 from train.optim import build_optimizer
 from train.resolve import resolve
 from train.runtime import Runtime
+from train.state import TrainState, optimizer_tensors, restore_optimizer
 
 BATCH, SIZE = 8, 64
 INDEX = torch.arange(BATCH)  # of a batch; made outside the mode, because its values are read on the host

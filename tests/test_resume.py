@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train.checkpoint
 import train.main
 from tests.runs import TINY, comparable, finish, last_wins, rows, run, start
 from train.errors import EXIT_CHECKPOINT, EXIT_REQUEUE, EXIT_USER_MISTAKE
@@ -167,14 +168,13 @@ def test_every_piece_of_state_matters(whole: Path, tmp_path: Path, monkeypatch: 
     torch.set_num_threads(1)
     run_dir = tmp_path / "forgetful"
     assert run(argv(run_dir, steps=5)) == [0]
-    original = train.main.restore_checkpoint
+    original = train.checkpoint.restore
 
-    def restore(folder, state, rank, world_size):
-        document = original(folder, state, rank, world_size)
+    def restore(saved, state, rank, world_size):
+        original(saved, state, rank, world_size)
         forget(state)
-        return document
 
-    monkeypatch.setattr(train.main, "restore_checkpoint", restore)
+    monkeypatch.setattr(train.checkpoint, "restore", restore)
     assert train.main.main(argv(run_dir)) == 0
     left, right = comparable(whole), comparable(run_dir)
     assert left != right
@@ -192,7 +192,8 @@ def test_unwritable_checkpoint_ends_with_its_own_code(tmp_path: Path, monkeypatc
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("train.checkpoint.PAUSES_S", (0.0,))
+    monkeypatch.setattr("train.checkpoint.replacing", full_disk)
     assert train.main.main(argv(tmp_path / "full", steps=3)) == EXIT_CHECKPOINT
     assert not list((tmp_path / "full" / "checkpoints").glob("*step_*"))
 

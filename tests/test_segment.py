@@ -37,7 +37,7 @@ from train.eval.segmentation.metrics import confusion_matrix, scores
 from train.eval.segmentation.network import build_segmenter, pixel_loss, require_resnet, stages_of
 from train.eval.segmentation.protocol import SegmentConfig, make_plan, task_name
 from train.eval.segmentation.upernet import UPerNetHead
-from train.eval.tuning_state import state_folder
+from train.eval.tuning import state_folder
 from train.evaluate import main
 
 ROOT = Path(__file__).resolve().parents[1]

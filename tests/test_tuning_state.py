@@ -17,9 +17,10 @@ import train.eval.linear
 import train.eval.semi
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import CheckpointFailed, Stopped, UserMistake
-from train.eval.tuning_state import TuningCheckpoints, TuningState, fingerprint, seed_step, state_folder
+from train.eval.tuning import TuningCheckpoints, fingerprint, seed_step, state_folder
 from train.evaluate import main
 from train.runtime import Runtime
+from train.state import TuningState
 
 SETTINGS = {"lr": 0.1, "seed": 3, "crop": (8, 8)}
 RUNTIME = Runtime(0, 1, torch.device("cpu"), torch.float32, False)

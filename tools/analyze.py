@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.alignment import AlignmentHead
@@ -36,7 +35,7 @@ from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from tools.support.cli import make_parser, parse
 from train.backbone_io import LoadedBackbone, load
-from train.checkpoint import is_good
+from train.checkpoint import is_good, read_checkpoint
 from train.config import Config
 from train.errors import UserMistake, run_to_exit_code
 from train.eval import analysis
@@ -263,7 +262,7 @@ def _checkpoints(folder: str) -> list[Path]:
 def _method(config: Config, checkpoint: Path) -> tuple[Method, Runtime]:
     runtime = Runtime(0, 1, _device(), torch.float32, False)
     method = build_method(config, runtime)
-    method.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=True)
+    method.load_state_dict(read_checkpoint(checkpoint).model, strict=True)
     return method, runtime
 
 

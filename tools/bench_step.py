@@ -37,7 +37,7 @@ from tools.bench.reference_port import PortedStep, PortOptions
 from tools.bench.rows import Report
 from tools.bench.timing import add_common_flags, choose_device, peak_mib, time_interleaved
 from tools.support import cli
-from train.checkpoint import TrainState
+from train.checkpoint import run_checkpoints
 from train.config import Config
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import RunEnd
@@ -48,6 +48,7 @@ from train.optim import build_optimizer
 from train.record.metrics import Metrics
 from train.resolve import resolve
 from train.runtime import Runtime, start
+from train.state import TrainState
 
 PORTED = ("regioncl-m", "moco-v2")
 ATTEMPTS = {
@@ -116,7 +117,7 @@ class OurStep:
             last_step=TOTAL_STEPS,
             steps_per_epoch=1000,
             evaluate=lambda step, epoch: None,
-            config_json={},
+            checkpoints=run_checkpoints(config, {"data_hash": ""}, runtime),
             graphed=GraphedForwardBackward(self.method, runtime) if graph else None,
         )
         self.method.train()

@@ -11,10 +11,8 @@ if not __package__:
 
 import io
 import json
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.atomic import replacing, write_atomically
 from tools.support.cli import make_parser, parse
 from train.backbone_io import LoadedBackbone, backbone_state, load, torchvision_to_swin
 from train.errors import UserMistake, run_to_exit_code
@@ -420,24 +419,17 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
     if image_size < 32:
         raise UserMistake(f"--image-size {image_size}: at least 32, the stride of the backbone")
     card = out / "README.md" if target == "hf" else out.with_name(f"{out.name}.md")
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}{kind.ending}")
+    parameters = sum(p.numel() for p in loaded.encoder.parameters())
+    code = kind.usage(loaded.arch).format(out=out.name, size=image_size)
+    text = model_card(loaded, target, code, kind.images, parameters)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        kind.write(loaded, temporary, image_size)
-        parameters = sum(p.numel() for p in loaded.encoder.parameters())
-        code = kind.usage(loaded.arch).format(out=out.name, size=image_size)
-        text = model_card(loaded, target, code, kind.images, parameters)
-        if out.is_dir():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
-        card.write_text(text)
+        with replacing(out) as temporary:
+            kind.write(loaded, temporary, image_size)
+        write_atomically(card, text.encode())
     except (OSError, SafetensorError) as reason:
         cause = getattr(reason, "strerror", None) or reason
         raise UserMistake(f"OUT {out}: {cause}; choose a place that can be written") from None
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
     return card
 
 

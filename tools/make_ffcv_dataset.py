@@ -7,7 +7,6 @@ before it is whole.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pipeline.atomic import remove, replacing
 from pipeline.beton import BetonReader, BetonWriter, page_size_for
 from pipeline.manifest import manifest_path, rejected_path
 from tools.support.cli import TOO_MANY_BAD, make_parser, parse, run_main
@@ -27,9 +27,7 @@ from tools.support.packing import (
     check_packing_flags,
     make_records,
     open_source,
-    sync_folder,
     with_progress,
-    write_text,
 )
 
 
@@ -51,16 +49,16 @@ def main(argv: Sequence[str]) -> int:
     if options.shuffle:
         source = source.shuffled(SHUFFLE_SEED)
     dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = [path.with_name(f".{path.name}.partial-{os.getpid()}") for path in finals]
-    try:
-        tally = _write(source, partial[0], options.max_resolution, options.jpeg_quality, options.workers)
+    # The packed file gets its name last: where it is, the other two are.
+    with replacing(finals[0]) as packed, replacing(finals[1]) as about, replacing(finals[2]) as refused:
+        tally = _write(source, packed, options.max_resolution, options.jpeg_quality, options.workers)
         problem = tally.too_many(len(source), options.max_bad)
         if problem is None and not tally.sources:
             raise ValueError(f"not one image of {options.source} can be used; the first: {tally.rejected[0]}")
-        write_text(partial[2], tally.rejected_lines())
+        refused.write_text(tally.rejected_lines(), encoding="utf-8")
         if problem is not None:
             # The list of bad files is whole and is what the user needs now; of the packed file nothing stays.
-            os.replace(partial[2], finals[2])
+            remove(packed)
             print(f"{problem}; all are listed in {finals[2]}", file=sys.stderr)
             return TOO_MANY_BAD
         settings = {
@@ -68,15 +66,8 @@ def main(argv: Sequence[str]) -> int:
             "jpeg_quality": options.jpeg_quality,
             "shuffle": options.shuffle,
         }
-        manifest = tally.manifest(BetonReader(partial[0]).fingerprint(), source.classes, settings)
-        write_text(partial[1], manifest.to_json())
-        # The packed file comes last: where it is, the other two are.
-        for temporary, final in reversed(list(zip(partial, finals, strict=True))):
-            os.replace(temporary, final)
-        sync_folder(dest.parent)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+        manifest = tally.manifest(BetonReader(packed).fingerprint(), source.classes, settings)
+        about.write_text(manifest.to_json(), encoding="utf-8")
     _report(tally, source, dest, manifest.data_hash, time.perf_counter() - started)
     return 0
 
@@ -107,8 +98,6 @@ def _write(source: Source, path: Path, max_side_px: int, quality: int, workers: 
                 writer.append(made.data, made.width, made.height, label)
                 tally.add(name, label, made)
         writer.finish()
-        file.flush()
-        os.fsync(file.fileno())
     return tally
 
 

@@ -7,7 +7,6 @@ treated exactly as by make_ffcv_dataset.py. Nothing appears under the final name
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pipeline.atomic import remove, replacing
 from pipeline.beton import page_size_for
 from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
 from tools.support.cli import TOO_MANY_BAD, make_parser, parse, run_main
@@ -27,9 +27,7 @@ from tools.support.packing import (
     check_packing_flags,
     make_records,
     open_source,
-    sync_folder,
     with_progress,
-    write_text,
 )
 
 
@@ -55,17 +53,15 @@ def main(argv: Sequence[str]) -> int:
     if options.shuffle:
         source = source.shuffled(SHUFFLE_SEED)
     dest.parent.mkdir(parents=True, exist_ok=True)
-    partial = dest.with_name(f".{dest.name}.partial-{os.getpid()}")
-    partial_list = dest.with_name(f".{rejected.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
+    with replacing(rejected) as partial_list, replacing(dest) as partial:
+        partial.mkdir()
         tally, shards = _write(source, partial, options)
         problem = tally.too_many(len(source), options.max_bad)
         if problem is None and not tally.sources:
             raise ValueError(f"not one image of {options.source} can be used; the first: {tally.rejected[0]}")
-        write_text(partial_list, tally.rejected_lines())
+        partial_list.write_text(tally.rejected_lines(), encoding="utf-8")
         if problem is not None:
-            os.replace(partial_list, rejected)
+            remove(partial)  # what is at DEST stays
             print(f"{problem}; all are listed in {rejected}", file=sys.stderr)
             return TOO_MANY_BAD
         settings = {
@@ -76,13 +72,6 @@ def main(argv: Sequence[str]) -> int:
         }
         manifest = tally.manifest(fingerprint(shards), source.classes, settings)
         write_index(partial, manifest, shards)
-        sync_folder(partial)
-        _put_in_place(partial, dest)
-        os.replace(partial_list, rejected)
-        sync_folder(dest.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial_list.unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     print(
         f"{dest}: {len(tally.sources)} images in {len(shards['shards'])} shards, {tally.kept} stored as they were, "
@@ -122,17 +111,6 @@ def _write(source: Source, folder: Path, options) -> tuple[Tally, dict]:  # type
         return tally, writer.finish()
     finally:
         writer.abandon()
-
-
-def _put_in_place(partial: Path, dest: Path) -> None:
-    """Give the folder its final name; what was there goes away only after that."""
-    if not dest.exists():
-        os.rename(partial, dest)
-        return
-    old = dest.with_name(f".{dest.name}.old-{os.getpid()}")
-    os.rename(dest, old)
-    os.rename(partial, dest)
-    shutil.rmtree(old)
 
 
 if __name__ == "__main__":

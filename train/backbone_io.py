@@ -7,7 +7,6 @@ found, with its shape, and every tensor of the file was used or is a classifier'
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from pipeline.atomic import write_atomically
 
 from .errors import UserMistake
 
@@ -125,19 +126,8 @@ def save_backbone(
         "regatta_version": version(),
         **(extra or {}),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(backbone_state(encoder), temporary, metadata=metadata)
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    except SafetensorError as reason:
-        raise OSError(f"{path}: {reason}") from reason
-    finally:
-        temporary.unlink(missing_ok=True)
+    # As bytes: the library's own writer gives its files to the owner alone and hides the number of the system's error.
+    write_atomically(path, save(backbone_state(encoder), metadata))
 
 
 def version() -> str:

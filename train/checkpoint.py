@@ -1,269 +1,358 @@
-"""Atomic, hashed checkpoints without pickle, and exact restoration.
+"""Checkpoints of training and of fine-tuning: atomic, hashed, without pickle, and agreed upon by all ranks.
 
-A checkpoint is a folder `step_XXXXXXXX` of safetensors and JSON files with a `manifest.json` of their SHA-256. It is
-written under a temporary name and renamed when whole, so a kill at any moment leaves the previous one in place.
+A checkpoint is a folder `step_XXXXXXXX` of the files that `train/state.py` makes, with a `manifest.json` of their
+SHA-256. It is written under a temporary name and renamed when whole, so a kill at any moment leaves the previous one in
+place. It is read into memory once, and what is loaded is what was hashed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load
+from torch import Tensor
 
-from models.methods.base import Method
+from pipeline.atomic import remove, replacing, write_atomically
 
-from .errors import CheckpointFailed, UserMistake
+from .config import Config
+from .errors import CheckpointFailed, Stopped, UserMistake
+from .resolve import changed_fields
+from .runtime import Runtime, SignalWatch
+from .state import DOCUMENT_FILE, MODEL_FILE, OPTIMIZER_FILE, Mismatch, Saved, State, check, restore, to_files
 
 _PREFIX = "step_"
+_MANIFEST = "manifest.json"
+_NEEDED = (MODEL_FILE, OPTIMIZER_FILE, DOCUMENT_FILE)
+_MAX_JSON_BYTES = 256 << 20
+_MAX_HEADER_BYTES = 64 << 20
+
+PAUSES_S = (1.0, 4.0, 15.0)
+"""Seconds to wait before each further attempt at a write; the other ranks wait as long, so the sum stays short."""
+_PASSING = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.EROFS,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EBUSY,
+)
+
+T = TypeVar("T")
 
 
-@dataclass
-class TrainState:
-    """Everything that decides how a run goes on.
+class Damaged(Exception):
+    """A checkpoint is not whole; the message says in what."""
 
-    Attributes:
-        method: online and momentum networks, queues, BN buffers.
-        optimizer: its per-parameter state and groups.
-        scaler: fp16 loss scale, or None.
-        step: optimizer steps taken.
-        sums: running sums of the metrics not yet written as a row, and how many steps they cover.
-        non_finite: (1,) int64 device tensor, how many steps in a row were skipped.
-        metrics_bytes: length of `metrics.jsonl` when the state was saved.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def persistently(what: str, write: Callable[[], T]) -> T:
+    """The result of `write`, attempted again for a while where the disk refuses it.
+
+    A full or unreachable disk is often somebody else's trouble of a moment; a week of training is not ended for it.
+
+    Raises:
+        CheckpointFailed: when it could not be written in the end, or never can be.
     """
-
-    method: Method
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler | None
-    step: int
-    sums: dict[str, Tensor]
-    sum_steps: int
-    non_finite: Tensor
-    metrics_bytes: int = 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    for pause in (*PAUSES_S, None):
+        try:
+            return write()
+        except OSError as reason:
+            if pause is None or reason.errno not in _PASSING:
+                raise CheckpointFailed(
+                    f"{what} could not be written: {reason}; free space or fix permissions, then run the same "
+                    "command again"
+                ) from None
+            print(f"regatta: {what}: {reason}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that readers see the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
-def plain_copy(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU in the plain layout."""
-    # safetensors refuses channels-last tensors; strides are restored on loading from the live tensors.
-    return tensor.detach().cpu().contiguous()
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors by `index/name`, and the rest as plain values."""
-    saved = optimizer.state_dict()
-    tensors, plain = {}, {}
-    for index, entries in saved["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}/{name}"] = plain_copy(value)
-            else:
-                plain[f"{index}/{name}"] = value
-    return tensors, {"state": plain, "param_groups": saved["param_groups"]}
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Put what `optimizer_tensors` gave back into an optimizer over parameters of the same shapes and order."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    fused = [group.get("fused") for group in optimizer.param_groups for _ in group["params"]]
-    optimizer.state.clear()
-    for key, value in tensors.items():
-        index, name = key.split("/", 1)
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
-            # The layout of a buffer decides the order of later sums: give it its parameter's.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        elif fused[int(index)]:
-            value = value.to(parameter.device)  # the fused kernels read the step count where they run
-        optimizer.state[parameter][name] = value
-    for key, value in plain["state"].items():
-        index, name = key.split("/", 1)
-        optimizer.state[parameters[int(index)]][name] = value
-    for group, saved in zip(optimizer.param_groups, plain["param_groups"], strict=True):
-        # How steps are launched follows from the device of this run, not from that of the saved one.
-        group.update({name: value for name, value in saved.items() if name not in ("params", "fused", "foreach")})
-
-
-def _write_files(folder: Path, state: TrainState, extra: dict[str, Any]) -> None:
-    save_file({name: plain_copy(t) for name, t in state.method.state_dict().items()}, folder / "model.safetensors")
-    tensors, optimizer_plain = optimizer_tensors(state.optimizer)
-    save_file(tensors, folder / "optimizer.safetensors")
-    document = {
-        "step": state.step,
-        "optimizer": optimizer_plain,
-        "scaler": state.scaler.state_dict() if state.scaler else None,
-        "host_state": state.method.host_state(),
-        "sum_steps": state.sum_steps,
-        "non_finite": state.non_finite.item(),
-        "metrics_bytes": state.metrics_bytes,
-        **extra,
-    }
-    (folder / "state.json").write_text(json.dumps(document, indent=1))
-
-
-def save_checkpoint(root: Path, state: TrainState, extra: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `state.step` under `root`, as `write_folder` does."""
-    return write_folder(root, state.step, lambda folder: _write_files(folder, state, extra), keep)
-
-
-def _seal(folder: Path) -> None:
-    """Add the manifest of the files' hashes and see that all of them reach the disk."""
-    hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    (folder / "manifest.json").write_text(json.dumps({"files": hashes}, indent=1))
-    for path in folder.iterdir():
-        _fsync(path)
-    _fsync(folder)
-
-
-def write_folder(root: Path, step: int, write_files: Callable[[Path], None], keep: int) -> Path:
+def write_checkpoint(root: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
     """Write the checkpoint of a step under `root` and drop all but the newest `keep`, and all later ones.
 
     Args:
         root: folder of the checkpoints.
         step: optimizer steps taken; names the checkpoint.
-        write_files: writes the files of a checkpoint into the empty folder that it is given.
+        files: content by file name.
         keep: checkpoints that stay.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        CheckpointFailed: when it could not be written; nothing half-written is left under a final name.
+        OSError: when it could not be written; nothing half-written is left under a final name, and the older ones are
+            as they were.
     """
     final = root / f"{_PREFIX}{step:08d}"
-    temporary = root / f".{final.name}.{os.getpid()}.tmp"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for stale in root.glob(f".{_PREFIX}*.tmp"):
-            shutil.rmtree(stale, ignore_errors=True)
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".*.tmp"):  # of writers that were killed: a run has one writer at a time
+        remove(leftover)
+    # Hashed in memory: what the disk made of the bytes is what the hash shall find out.
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    with replacing(final) as temporary:
         temporary.mkdir()
-        write_files(temporary)
-        _seal(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        write_atomically(root / "latest", final.name.encode())
-    except (OSError, SafetensorError) as reason:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointFailed(
-            f"checkpoint {final} could not be written: {reason}; free space or fix permissions, "
-            "then run the same command again"
-        ) from None
-    # Later steps are another history's (--resume never, or damaged): they must not crowd this one out.
-    others = _steps_on_disk(root)
-    later = [folder for folder in others if folder.name > final.name]
-    for old in later + others[len(later) + keep :]:
-        shutil.rmtree(old, ignore_errors=True)
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        (temporary / _MANIFEST).write_text(json.dumps({"files": hashes}, indent=1))
+    write_atomically(root / "latest", final.name.encode())
+    _drop_others(root, final, keep)
     return final
 
 
-def _steps_on_disk(root: Path) -> list[Path]:
+def _drop_others(root: Path, newest: Path, keep: int) -> None:
+    # Later steps are another history's (--resume never, or damaged): they must not crowd this one out.
+    others = steps_on_disk(root)
+    later = [folder for folder in others if folder.name > newest.name]
+    for old in later + others[len(later) + keep :]:
+        remove(old)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def steps_on_disk(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     return sorted((p for p in root.glob(f"{_PREFIX}*") if p.is_dir()), key=lambda p: p.name, reverse=True)
 
 
-def is_good(folder: Path) -> bool:
-    """Whether every file of the manifest is there with its hash."""
+def read_checkpoint(folder: Path) -> Saved:
+    """A checkpoint's content, with every file's hash seen to be the manifest's.
+
+    Raises:
+        Damaged: a file is missing, is not what was written, or cannot be made sense of.
+        UserMistake: this user may not read it, which says nothing about whether it is whole.
+    """
+    manifest = _json(_read(folder / _MANIFEST, _MAX_JSON_BYTES), _MANIFEST)
+    hashes = manifest.get("files")
+    if not isinstance(hashes, dict) or not set(_NEEDED) <= set(hashes):
+        raise Damaged(f"{_MANIFEST} does not name all files")
+    contents = {name: _verified(folder / name, hashes[name]) for name in _NEEDED}
+    document = _json(contents[DOCUMENT_FILE], DOCUMENT_FILE)
+    if folder.name != f"{_PREFIX}{document.get('step')!s:>08}":
+        raise Damaged(f"{DOCUMENT_FILE} is of step {str(document.get('step'))[:20]}")
+    return Saved(document, _tensors(contents, MODEL_FILE), _tensors(contents, OPTIMIZER_FILE))
+
+
+def _read(path: Path, limit: int | None = None) -> bytes:
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all(_sha256(folder / name) == expected for name, expected in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        with path.open("rb") as stream:
+            if limit is not None and path.stat().st_size > limit:
+                raise Damaged(f"{path.name} is larger than {limit} bytes")
+            return stream.read()
+    except PermissionError as reason:
+        raise UserMistake(
+            f"{path} may not be read by this user ({reason.strerror}); it may well be whole: have its owner give the "
+            "right to read it, or choose another folder"
+        ) from None
+    except OSError as reason:
+        raise Damaged(f"{path.name}: {reason.strerror}") from None
+
+
+def _verified(path: Path, expected: Any) -> bytes:
+    data = _read(path)
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise Damaged(f"{path.name} is not what was written (its SHA-256 differs)")
+    return data
+
+
+def _json(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(data)
+    except (ValueError, RecursionError) as reason:
+        raise Damaged(f"{name} is not JSON: {str(reason)[:80]}") from None
+    if not isinstance(loaded, dict):
+        raise Damaged(f"{name} holds no object")
+    return loaded
+
+
+def _tensors(contents: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
+    data = contents[name]
+    # The library believes a header of up to 100 MB; ours have some kilobytes.
+    if int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
+        raise Damaged(f"{name} has a header that is too large")
+    try:
+        tensors: dict[str, Tensor] = load(data)
+        return tensors
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as reason:
+        raise Damaged(f"{name} holds no tensors: {str(reason)[:80]}") from None
+
+
+def is_good(folder: Path) -> bool:
+    """Whether a checkpoint can be read and every file of it has its hash."""
+    try:
+        read_checkpoint(folder)
+    except Damaged:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run's checkpoints
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run; every rank makes and calls it alike, rank 0 writes.
+
+    Attributes:
+        root: folder of the checkpoints, which all ranks see.
+        runtime: this process.
+        identity: JSON values that say which run this is, stored in each checkpoint.
+        changes: what differs between a saved document and this run, as `name: saved -> current`; a checkpoint of a run
+            that differs is refused.
+        place: how messages call the folder and the flag to change it, such as "--run-dir runs/a".
+        remedy: what else the user can do about a checkpoint that does not fit.
+        resume: continue from the newest good checkpoint; otherwise what is there is overwritten.
+        keep: newest checkpoints that stay on disk.
+    """
+
+    root: Path
+    runtime: Runtime
+    identity: Mapping[str, Any]
+    changes: Callable[[dict[str, Any]], list[str]]
+    place: str
+    remedy: str
+    resume: bool = True
+    keep: int = 2
+
+    def restore(self, state: State) -> bool:
+        """Fill `state` in place from the newest checkpoint that every rank finds whole; whether there was one.
+
+        Raises:
+            UserMistake: it has other settings or is of another network, no checkpoint is whole, one may not be read,
+                or the ranks do not see the same ones; `state` is then unchanged.
+        """
+        folders = steps_on_disk(self.root) if self.resume else []
+        names = [folder.name for folder in folders]
+        if any(other != names for other in self.runtime.gather_objects(names)):
+            raise UserMistake(f"the ranks see different checkpoints under {self.root}; put it on a shared disk")
+        passed_over: list[str] = []
+        for folder in folders:
+            saved, complaint = self._read_on_all_ranks(folder, state)
+            if complaint:
+                passed_over.append(f"{folder.name} is damaged: {complaint}")
+                continue
+            assert saved is not None
+            self._tell(passed_over, f"going on from {folder.name}")
+            restore(saved, state, self.runtime.rank, self.runtime.world_size)
+            return True
+        if folders:
+            self._tell(passed_over, "none is left")
+            raise UserMistake(f"no checkpoint under {self.root} is whole; move it away or use --resume never")
         return False
 
+    def _read_on_all_ranks(self, folder: Path, state: State) -> tuple[Saved | None, str]:
+        """(what is saved, "") where all ranks could read it and it fits, or (anything, the first rank's complaint)."""
+        saved, complaint, mistake = None, "", None
+        try:
+            saved = read_checkpoint(folder)
+            self._check(folder, saved, state)
+        except Damaged as reason:
+            complaint = str(reason)
+        except UserMistake as reason:
+            mistake = reason
+        # Decided together: a rank that alone refused, or alone fell back, would leave or betray the others.
+        told = self.runtime.gather_objects((complaint, mistake))
+        refused = next((mistake for _, mistake in told if mistake is not None), None)
+        if refused is not None:
+            raise refused
+        return saved, next((complaint for complaint, _ in told if complaint), "")
 
-def newest_good(root: Path) -> Path | None:
-    """The newest checkpoint whose files are whole, or None."""
-    return next((folder for folder in _steps_on_disk(root) if is_good(folder)), None)
+    def _check(self, folder: Path, saved: Saved, state: State) -> None:
+        try:
+            changes = self.changes(saved.document)
+        except (KeyError, TypeError, AttributeError) as reason:
+            raise Damaged(f"{DOCUMENT_FILE} does not say which run it is of ({reason})") from None
+        if changes:
+            raise UserMistake(f"{self.place} holds a run with other settings ({'; '.join(changes[:3])}); {self.remedy}")
+        try:
+            check(saved, state)
+        except Mismatch as reason:
+            raise UserMistake(f"checkpoint {folder} {reason}; {self.remedy}") from None
+
+    def _tell(self, passed_over: list[str], then: str) -> None:
+        if passed_over and self.runtime.is_main:
+            print(f"regatta: {self.root}: {'; '.join(passed_over)}; {then}", file=sys.stderr, flush=True)
+
+    def save(self, state: State, also: Callable[[Path], None] | None = None) -> None:
+        """Write a checkpoint of `state`.
+
+        Args:
+            state: what is saved.
+            also: called on rank 0 with the checkpoint's folder once it is written; what it raises ends all ranks.
+
+        Raises:
+            CheckpointFailed: on every rank when rank 0 could not write, so that none waits for a rank that has gone.
+        """
+        parts = self.runtime.gather_objects(state.rank_part())
+        self.runtime.first_rank_does(lambda: self._write(state, parts, also))
+
+    def _write(self, state: State, parts: list[Any], also: Callable[[Path], None] | None) -> None:
+        files = to_files(state, parts, self.identity)
+        where = self.root / f"{_PREFIX}{state.step:08d}"
+        folder = persistently(f"checkpoint {where}", lambda: write_checkpoint(self.root, state.step, files, self.keep))
+        if also is not None:
+            also(folder)
+
+    def save_if_stopped(self, state: State, watch: SignalWatch) -> None:
+        """Where a signal has asked any rank to stop: save and end the run. Every rank calls it after the same step.
+
+        Raises:
+            Stopped: after saving.
+        """
+        if self.runtime.agree(bool(watch.asked)):
+            self.save(state)
+            raise stopped(state.step, watch)
 
 
-def read_document(folder: Path) -> dict[str, Any]:
-    """The plain part of a checkpoint, with what the caller stored as `extra`."""
-    document: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    return document
+def stopped(step: int, watch: SignalWatch) -> Stopped:
+    """The end of a run that was asked to stop and has saved the state of a step."""
+    return Stopped(
+        f"stopped by {watch.asked or 'a signal to another rank'} after step {step}, saved; "
+        "the same command goes on from here"
+    )
 
 
-def load_model(model: nn.Module, saved: dict[str, Tensor], folder: Path, remedy: str) -> None:
-    """Copy saved tensors into the live ones of `model`.
+def run_checkpoints(config: Config, config_json: Mapping[str, Any], runtime: Runtime) -> Checkpoints:
+    """The checkpoints of a pre-training run.
 
-    Raises:
-        UserMistake: their names or shapes differ; the message ends in `remedy`.
+    Args:
+        config: resolved configuration; gives folder, `--resume` and `--keep-checkpoints`.
+        config_json: what is written as `config.json`, with the hash of the data.
+        runtime: this process.
     """
-    live = model.state_dict()
-    missing, unexpected = sorted(set(live) - set(saved)), sorted(set(saved) - set(live))
-    if missing or unexpected:
-        raise UserMistake(
-            f"checkpoint {folder} is of another model: {len(missing)} tensors missing (first {missing[:1]}), "
-            f"{len(unexpected)} unexpected (first {unexpected[:1]}); {remedy}"
-        )
-    with torch.no_grad():
-        for name, target in live.items():
-            if target.shape != saved[name].shape:
-                raise UserMistake(
-                    f"checkpoint {folder}: {name} has shape {tuple(saved[name].shape)}, this run needs "
-                    f"{tuple(target.shape)}; {remedy}"
-                )
-            target.copy_(saved[name])  # in place: keeps the live tensor's device and strides
 
+    def changes(document: dict[str, Any]) -> list[str]:
+        saved = document["config"]
+        found = changed_fields(saved, config.to_json())
+        if saved["data_hash"] != config_json["data_hash"]:
+            found.append(f"data hash: {saved['data_hash'][:12]} -> {config_json['data_hash'][:12]}")
+        return found
 
-def _own_sums(rank_sums: list[dict[str, float]], rank: int, world_size: int) -> dict[str, float]:
-    """This rank's sums, or the mean of all ranks' where the number of ranks has changed."""
-    if len(rank_sums) == world_size:
-        return rank_sums[rank]
-    return {name: sum(sums[name] for sums in rank_sums) / len(rank_sums) for name in rank_sums[0]}
-
-
-def restore_checkpoint(folder: Path, state: TrainState, rank: int, world_size: int) -> dict[str, Any]:
-    """Load `folder` into the live objects of `state`; returns the plain part.
-
-    Raises:
-        UserMistake: when the checkpoint is of another model.
-    """
-    document = read_document(folder)
-    remedy = "choose another --run-dir or --resume never"
-    load_model(state.method, load_file(folder / "model.safetensors"), folder, remedy)
-    restore_optimizer(state.optimizer, load_file(folder / "optimizer.safetensors"), document["optimizer"])
-    if state.scaler is not None and document["scaler"] is not None:
-        state.scaler.load_state_dict(document["scaler"])
-    state.method.load_host_state(document["host_state"])
-    device = state.non_finite.device
-    state.step = document["step"]
-    state.sums = {
-        name: torch.tensor(value, dtype=torch.float64, device=device)
-        for name, value in _own_sums(document["sums"], rank, world_size).items()
-    }
-    state.sum_steps = document["sum_steps"]
-    state.non_finite.fill_(document["non_finite"])
-    state.metrics_bytes = document["metrics_bytes"]
-    return document
+    return Checkpoints(
+        root=Path(config.run.run_dir) / "checkpoints",
+        runtime=runtime,
+        identity={"config": config_json},
+        changes=changes,
+        place=f"--run-dir {config.run.run_dir}",
+        remedy="choose another --run-dir, or --resume never to start over",
+        resume=config.run.resume == "auto",
+        keep=config.run.keep_checkpoints,
+    )

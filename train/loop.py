@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +14,19 @@ from torch import Tensor, nn
 from models.collectives import average_buffers
 from models.methods.base import StepInputs, StepOutput
 from models.norm import running_buffers
+from pipeline.atomic import remove_leftovers
 
-from .backbone_io import save_backbone
-from .checkpoint import TrainState, save_checkpoint
+from .backbone_io import BACKBONE_FILE, save_backbone
+from .checkpoint import Checkpoints, persistently, stopped
 from .config import Config
 from .cuda_graph import GraphedForwardBackward
-from .errors import CheckpointFailed, NonFinite, Stopped
+from .errors import NonFinite
 from .inputs import InputStream
 from .optim import clip_or_measure, set_learning_rate
 from .record.metrics import Metrics
 from .runtime import Runtime, SignalWatch
 from .schedules import ema_at, lr_at
+from .state import TrainState
 
 _TAKEN = "steps_taken"
 PATIENCE = 25
@@ -47,7 +48,7 @@ class Job:
         last_step: where this run ends, `total_steps` or an earlier `--max-steps`.
         steps_per_epoch: optimizer steps of an epoch.
         evaluate: called as `evaluate(step, epoch)` at the start, every `knn_every` epochs and at the end.
-        config_json: stored in each checkpoint, to be compared on resuming.
+        checkpoints: where the state is kept.
         graphed: forward and backward as a CUDA graph, with `--cuda-graph`.
     """
 
@@ -61,7 +62,7 @@ class Job:
     last_step: int
     steps_per_epoch: int
     evaluate: Callable[[int, int], None]
-    config_json: dict[str, Any]
+    checkpoints: Checkpoints
     graphed: GraphedForwardBackward | None = None
 
 
@@ -95,13 +96,9 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
             # Asking the other ranks costs the host a wait, which a CPU run does not notice.
             # After the last step there is nothing left to stop.
             asks = runtime.device.type == "cpu" or state.step % run.log_every == 0
-            if asks and state.step < job.last_step:
-                if runtime.agree(bool(watch.asked)):
-                    save(job, state, epoch)
-                    raise Stopped(
-                        f"stopped by {watch.asked or 'a signal to another rank'} after step {state.step}, "
-                        "saved; the same command goes on from here"
-                    )
+            if asks and state.step < job.last_step and runtime.agree(bool(watch.asked)):
+                save(job, state, epoch)
+                raise stopped(state.step, watch)
             if state.step % run.checkpoint_every == 0 and state.step < job.last_step:
                 save(job, state, epoch)
                 saved_at = state.step
@@ -284,35 +281,13 @@ def save(job: Job, state: TrainState, epoch: int) -> None:
     Raises:
         CheckpointFailed: on every rank when rank 0 could not write, so that none waits for a rank that has gone.
     """
-    rank_sums = job.runtime.gather_objects({name: value.tolist() for name, value in state.sums.items()})
-    failure = None
-    if job.run_dir is not None:
-        try:
-            _write(job, job.run_dir, state, epoch, rank_sums)
-        except CheckpointFailed as reason:
-            failure = str(reason)
-    told = next((message for message in job.runtime.gather_objects(failure) if message), None)
-    if told is not None:
-        raise CheckpointFailed(told)
-
-
-def _write(job: Job, run_dir: Path, state: TrainState, epoch: int, rank_sums: list[dict[str, float]]) -> None:
     state.metrics_bytes = job.metrics.position()
-    folder = save_checkpoint(
-        run_dir / "checkpoints",
-        state,
-        {"config": job.config_json, "sums": rank_sums},
-        job.config.run.keep_checkpoints,
-    )
-    try:
-        save_backbone(
-            state.method.encoder,
-            run_dir / "backbone.safetensors",
-            arch=job.config.recipe.arch,
-            method=job.config.run.method,
-        )
-    except OSError as reason:
-        raise CheckpointFailed(
-            f"backbone could not be written: {reason}; free space, then run the same command again"
-        ) from None
+    job.checkpoints.save(state, lambda folder: _write_backbone(job, state, epoch, folder))
+
+
+def _write_backbone(job: Job, state: TrainState, epoch: int, folder: Path) -> None:
+    assert job.run_dir is not None
+    path, recipe, method = job.run_dir / BACKBONE_FILE, job.config.recipe, job.config.run.method
+    remove_leftovers(path)  # a run killed while it wrote left a part of some hundred megabytes
+    persistently(f"backbone {path}", lambda: save_backbone(state.method.encoder, path, arch=recipe.arch, method=method))
     job.metrics.row("checkpoint", state.step, epoch, path=folder.name)

@@ -20,9 +20,10 @@ import torch
 
 from models.methods import METHODS
 from models.methods.base import Method
+from pipeline.atomic import write_atomically
 from pipeline.augment import choose_implementation
 from train import data as run_data
-from train.checkpoint import TrainState, newest_good, read_document, restore_checkpoint, write_atomically
+from train.checkpoint import run_checkpoints
 from train.config import Config
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import UserMistake, run_to_exit_code
@@ -31,9 +32,10 @@ from train.loop import Job, train
 from train.measure.online import health_figures, knn_figures
 from train.optim import build_optimizer
 from train.record.metrics import Metrics
-from train.resolve import changed_fields, resolve
+from train.resolve import resolve
 from train.runtime import Runtime, SignalWatch, start, wrap_distributed
 from train.schedules import scaled_lr
+from train.state import TrainState
 from train.versions import versions
 
 
@@ -146,27 +148,6 @@ def _prepare_run_dir(config: Config) -> Path:
     return run_dir
 
 
-def _continue_from(config: Config, state: TrainState, runtime: Runtime, data_hash: str) -> bool:
-    """Restore the newest good checkpoint of the run folder; whether there was one."""
-    root = Path(config.run.run_dir) / "checkpoints"
-    folder = newest_good(root) if config.run.resume == "auto" else None
-    if folder is None:
-        if config.run.resume == "auto" and any(root.glob("step_*")):
-            raise UserMistake(f"no checkpoint under {root} is whole; move the folder away or use --resume never")
-        return False
-    saved = read_document(folder)["config"]
-    changes = changed_fields(saved, config.to_json())
-    if saved["data_hash"] != data_hash:
-        changes.append(f"data hash: {saved['data_hash'][:12]} -> {data_hash[:12]}")
-    if changes:
-        raise UserMistake(
-            f"--run-dir {config.run.run_dir} holds a run with other settings ({'; '.join(changes[:3])}); "
-            "choose another --run-dir, or --resume never to start over"
-        )
-    restore_checkpoint(folder, state, runtime.rank, runtime.world_size)
-    return True
-
-
 def _compile_heads(method: Method) -> None:
     for module in method.compile_targets():
         module.compile()
@@ -222,7 +203,15 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
             sum_steps=0,
             non_finite=torch.zeros(1, dtype=torch.int64, device=runtime.device),
         )
-        resumed = _continue_from(config, state, runtime, data.train.data_hash)
+        config_json = {
+            **config.to_json(),
+            "data_hash": data.train.data_hash,
+            "data_images": data.train.num_samples,
+            "versions": versions(),
+            "world_size": runtime.world_size,
+        }
+        checkpoints = run_checkpoints(config, config_json, runtime)
+        resumed = checkpoints.restore(state)
         steps_per_epoch = len(data.train)
         total = steps_per_epoch * config.recipe.epochs
         last = min(total, config.run.max_steps or total)
@@ -233,13 +222,6 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
                     "--run-dir"
                 )
             return 0
-        config_json = {
-            **config.to_json(),
-            "data_hash": data.train.data_hash,
-            "data_images": data.train.num_samples,
-            "versions": versions(),
-            "world_size": runtime.world_size,
-        }
         if run_dir is not None:
             write_atomically(run_dir / "config.json", json.dumps(config_json, indent=1).encode())
         if runtime.compile:
@@ -256,7 +238,7 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
             total_steps=total,
             last_step=last,
             steps_per_epoch=steps_per_epoch,
-            config_json=config_json,
+            checkpoints=checkpoints,
             graphed=_graphed(config, runtime, method),
             evaluate=_evaluator(config, runtime, method, data, metrics),
         )

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import RunConfig
-from .errors import UserMistake
+from .errors import RunEnd, UserMistake
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,24 @@ class Runtime:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value, group=self.host_group)
         return gathered
+
+    def first_rank_does(self, action: Callable[[], object]) -> None:
+        """Run `action` on rank 0; an error that ends the run there ends it on every rank, with the same message.
+
+        Without this the other ranks would wait for rank 0 in their next exchange. Every process must call it.
+
+        Raises:
+            RunEnd: what `action` raised, on every rank.
+        """
+        end: RunEnd | None = None
+        if self.is_main:
+            try:
+                action()
+            except RunEnd as raised:
+                end = raised
+        told: RunEnd | None = self.gather_objects(end)[0]
+        if told is not None:
+            raise told
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Rows of all processes joined on the CPU in rank order; processes may hold different numbers of them."""

@@ -278,20 +278,3 @@ def check_packing_flags(options: argparse.Namespace) -> None:
     if not 0 <= options.max_bad <= 1:
         raise ValueError(f"--max-bad {options.max_bad} is out of range; it is a share, choose 0 to 1")
     options.workers = options.workers or len(os.sched_getaffinity(0))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a new text file and make it last."""
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from pipeline.prefetch import decoding_threads
 from ..errors import UserMistake
 from ..fields import check as check_fields
 from ..runtime import SignalWatch, wrap_distributed
+from ..state import TuningState
 from .detection.cityscapes_ap import cityscapes_ap
 from .detection.coco_ap import METRICS, coco_ap, coco_results
 from .detection.data import format_of, read_data
@@ -27,7 +28,7 @@ from .detection.schedule import DEFAULT_SCHEDULE, SIZES, Schedule, Sizes, schedu
 from .detection.training import Course, build_state, precise_statistics, train
 from .detection.voc_ap import voc_ap
 from .session import ProtocolConfig, ProtocolSession, open_protocol, parse_config, percent, result_path, table
-from .tuning_state import TuningCheckpoints, TuningState, discard_state, fingerprint, state_folder
+from .tuning import TuningCheckpoints, discard_state, fingerprint, state_folder
 
 MODEL_NAMES = {
     "faster-rcnn-c4": "Faster R-CNN C4",

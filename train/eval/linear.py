@@ -23,6 +23,7 @@ from ..errors import UserMistake
 from ..fields import check
 from ..measure.features import Features, evaluation_mode, pool
 from ..optim import Lars
+from ..state import TuningState
 from .accuracy import Accuracy, accuracy, read_real_labels
 from .session import (
     EvalConfig,
@@ -38,7 +39,7 @@ from .session import (
     warn_of_bad,
 )
 from .splits import source_names
-from .tuning_state import TuningCheckpoints, TuningState, discard_state, fingerprint, state_folder
+from .tuning import TuningCheckpoints, discard_state, fingerprint, state_folder
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pipeline.prefetch import decoding_threads
 
 from ..errors import UserMistake
 from ..runtime import SignalWatch
+from ..state import TuningState
 from .segmentation.feed import TrainingFeed
 from .segmentation.labels import LabelMap, check_values, inspect_all, label_map
 from .segmentation.layouts import DataSet, read_layout
@@ -19,7 +20,7 @@ from .segmentation.network import build_segmenter, require_resnet
 from .segmentation.protocol import PUBLISHED, Plan, SegmentConfig, make_plan, task_name
 from .segmentation.training import Trainer, make_optimizer, train, validate
 from .session import ProtocolSession, open_protocol, parse_config, percent, result_path, table
-from .tuning_state import TuningCheckpoints, TuningState, discard_state, fingerprint, state_folder
+from .tuning import TuningCheckpoints, discard_state, fingerprint, state_folder
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from models.options import option
 from pipeline.interface import Pipeline
 
 from ..measure.features import center_view, extract_features, pool
+from ..state import TuningState
 from .accuracy import Accuracy, accuracy
 from .fewshot import labelled_subset
 from .linear import HeadRecord, batch_for, common_settings, head_records
@@ -34,7 +35,7 @@ from .session import (
     table,
     warn_of_bad,
 )
-from .tuning_state import TuningCheckpoints, TuningState, discard_state, state_folder
+from .tuning import TuningCheckpoints, discard_state, state_folder
 
 # Peak learning rates (backbone, classifier) of LEWEL's recipe at batch 256, for 1% and for 10% of the labels.
 PUBLISHED_LRS = {0.01: (1e-4, 1.0), 0.1: (0.01, 0.1)}

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from models.options import option
 from pipeline import augment
+from pipeline.atomic import write_atomically
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 
 from ..backbone_io import BackboneSource, build_encoder, load
-from ..checkpoint import write_atomically
 from ..config import RunConfig
 from ..errors import UserMistake
 from ..fields import check, flatten, unflatten

@@ -333,10 +333,8 @@ def build_report(runs: Sequence[Path], out: Path) -> None:
     if not runs:
         raise UserMistake("no run was named; give one or more run folders")
     page = render([read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)])
-    partial = out.with_name(out.name + ".partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out)
+        write_atomically(out, page.encode())
     except OSError as reason:
         raise UserMistake(f"{out}: {reason.strerror or reason}; choose another --out") from None

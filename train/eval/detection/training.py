@@ -17,7 +17,8 @@ from models.norm import running_buffers
 from ...errors import NonFinite
 from ...optim import with_momentum_buffers
 from ...runtime import Runtime, SignalWatch
-from ..tuning_state import TuningCheckpoints, TuningState, seed_step
+from ...state import TuningState
+from ..tuning import TuningCheckpoints, seed_step
 from .feed import Sample, TrainingFeed
 from .losses import mean_over_ranks
 from .models import weight_decay_groups

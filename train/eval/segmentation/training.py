@@ -17,7 +17,8 @@ from models.norm import running_buffers
 from ...errors import NonFinite
 from ...measure.features import evaluation_mode
 from ...runtime import Runtime, SignalWatch
-from ..tuning_state import TuningCheckpoints, TuningState, seed_step
+from ...state import TuningState
+from ..tuning import TuningCheckpoints, seed_step
 from .feed import TrainBatch, TrainingFeed, validation_pairs
 from .inference import predict
 from .labels import LabelMap, Pair

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.atomic import write_atomically
 from train.errors import UserMistake
 from train.record.charts import COLOURS, Series, line_chart
 from train.record.evaluations import PROTOCOLS, Measurement, describe, results

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..heads import global_pool
+
 
 @dataclass
 class StepInputs:
@@ -73,8 +75,6 @@ class Method(nn.Module, ABC):
     """The EMA after optimizer step t uses coefficient number t + offset: 1 where the paper's code updates at the start
     of the next step (MoCo, DenseCL, MoBY, MoCo v3, CARE), 0 where it updates after the optimizer step (BYOL, LEWEL)."""
 
-    has_momentum_network: ClassVar[bool] = True
-
     encoder: nn.Module
 
     @property
@@ -96,8 +96,10 @@ class Method(nn.Module, ABC):
         """EMA of the momentum network and enqueueing of keys; called once after each optimizer step."""
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(online, momentum) module pairs whose parameters are averaged."""
-        return []
+        """(online, momentum) modules whose parameters are averaged: each child `momentum_<name>` follows `<name>`."""
+        prefix = "momentum_"
+        momentum = {name: child for name, child in self.named_children() if name.startswith(prefix)}
+        return [(self.get_submodule(name.removeprefix(prefix)), child) for name, child in momentum.items()]
 
     def fixed_lr_modules(self) -> list[nn.Module]:
         """Modules whose learning rate stays constant (SimSiam's predictor)."""
@@ -122,4 +124,4 @@ class Method(nn.Module, ABC):
     def features(self, images: Tensor) -> Tensor:
         """Globally average-pooled features (B, C) of the exported trunk, fp32."""
         feature_map: Tensor = self.encoder(images)
-        return feature_map.float().mean(dim=(2, 3))
+        return global_pool(feature_map.float())

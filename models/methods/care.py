@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention_stream import AttentionStream, Position
-from ..heads import mlp_head
+from ..heads import global_pool, mlp_head
 from ..losses import unit
 from ..momentum import copy_and_freeze, follow
 from ..norm import convert_batch_norm
@@ -156,10 +156,6 @@ class Care(Method):
         heads = ("conv_projector", "attn_projector") if self.two_streams else ("attn_projector",)
         return ("encoder", "attention_stream", *heads)
 
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """CNN, transformer stream and projectors with their momentum copies."""
-        return [(getattr(self, name), getattr(self, f"momentum_{name}")) for name in self._averaged]
-
     def compile_targets(self) -> list[nn.Module]:
         """Heads and transformer streams."""
         streams: list[nn.Module] = [getattr(self, f"{prefix}attention_stream") for prefix in ("", "momentum_")]
@@ -186,7 +182,7 @@ class Care(Method):
         prefix = "momentum_" if momentum else ""
 
         def head(stream: str, feature_map: Tensor) -> Tensor:
-            projected = getattr(self, f"{prefix}{stream}_projector")(feature_map.mean(dim=(2, 3)))
+            projected = getattr(self, f"{prefix}{stream}_projector")(global_pool(feature_map))
             return unit(projected if momentum else getattr(self, f"{stream}_predictor")(projected))
 
         middle, last = getattr(self, f"{prefix}encoder").forward_stages(images)

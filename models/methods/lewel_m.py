@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..alignment import AlignmentHead, Grouping, HeadOutput
@@ -173,10 +173,6 @@ class LewelM(QueueMethod):
     def key_directions(self) -> int:
         """One ShuffleBN permutation."""
         return 1 if self.config.shuffle_bn else 0
-
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Online and momentum networks."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Weighted sum of the losses that are on; metrics are unweighted."""

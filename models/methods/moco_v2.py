@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import shuffle_rows, unshuffle_rows
-from ..heads import HeadInit, initialise_linear, mlp_head
+from ..heads import HeadInit, global_pool, initialise_linear, mlp_head
 from ..key_queue import KeyQueue
 from ..losses import info_nce, unit
 from ..momentum import copy_and_freeze
@@ -109,10 +109,6 @@ class MoCoV2(QueueMethod):
         """One ShuffleBN permutation for each direction."""
         return len(self.directions) if self.config.shuffle_bn else 0
 
-    def momentum_pairs(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
-        """Online and momentum networks."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
-
     def queues(self) -> dict[str, KeyQueue]:
         """Key memories by the name under which `forward` returns their keys."""
         return {"queue": self.queue}
@@ -157,8 +153,3 @@ class MoCoV2(QueueMethod):
     def keys_to_enqueue(self, keys: Keys, key_view: str) -> dict[str, Tensor]:
         """This rank's new keys as "<queue>/<view>"."""
         return {f"queue/{key_view}": keys.key}
-
-
-def global_pool(feature_map: Tensor) -> Tensor:
-    """Mean over positions: (B, C, H, W) -> (B, C)."""
-    return feature_map.mean(dim=(2, 3))

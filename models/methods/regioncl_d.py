@@ -7,10 +7,11 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from ..heads import global_pool
 from ..region_branch import RegionConfig, RegionHeads
 from .base import StepInputs
 from .densecl import DenseCL, DenseCLConfig
-from .moco_v2 import Keys, global_pool
+from .moco_v2 import Keys
 from .regioncl_m import region_contrast, swapped_maps
 
 

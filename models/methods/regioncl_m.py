@@ -7,12 +7,12 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from ..heads import HeadInit
+from ..heads import HeadInit, global_pool
 from ..options import option
 from ..region_branch import RegionConfig, RegionHeads, RegionTerms, encode_swapped, paste_sources
 from ..resnet import ConvInit
 from .base import Method, StepInputs
-from .moco_v2 import Keys, MoCoV2, MoCoV2Config, global_pool
+from .moco_v2 import Keys, MoCoV2, MoCoV2Config
 
 
 @dataclass(frozen=True)

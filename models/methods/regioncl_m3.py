@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..heads import global_pool
 from ..losses import batch_contrast, unit
 from ..region_branch import (
     RegionConfig,
@@ -17,7 +18,6 @@ from ..region_branch import (
     source_positions,
 )
 from .base import StepInputs, StepOutput
-from .moco_v2 import global_pool
 from .moco_v3 import MoCoV3, MoCoV3Config
 from .regioncl_m import swapped_maps
 from .simsiam import VIEWS

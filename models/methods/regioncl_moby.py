@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..heads import global_pool
 from ..losses import unit
 from ..norm import stacked_views
 from ..region_branch import RegionConfig, embed_with_regions, paste_sources, pool_regions, queue_terms
 from .base import StepInputs
 from .moby import MoBY, MoBYConfig
-from .moco_v2 import global_pool
 from .simsiam import VIEWS
 
 

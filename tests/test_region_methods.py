@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from models import region_branch
-from models.methods import METHODS
+from models.methods import METHODS, region_method
+from models.methods.region_method import RegionConfig, Regions, embed_with_regions, paste_sources, source_positions
 from models.norm import GroupBatchNorm
-from models.region_branch import RegionConfig, Regions, embed_with_regions, paste_sources, source_positions
 from tests.method_cases import BATCH, GROUP, build, composite, make_inputs, partners, small_config
 from tests.method_references import REFERENCES, check_against_formula, gap, ready, rows_n
 
@@ -202,7 +201,7 @@ def test_only_needed_regions_are_embedded():
     config = RegionConfig(use_canvas=False, intra_negative=False)
     assert config.needs_paste and not config.needs_canvas
     assert RegionConfig(use_canvas=False).needs_canvas  # as the paste's negative
-    pooled = region_branch.pool_regions(torch.randn(2, 3, 2, 2), torch.tensor([[0, 0, 1, 1]] * 2), config)
+    pooled = region_method.pool_regions(torch.randn(2, 3, 2, 2), torch.tensor([[0, 0, 1, 1]] * 2), config)
     assert pooled.canvas is None and pooled.paste is not None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,13 @@ class StepOutput:
     loss: Tensor
     metrics: dict[str, Tensor]
     keys: dict[str, Tensor] = field(default_factory=dict)
+
+
+class CompileTarget(Protocol):
+    """A module, or a part of one, that compiles in place."""
+
+    def compile(self) -> None:
+        """Compile for the shapes of the run."""
 
 
 class Method(nn.Module, ABC):
@@ -117,8 +124,8 @@ class Method(nn.Module, ABC):
         for online, momentum in self.momentum_pairs():
             momentum.load_state_dict(online.state_dict())
 
-    def compile_targets(self) -> list[nn.Module]:
-        """Modules that `--compile` compiles in place: heads, whose shapes never change within a run."""
+    def compile_targets(self) -> list[CompileTarget]:
+        """What `--compile` compiles in place: heads, whose shapes never change within a run."""
         return [module for name, module in self.named_children() if "project" in name or "predict" in name]
 
     def features(self, images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention_stream import AttentionStream, Position
 from ..heads import global_pool, mlp_head
@@ -16,7 +16,7 @@ from ..momentum import copy_and_freeze, follow
 from ..norm import convert_batch_norm
 from ..options import option
 from ..resnet import ConvInit, ResNetTrunk, build_backbone
-from .base import Method, StepInputs, StepOutput
+from .base import CompileTarget, Method, StepInputs, StepOutput
 
 AttentionLoss = Literal["mse_mean", "l2norm"]
 
@@ -156,10 +156,10 @@ class Care(Method):
         heads = ("conv_projector", "attn_projector") if self.two_streams else ("attn_projector",)
         return ("encoder", "attention_stream", *heads)
 
-    def compile_targets(self) -> list[nn.Module]:
+    def compile_targets(self) -> list[CompileTarget]:
         """Heads and transformer streams."""
-        streams: list[nn.Module] = [getattr(self, f"{prefix}attention_stream") for prefix in ("", "momentum_")]
-        return super().compile_targets() + streams
+        streams = [getattr(self, f"{prefix}attention_stream") for prefix in ("", "momentum_")]
+        return [*super().compile_targets(), *streams]
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """L_c + L_t + lambda L_att with its three parts as metrics."""

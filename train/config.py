@@ -80,7 +80,10 @@ class RunConfig:
         10, "steps between rows of metrics; the only time the host waits for the device", least=1, free_on_resume=True
     )
     holdout: int = option(
-        500, "images held out of training for health figures without --val-data (at most 5 percent)", least=0
+        0,
+        "images kept out of training for the health figures where there is no --val-data (at most 5 percent); 0: the "
+        "figures come from images that are trained on",
+        least=0,
     )
     report: bool = option(True, "write report.html into the run's folder at the end", free_on_resume=True)
     dry_run: bool = option(False, "print what would run, and stop", free_on_resume=True)

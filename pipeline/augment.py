@@ -320,6 +320,38 @@ def params_from_table(profile: Profile | str, table: np.ndarray) -> AugmentParam
     return AugmentParams(profile, torch.from_numpy(table), tensors)
 
 
+def augment_view(
+    images: Tensor,
+    profile: Profile | str,
+    seed: int,
+    epoch: int,
+    index: np.ndarray,
+    view: int,
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "auto",
+) -> Tensor:
+    """Draw the parameters of one view of a batch and apply them: `draw`, then `apply`.
+
+    Args:
+        images: (B, 3, S, S) uint8 on any device.
+        profile: profile or its name.
+        seed: run seed.
+        epoch: epoch number.
+        index: (B,) integer sample indices.
+        view: number of the view.
+        dtype: of the result.
+        implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+        (B, 3, S, S) `dtype`, channels-last, normalised, on the device of `images`.
+
+    Raises:
+        ValueError: as `draw` and `apply`.
+    """
+    params = draw(profile, seed, epoch, index, view)
+    return apply(images, params.to(images.device, non_blocking=True), dtype, implementation)
+
+
 def choose_implementation(device: torch.device, dtype: torch.dtype, implementation: str = "auto") -> tuple[str, str]:
     """Which implementation `apply` uses on a device, and why, as (name, reason).
 

@@ -10,12 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .layouts import AUGMENTATION, OUTPUTS, PARAMETERS
 from .native_build import try_load
-
-COLUMNS = 14
-"""Floats in a row of parameters; the library is asked whether it agrees."""
-OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
-"""What the library can write, and its number for each."""
 
 
 @cache
@@ -40,7 +36,8 @@ def library() -> ctypes.CDLL | None:
         pointer,
         number,
     )
-    assert loaded.regatta_augment_columns() == COLUMNS
+    assert loaded.regatta_augment_columns() == PARAMETERS
+    assert loaded.regatta_augment_plan_bytes() == AUGMENTATION.itemsize
     return loaded
 
 
@@ -83,7 +80,7 @@ def augment(
     if dtype not in OUTPUTS:
         raise ValueError(f"the native augmentation gives float32, bfloat16, float16 or uint8, not {dtype}")
     batch, channels, height, width = images.shape
-    assert images.dtype == torch.uint8 and channels == 3 and table.shape == (batch, COLUMNS)
+    assert images.dtype == torch.uint8 and channels == 3 and table.shape == (batch, PARAMETERS)
     images = images.contiguous(memory_format=torch.channels_last)
     table = table.contiguous()
     result = torch.empty((batch, 3, height, width), dtype=dtype, memory_format=torch.channels_last)
@@ -95,7 +92,7 @@ def augment(
             count,
             height,
             width,
-            table.data_ptr() + first * COLUMNS * 4,
+            table.data_ptr() + first * PARAMETERS * 4,
             int(gray_first),
             radius,
             OUTPUTS[dtype],

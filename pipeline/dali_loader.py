@@ -23,8 +23,8 @@ from .epoch import EpochPipeline
 from .geometry import draw_crops
 from .interface import Batch, PipelineConfig, ViewSpec
 from .prefetch import decoding_threads, prefetch
+from .shard_store import open_shards
 from .stores import PackedStore, Store, is_shard_pattern, open_store
-from .wds_loader import open_shards
 
 types: Any = _types  # its constants are filled in by the C++ part, out of a type checker's sight
 _UNKNOWN, _WHOLE, _OTHER = 0, 1, 2  # what is known of a record
@@ -170,8 +170,7 @@ class DaliPipeline(EpochPipeline):
     def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
         """Generate the batches whose sample indices are given, in order."""
         if self._shards is not None:
-            used = self._shards.shard_of[np.concatenate(batches)] if batches else np.zeros(0, dtype=np.int64)
-            self._shards.files.plan(used[np.sort(np.unique(used, return_index=True)[1])].tolist())
+            self._shards.expect(batches)
 
         def work(index: np.ndarray) -> tuple[np.ndarray, list[torch.Tensor]]:
             return index, self._decode(epoch, index)

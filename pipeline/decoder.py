@@ -7,7 +7,6 @@ records and fill their places alike.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,79 +16,30 @@ from .epoch import SUBSTITUTE_ATTEMPTS, substitute
 from .geometry import draw_crops
 from .images import MAX_PIXELS, ImageRefused, decode_rgb
 from .interface import ViewSpec
+from .layouts import (
+    CHECKSUM,
+    DAMAGED,
+    JOB,
+    LOW_64,
+    OK,
+    PACKED,
+    TOO_LARGE,
+    UNREADABLE,
+    UNSUPPORTED,
+    VIEW,
+    view_array,
+)
 from .native_build import load, try_load
 from .stores import Store
 
-VIEW = np.dtype(
-    [
-        ("size", "<i4"),
-        ("kind", "<i4"),
-        ("interpolation", "<i4"),
-        ("draw_id", "<u4"),
-        ("scale", "<f8", 2),
-        ("ratio", "<f8", 2),
-        ("log_ratio", "<f8", 2),
-        ("resize_ratio", "<f8"),
-    ]
-)
-JOB = np.dtype(
-    [
-        ("data", "<u8"),
-        ("size", "<u8"),
-        ("path", "<u8"),
-        ("index", "<u4"),
-        ("crc", "<u4"),
-        ("flags", "<u4"),
-        ("slot", "<i4"),
-        ("status", "<i4"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("decoder", "<i4"),
-    ]
-)
-PACKED = np.dtype(
-    [
-        ("pool", "<u8"),
-        ("specs", "<u8"),
-        ("views", "<i8"),
-        ("seed", "<u8"),
-        ("epoch", "<i8"),
-        ("max_pixels", "<i8"),
-        ("offsets", "<u8"),
-        ("sizes", "<u8"),
-        ("checksums", "<u8"),
-        ("jobs", "<u8"),
-        ("outs", "<u8"),
-        ("finish", "<u8"),
-        ("ring", "<i8"),
-        ("rows", "<i8"),
-    ]
-)
-CHECK_CRC, WHOLE_IMAGE, REFUSE_ROTATED, LIBJPEG_ONLY = 1, 2, 4, 8
-LIBJPEG, BASELINE = range(2)
-OK, DAMAGED, UNSUPPORTED, CHECKSUM, UNREADABLE, TOO_LARGE = range(6)
 _REASONS = {
     DAMAGED: "damaged or not a JPEG",
     CHECKSUM: "its bytes changed after packing (checksum)",
     UNREADABLE: "the file cannot be read",
     TOO_LARGE: f"more than {MAX_PIXELS} pixels",
 }
-_KINDS = {"random": 0, "center": 1, "whole": 2}
-_INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 _PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_LOW_64 = 0xFFFFFFFFFFFFFFFF
 INSTEAD = "images are decoded by PIL, several times slower"
-
-
-def view_array(views: Sequence[ViewSpec]) -> np.ndarray:
-    """The views as the C structure of `native/crops.h`."""
-    rows = np.zeros(len(views), dtype=VIEW)
-    for row, spec in zip(rows, views, strict=True):
-        row["size"], row["kind"], row["draw_id"] = spec.size, _KINDS[spec.kind], spec.draw_id
-        row["interpolation"] = _INTERPOLATIONS[spec.interpolation]
-        row["scale"], row["ratio"], row["resize_ratio"] = spec.scale, spec.ratio, spec.resize_ratio
-        row["log_ratio"] = math.log(spec.ratio[0]), math.log(spec.ratio[1])
-    return rows
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -178,11 +128,6 @@ class ViewDecoder:
         if self._library and not self.pool:
             raise ValueError(f"the system refused to start {threads} decoding threads; choose fewer with --workers")
 
-    @property
-    def native(self) -> bool:
-        """Whether the native decoder is in use."""
-        return self._library is not None
-
     def decode(self, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> None:
         """Cut all views of a batch.
 
@@ -218,7 +163,7 @@ class ViewDecoder:
             self.specs.ctypes.data,
             len(self.specs),
             finish,
-            self._seed & _LOW_64,
+            self._seed & LOW_64,
             epoch,
             MAX_PIXELS,
         )
@@ -284,7 +229,7 @@ class ViewDecoder:
             self.specs.ctypes.data,
             len(outs),
             pointers.ctypes.data,
-            self._seed & _LOW_64,
+            self._seed & LOW_64,
             epoch,
             MAX_PIXELS,
         )
@@ -339,7 +284,7 @@ class ViewDecoder:
             len(outs),
             slot,
             pointers.ctypes.data,
-            self._seed & _LOW_64,
+            self._seed & LOW_64,
             epoch,
             key,
         )

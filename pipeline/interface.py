@@ -55,6 +55,7 @@ class PipelineConfig:
         shard_window: how many blocks are mixed with one another in the "sharded" order.
         block_size: samples in a block of the "sharded" order, for stores without shards.
         augment: name of the augmentation profile that the views are to be delivered with; "" delivers uint8 crops.
+        implementation: of the augmentation, one of `augment.IMPLEMENTATIONS`.
         dtype: of augmented views.
     """
 
@@ -72,6 +73,7 @@ class PipelineConfig:
     shard_window: int = 16
     block_size: int = 256
     augment: str = ""
+    implementation: str = "auto"
     dtype: torch.dtype = torch.float32
 
 

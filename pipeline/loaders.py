@@ -54,16 +54,16 @@ def _webdataset(config: PipelineConfig) -> Pipeline:
     return WebDatasetPipeline(config)
 
 
-def _folder(config: PipelineConfig) -> Pipeline:
-    from .folder_loader import FolderPipeline
+def _files_or_packed(config: PipelineConfig) -> Pipeline:
+    from .store_loader import StorePipeline
 
-    return FolderPipeline(config)
+    return StorePipeline(config)
 
 
 def _reference(config: PipelineConfig) -> Pipeline:
-    from .folder_loader import FolderPipeline
+    from .store_loader import StorePipeline
 
-    return FolderPipeline(config, decoder="pil")
+    return StorePipeline(config, native=False)
 
 
 def _synthetic(config: PipelineConfig) -> Pipeline:
@@ -76,7 +76,7 @@ PIPELINES: dict[str, Callable[[PipelineConfig], Pipeline]] = {
     "ffcv": _ffcv,
     "dali": _dali,
     "webdataset": _webdataset,
-    "folder": _folder,
+    "folder": _files_or_packed,
     "reference": _reference,
     "synthetic": _synthetic,
 }

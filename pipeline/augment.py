@@ -329,6 +329,7 @@ def augment_view(
     view: int,
     dtype: torch.dtype = torch.float32,
     implementation: str = "auto",
+    load: fused_augment.LoadKernels | None = None,
 ) -> Tensor:
     """Draw the parameters of one view of a batch and apply them: `draw`, then `apply`.
 
@@ -341,6 +342,7 @@ def augment_view(
         view: number of the view.
         dtype: of the result.
         implementation: one of `IMPLEMENTATIONS`.
+        load: as for `apply`.
 
     Returns:
         (B, 3, S, S) `dtype`, channels-last, normalised, on the device of `images`.
@@ -349,7 +351,7 @@ def augment_view(
         ValueError: as `draw` and `apply`.
     """
     params = draw(profile, seed, epoch, index, view)
-    return apply(images, params.to(images.device, non_blocking=True), dtype, implementation)
+    return apply(images, params.to(images.device, non_blocking=True), dtype, implementation, load)
 
 
 def choose_implementation(device: torch.device, dtype: torch.dtype, implementation: str = "auto") -> tuple[str, str]:

@@ -55,11 +55,17 @@ class BatchAugmenter:
 
     def __call__(self, batch: Batch, epoch: int) -> Batch:
         """The batch with every view augmented and normalised, in the config's dtype; the crops are not changed."""
-        config, index = self._config, batch.index.numpy()
-        views = {
-            name: augment.augment_view(
-                crops, self._profile, config.seed, epoch, index, number, config.dtype, config.implementation
+        config, index, views = self._config, batch.index.numpy(), {}
+        for number, (name, crops) in enumerate(batch.views.items()):
+            views[name] = augment.augment_view(
+                crops,
+                self._profile,
+                config.seed,
+                epoch,
+                index,
+                number,
+                config.dtype,
+                config.implementation,
+                config.load_kernels,
             )
-            for number, (name, crops) in enumerate(batch.views.items())
-        }
         return Batch(views, batch.index, batch.label)

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .kernels.fused_augment import LoadKernels
+
 
 @dataclass(frozen=True)
 class ViewSpec:
@@ -57,6 +59,7 @@ class PipelineConfig:
         augment: name of the augmentation profile that the views are to be delivered with; "" delivers uint8 crops.
         implementation: of the augmentation, one of `augment.IMPLEMENTATIONS`.
         dtype: of augmented views.
+        load_kernels: compiles and launches the fused GPU kernel, for implementation "kernel" only.
     """
 
     data: str
@@ -75,6 +78,7 @@ class PipelineConfig:
     augment: str = ""
     implementation: str = "auto"
     dtype: torch.dtype = torch.float32
+    load_kernels: LoadKernels | None = None
 
 
 @dataclass

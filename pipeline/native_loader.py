@@ -18,8 +18,9 @@ from contextlib import closing
 import numpy as np
 import torch
 
+from . import decoder
 from .augmenter import THREADS
-from .decoder import ViewDecoder, native_library
+from .decoder import ViewDecoder
 from .epoch import EpochPipeline
 from .host_augment import HostAugmenter
 from .interface import Batch, PipelineConfig
@@ -55,7 +56,7 @@ class NativePipeline(EpochPipeline):
         ring: int = 1,
     ):
         self.store = store
-        compiled = native and native_library() is not None
+        compiled = native and decoder.native_library() is not None
         super().__init__(config, store.labels, store.data_hash, block_sizes, compiled_threads=compiled)
         self.decoder = ViewDecoder(
             store,

@@ -13,7 +13,7 @@ from pipeline.sampling import hold_out
 
 from .config import Config
 from .errors import UserMistake
-from .inputs import train_views
+from .inputs import finished_views, train_views
 from .measure.features import center_view
 from .measure.health import MAX_RETRIEVAL_IMAGES
 from .runtime import Runtime
@@ -41,12 +41,6 @@ def _build(config: Config, settings: PipelineConfig, quiet: bool = True) -> Pipe
         return build_pipeline(config.run.loader, settings, quiet)
     except (ValueError, OSError, ImportError) as reason:
         raise UserMistake(str(reason)) from None
-
-
-def _augmented_by_loader(config: Config, runtime: Runtime) -> str:
-    """The profile that the loader applies: on a CPU its threads do it ahead of the step; a GPU does it itself."""
-    wanted = config.recipe.augment.implementation in ("auto", "native")
-    return config.recipe.augment.profile if runtime.device.type == "cpu" and wanted else ""
 
 
 @dataclass
@@ -98,14 +92,11 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     train = _build(
         config,
         dataclasses.replace(
-            base,
-            views=train_views(config),
+            finished_views(base, config, runtime),
             global_batch=config.recipe.global_batch,
             order=config.run.order,
             drop_last=True,
             population=population,
-            augment=_augmented_by_loader(config, runtime),
-            dtype=runtime.dtype,
         ),
         quiet=False,
     )
@@ -130,6 +121,14 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     chosen = held_out[np.linspace(0, len(held_out) - 1, min(len(held_out), MAX_RETRIEVAL_IMAGES)).astype(np.int64)]
     views = _build(
         config,
-        dataclasses.replace(base, data=health_from, views=train_views(config), population=chosen, rank=0, world_size=1),
+        dataclasses.replace(
+            base,
+            data=health_from,
+            views=train_views(config),
+            augment=config.recipe.augment.profile,
+            population=chosen,
+            rank=0,
+            world_size=1,
+        ),
     )
     return RunData(train, views, source, bank, queries, population)

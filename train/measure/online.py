@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from models.methods.base import Method
-from pipeline import augment
 
 from ..config import Config
 from ..data import RunData
@@ -33,11 +32,9 @@ def health_figures(method: Method, data: RunData, config: Config, runtime: Runti
     data.health.set_epoch(0)
     with evaluation_mode(method.encoder):
         for batch in data.health:
-            for number, name in enumerate(VIEWS):
-                params = augment.draw(config.recipe.augment.profile, config.run.seed, 0, batch.index.numpy(), number)
-                images = augment.apply(batch.views[name], params.to(runtime.device), torch.float32)
+            for name in VIEWS:
                 with runtime.autocast():
-                    features[name].append(method.features(images).float().cpu())
+                    features[name].append(method.features(batch.views[name]).float().cpu())
     first, second = (torch.cat(features[name]) for name in VIEWS)
     if not (first.isfinite().all() and second.isfinite().all()):
         raise NonFinite(

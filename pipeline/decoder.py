@@ -14,7 +14,7 @@ from PIL import Image
 
 from .epoch import SUBSTITUTE_ATTEMPTS, substitute
 from .geometry import draw_crops
-from .images import MAX_PIXELS, ImageRefused, decode_rgb
+from .images import decode_rgb
 from .interface import ViewSpec
 from .layouts import (
     CHECKSUM,
@@ -30,6 +30,7 @@ from .layouts import (
     view_array,
 )
 from .native_build import load, try_load
+from .refusal import MAX_PIXELS, ImageRefused
 from .stores import Store
 
 _REASONS = {

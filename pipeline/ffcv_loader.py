@@ -21,12 +21,13 @@ from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
 from ffcv.traversal_order.base import TraversalOrder
 
-from .decoder import MAX_PIXELS, native_library
+from .decoder import native_library
 from .interface import PipelineConfig
 from .layouts import JOB, LOW_64, PACKED
 from .native_loader import NativePipeline
 from .prefetch import HostBatch
 from .read_ahead import WindowReader
+from .refusal import MAX_PIXELS
 from .stores import PackedStore
 
 _AHEAD = 2  # batches that wait in FFCV's queue

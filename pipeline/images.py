@@ -18,9 +18,8 @@ import zlib
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from .jpeg import MAX_PIXELS, ImageRefused, JpegInfo, check_jpeg, is_jpeg, refuse_if_huge
-
-__all__ = ["MAX_PIXELS", "ImageRefused", "decode_rgb", "open_rgb"]
+from .jpeg import JpegInfo, check_jpeg, is_jpeg
+from .refusal import MAX_PIXELS, ImageRefused, refuse_if_huge
 
 # Others that PIL can open are left out: some start an interpreter (EPS), some have no signature and take any bytes
 # for an image (TGA), some are not pictures.

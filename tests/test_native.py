@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipeline import native_build
-from pipeline.decoder import MAX_PIXELS, native_library, pil_views
+from pipeline.decoder import native_library, pil_views
 from pipeline.geometry import draw_crops
 from pipeline.interface import ViewSpec
 from pipeline.layouts import (
@@ -37,6 +37,7 @@ from pipeline.layouts import (
     view_array,
 )
 from pipeline.native_build import NativeUnavailable, build, compiler
+from pipeline.refusal import MAX_PIXELS
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 PAIR = (ViewSpec("view1", 224), ViewSpec("view2", 224, draw_id=1))

@@ -26,7 +26,7 @@ import torch
 
 from pipeline import augment
 from pipeline.beton import BetonReader, BetonWriter
-from pipeline.decoder import MAX_PIXELS, native_library, pil_views
+from pipeline.decoder import native_library, pil_views
 from pipeline.epoch import EpochPlan
 from pipeline.images import decode_rgb
 from pipeline.interface import Pipeline, PipelineConfig
@@ -35,6 +35,7 @@ from pipeline.listing import list_images
 from pipeline.loaders import build_pipeline
 from pipeline.manifest import manifest_path
 from pipeline.records import make_record
+from pipeline.refusal import MAX_PIXELS
 from pipeline.stores import PackedStore
 from tools.bench.pipeline_bounded import bounded_conclusion, measure_bounded
 from tools.bench.pipeline_contenders import crops_transform, dataloader_epoch, moco_v2_transform, stock_ffcv_epoch

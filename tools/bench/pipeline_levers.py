@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from pipeline.augmenter import BatchAugmenter
-from pipeline.decoder import MAX_PIXELS, native_library
+from pipeline.decoder import native_library
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.layouts import CHECK_CRC, JOB, LIBJPEG_ONLY, WHOLE_IMAGE, view_array
 from pipeline.loaders import build_pipeline
+from pipeline.refusal import MAX_PIXELS
 from pipeline.stores import PackedStore
 from tools.bench.rows import Report, Summary
 from tools.bench.timing import time_interleaved

@@ -37,6 +37,8 @@ def augmented_by(config: PipelineConfig, compiled_threads: bool) -> str:
             f"the augmentation profile {config.augment} has {profile.num_views} views, but "
             f"{len(config.views)} were asked for; choose another profile"
         )
+    # The threads run the compiled pass and nothing else; whoever asks for another implementation gets it batch by
+    # batch.
     chosen, _ = augment.choose_implementation(config.device, config.dtype, config.implementation)
     by_threads = chosen == "native" and compiled_threads and config.dtype in OUTPUTS
     return THREADS if by_threads and augment_native.library() is not None else BATCHES
@@ -68,4 +70,5 @@ class BatchAugmenter:
                 config.implementation,
                 config.load_kernels,
             )
+        # A new batch: the crops' buffers are free as soon as the caller lets go of the old one.
         return Batch(views, batch.index, batch.label)

@@ -77,6 +77,7 @@ class DaliPipeline(EpochPipeline):
         arguments = (config.seed, self.plan.population, self._threads, self.note_bad)
         self.decoder = ViewDecoder(self.store, config.views, *arguments)
         self._probe = ViewDecoder(self.store, _PROBE, *arguments)
+        # What was once read to the end need not be read again in a later epoch.
         self._known = np.full(self.num_samples, _UNKNOWN, dtype=np.uint8)
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)
         self._rows = self.plan.slice.batch_per_device
@@ -86,6 +87,7 @@ class DaliPipeline(EpochPipeline):
     def _classify(self, index: np.ndarray, records: Sequence[np.ndarray]) -> np.ndarray:
         """Which samples of a batch DALI may decode, bool (B,); their sizes are known afterwards."""
         store = self.store
+        # A record whose checksum fits is what the packer wrote, which any decoder reads; its size is in the file.
         if isinstance(store, PackedStore) and store.checksums is not None:
             self._sizes[index, 0], self._sizes[index, 1] = store.reader.heights[index], store.reader.widths[index]
             intact = [
@@ -150,6 +152,7 @@ class DaliPipeline(EpochPipeline):
                 # use after an error; the batch goes to our own decoder.
                 self._graph = None
                 whole[:] = False
+        # The usual case needs no copy.
         if whole.all() and made:
             return made
         rest = index[~whole]

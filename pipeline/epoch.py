@@ -39,6 +39,7 @@ class EpochPlan:
     def __init__(self, config: PipelineConfig, num_samples: int, block_sizes: np.ndarray | None = None):
         if not config.views:
             raise ValueError("no views were asked for; name at least one ViewSpec")
+        # Settings are refused when the pipeline is built, before any thread or model depends on it.
         for spec in config.views:
             validate_view(spec)
         if config.order not in ORDERS:
@@ -128,6 +129,7 @@ class EpochPipeline:
         self.plan = EpochPlan(config, self.num_samples, block_sizes)
         self._epoch, self._first_step = 0, 0
         self._stats = PipelineStats()
+        # At most one iteration is under way, because iterations share the decoder's threads and buffers.
         self._running: Iterator[Batch] | None = None
         self.augmented_by = augmented_by(config, compiled_threads)
         self._augment_batch = BatchAugmenter(config) if self.augmented_by == BATCHES else None
@@ -146,12 +148,14 @@ class EpochPipeline:
 
     def __iter__(self) -> Iterator[Batch]:
         """Deliver the rest of the chosen epoch; an iteration that was abandoned is ended first."""
+        # An abandoned iteration still has a thread ahead that would go on filling our buffers.
         self._stop_running()
         epoch = self._epoch  # the consumer may choose the next one meanwhile
         running = self.deliver(epoch, self.plan.batches(epoch, self._first_step))
         self._running = running
         try:
             while True:
+                # Only the wait for the decoder is counted, not what is queued on a device afterwards.
                 started = time.perf_counter()
                 batch = next(running, None)
                 self._stats.wait_s += time.perf_counter() - started

@@ -27,6 +27,7 @@ def public_url(address: str) -> str:
         return address
     if scheme == "gs":
         return f"https://storage.googleapis.com/{rest}"
+    # Public objects have plain addresses, so no client library and no credentials are needed.
     if scheme == "s3":
         bucket, _, key = rest.partition("/")
         return f"https://{bucket}.s3.amazonaws.com/{key}"
@@ -49,12 +50,14 @@ def fetch(url: str, into: Path, expected_bytes: int | None = None) -> None:
     """
     problem: Exception = OSError("nothing was tried")
     for attempt in range(_ATTEMPTS):
+        # Servers that refuse for being busy want a growing pause: 0.8, 3.2 and 12.8 seconds.
         if attempt:
             time.sleep(0.2 * 4**attempt)
         try:
             _fetch_once(url, into, expected_bytes)
             return
         except urllib.error.HTTPError as error:
+            # Asking again cannot help where the address is wrong or closed; every other answer may be a passing one.
             if error.code in (401, 403, 404, 410):
                 raise ValueError(
                     f"{url} cannot be read (HTTP {error.code} {error.reason}); check the address, make it public or "

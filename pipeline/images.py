@@ -75,6 +75,7 @@ def open_rgb(
     refuse_other_content(data)
     if is_jpeg(data):
         return _open_jpeg(data, info or check_jpeg(data, max_pixels), at_least_px)
+    # PIL shows a cut PNG or a nonsensical TIFF without a word, or with a word on standard error only.
     if data.startswith(_PNG_START):
         _check_png(data, max_pixels)
     elif data[:4] in (b"II*\0", b"MM\0*"):

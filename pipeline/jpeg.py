@@ -87,6 +87,7 @@ class _Parser:
         if not is_jpeg(self.data):
             raise ImageRefused("not a JPEG file")
         while (marker := self._next_marker()) != 0xD9:
+            # These have no length; reading one would take the next marker for it.
             if marker == 0x01 or 0xD0 <= marker <= 0xD7:
                 self.clean = False  # a marker without parameters where none belongs; decoders step over it
                 continue
@@ -146,6 +147,7 @@ class _Parser:
     def _segment(self) -> bytes:
         at = self.position
         length = int.from_bytes(self.data[at : at + 2], "big")
+        # Cut comes before damaged: a file that ends here may have had a good length.
         if at + max(length, 2) > len(self.data):
             raise ImageRefused("truncated JPEG: it ends inside a header segment")
         if length < 2:
@@ -164,6 +166,7 @@ class _Parser:
         self.progressive = marker == 0xC2
         if self.width == 0 or self.height == 0:
             raise ImageRefused(f"empty image of {self.width} x {self.height} pixels")
+        # Before anything is allocated: a header of ten bytes can claim gigabytes.
         refuse_if_huge(self.width, self.height, self.max_pixels)
         if body[5] not in (1, 3, 4):
             raise ImageRefused(f"JPEG with {body[5]} colour components (1, 3 or 4 are supported)")
@@ -194,6 +197,7 @@ class _Parser:
             if len(counts) < 16 or len(symbols) < total or total > 256 or slot & 0xEC:
                 raise ImageRefused("damaged JPEG: an impossible Huffman table")
             table = np.zeros(TABLE, dtype=np.int32)
+            # A DC code names a number of bits, at most 15.
             if slot < 0x10 and total and symbols.max() > 15:
                 raise ImageRefused("damaged JPEG: an impossible Huffman table")
             if not build_codes(counts, symbols, table):
@@ -222,6 +226,7 @@ class _Parser:
     def _scan(self, body: bytes) -> None:
         scan = parse_scan(body, self.components, self.quantizers, self.progressive)
         self.scans += 1
+        # Each scan costs a pass over the image, whatever it changes.
         if self.scans > MAX_SCANS:
             raise ImageRefused(f"JPEG with more than {MAX_SCANS} scans")
         if self.progressive:

@@ -39,6 +39,7 @@ def build_codes(counts, symbols, table):
     for length in range(1, 17):
         count = np.int64(counts[length - 1])
         table[_LOOKUP + 17 + length] = position - code
+        # More codes than there are bit patterns left.
         if code + count > 1 << length:
             return False
         for _ in range(count):
@@ -72,18 +73,21 @@ def unstuff(data, position, windows, starts):
         byte = data[position]
         if byte == 0xFF:
             after = position + 1
+            # Any number of fill bytes may stand before a marker.
             while after < size and data[after] == 0xFF:
                 after += 1
             if after >= size:
                 position = size
                 break
             if 0xD0 <= data[after] <= 0xD7:
+                # Restart markers count modulo 8, so a lost or doubled one shows.
                 if data[after] != 0xD0 + ((segments - 1) & 7):
                     return -1, position
                 starts[segments] = length
                 segments += 1
                 position = after + 1
                 continue
+            # Another marker ends the scan; FF 00 is a stuffed FF.
             if data[after] != 0:
                 break
             position = after
@@ -202,6 +206,7 @@ def _refine_band(windows, bit, tables, base, first, last, nonzero):
                 skip += np.int64(_peek(windows, bit) >> np.uint64(16 - run))
             bit += np.uint64(run)
             break
+        # A run counts coefficients that are still zero; the others take a correction bit each on the way.
         while k <= last and (nonzero[k] or run > 0):
             if nonzero[k]:
                 bit += _U1
@@ -306,6 +311,7 @@ def read_scan(windows, starts, restart, geometry, tables, progressive, first, la
         else:
             count = blocks[1] - blocks[0]
             status, bit = _read_units(windows, bit, end, count, geometry, tables, not progressive, high)
+        # What follows the last code tells a whole segment from one with bytes lost in the middle.
         if status == 0:
             status = _close_segment(windows, bit, end)
         bad += status > 1

@@ -75,9 +75,11 @@ class Scan:
         for c in members:
             if any(c.precision[k] != (high if high else -1) for k in range(first, last + 1)):
                 raise ImageRefused("damaged JPEG: impossible progression")
+            # AC coefficients may follow only when the DC coefficient has been sent.
             if first and c.precision[0] < 0:
                 raise ImageRefused("damaged JPEG: impossible progression")
             c.precision[first : last + 1] = [low] * (last + 1 - first)
+            # Only refinements need to know which coefficients are not zero; sequential files never pay for it.
             if first and c.nonzero is None:
                 c.nonzero = np.zeros((c.padded_wide * c.padded_high, 64), dtype=np.bool_)
 
@@ -91,6 +93,7 @@ class Scan:
 
     def tables(self, codes: dict[int, np.ndarray]) -> np.ndarray:
         """Code tables of this scan, for each member DC then AC; one that the scan does not use stays empty."""
+        # One array for compiled code, which cannot look up a dict.
         tables = np.zeros((len(self.members), 2, TABLE), dtype=np.int32)
         uses_dc, uses_ac = self.first == 0 and self.high == 0, self.first > 0
         if not self.progressive:
@@ -121,6 +124,7 @@ class Scan:
             ImageRefused: the coded data are cut or damaged, or a code table is missing.
         """
         rest = len(data) - position
+        # Every byte may be data, every second one a restart marker: no growing while compiled code writes.
         windows = np.empty(rest + PADDING, dtype=np.uint32)
         starts = np.empty(rest // 2 + 2, dtype=np.int64)
         segments, end = unstuff(data, position, windows, starts)
@@ -171,6 +175,7 @@ def parse_scan(body: bytes, components: list[Component], quantizers: set[int], p
         if not found or (found[0].scanned and not progressive):
             raise ImageRefused("damaged JPEG: a scan names components wrongly")
         members.append(found[0])
+    # T.81 B.2.3; the compiled reader relies on a bounded unit.
     if count > 1 and sum(c.h * c.v for c in members) > 10:
         raise ImageRefused("damaged JPEG: too many blocks in a unit")
     if any(c.quantizer not in quantizers for c in members):

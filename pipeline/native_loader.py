@@ -56,6 +56,7 @@ class NativePipeline(EpochPipeline):
         ring: int = 1,
     ):
         self.store = store
+        # Known before the decoder is made: the base class decides with it who augments.
         compiled = native and decoder.native_library() is not None
         super().__init__(config, store.labels, store.data_hash, block_sizes, compiled_threads=compiled)
         self.decoder = ViewDecoder(
@@ -94,6 +95,8 @@ class NativePipeline(EpochPipeline):
         """The views of each batch in arrays on the host, made by a thread that runs ahead."""
         reader = self._read_ahead(epoch, batches)
 
+        # Runs on the thread ahead; it waits for the reader, decodes with all threads, and takes no part in the
+        # consumer's time.
         def work(step: int) -> HostBatch:
             if reader is not None:
                 reader.wait(step)

@@ -39,6 +39,7 @@ class LocalShards:
     def __init__(self, folder: Path, index: ShardIndex):
         self._paths = [folder / name for name in index.names]
         self._maps: dict[int, np.ndarray] = {}
+        # A shard cut by a copy would otherwise show as bad records hours later.
         for path, expected in zip(self._paths, index.shard_bytes.tolist(), strict=True):
             if not path.exists():
                 raise ValueError(f"shard {path} is missing; copy it again or name the shards that are there")
@@ -49,6 +50,7 @@ class LocalShards:
 
     def open(self, shard: int) -> np.ndarray:
         """The bytes of a shard, uint8."""
+        # Thousands of shards would be too many open mappings for some systems if all were made at once.
         if shard not in self._maps:
             self._maps[shard] = np.memmap(self._paths[shard], dtype=np.uint8, mode="r")
         return self._maps[shard]
@@ -72,15 +74,19 @@ class StreamedShards:
         self._base, self._index, self._ahead, self._capacity = base, index, ahead, capacity
         # Closing must not fail where a thread writes its last file into the folder meanwhile.
         self._folder = tempfile.TemporaryDirectory(prefix="regatta-shards-", ignore_cleanup_errors=True)
+        # In the order of last use; the first is let go when there are too many.
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._plan: list[int] = []
         self._reached = 0
+        # Tells errors of the epoch before from those of this one.
         self._generation = 0
+        # Guards everything below: fetchers, the decoder's thread and `close` all change it.
         self._changed = threading.Condition()
         self._fetching: set[int] = set()
         self._errors: dict[int, Exception] = {}
         self._closed = False
         self.fetched = 0
+        # Daemons: a fetch that hangs must not keep the process from ending.
         for _ in range(_FETCHERS):
             threading.Thread(target=self._run, name="regatta-shards", daemon=True).start()
 
@@ -88,6 +94,7 @@ class StreamedShards:
         """Fetch these shards next, in this order."""
         with self._changed:
             self._plan, self._reached, self._generation = list(sequence), 0, self._generation + 1
+            # A new epoch tries again what failed in the last one.
             self._errors = {}
             self._changed.notify_all()
 
@@ -98,14 +105,17 @@ class StreamedShards:
             OSError: it cannot be fetched.
         """
         with self._changed:
+            # Only a shard's first use moves the window on; later uses of it say nothing about what comes next.
             if shard in self._plan[self._reached :]:
                 self._reached = self._plan.index(shard, self._reached) + 1
                 self._changed.notify_all()
+            # Somebody fetches it already; a second copy would waste the connection.
             while shard in self._fetching:
                 self._changed.wait()
             if shard in self._maps:
                 self._maps.move_to_end(shard)
                 return self._maps[shard]
+            # Entered under the lock, fetched outside it: a fetch takes seconds, and others must go on.
             self._fetching.add(shard)
         return self._fetch(shard)
 
@@ -123,9 +133,11 @@ class StreamedShards:
         finally:
             with self._changed:
                 self._fetching.discard(shard)
+                # After `close` nobody would release it any more.
                 if mapped is not None and not self._closed:
                     self._maps[shard] = mapped
                     self.fetched += 1
+                    # Whoever still decodes from a shard holds its mapping; letting it go here only drops our reference.
                     while len(self._maps) > self._capacity:
                         self._maps.popitem(last=False)
                 self._changed.notify_all()
@@ -140,6 +152,7 @@ class StreamedShards:
     def _run(self) -> None:
         while True:
             with self._changed:
+                # Asleep until the plan or the window moves.
                 while not self._closed and self._next() is None:
                     self._changed.wait()
                 if self._closed:
@@ -152,6 +165,7 @@ class StreamedShards:
             except Exception as error:
                 # Whoever opens the shard tries again and gets the error; this thread must not give up on the others.
                 with self._changed:
+                    # A late failure of an old plan must not mark the shard in the new one.
                     if generation == self._generation:
                         self._errors[shard] = error
 
@@ -159,6 +173,7 @@ class StreamedShards:
         """Stop fetching and remove the temporary folder."""
         with self._changed:
             self._closed = True
+            # Sleeping fetchers wake and end.
             self._changed.notify_all()
         self._maps.clear()
         self._folder.cleanup()

@@ -32,6 +32,7 @@ class ShardStore:
     def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
         """Addresses within the mapped shards, which the result keeps."""
         shards = self.shard_of[index]
+        # Opened once for a batch, in the caller's thread: this is where a streamed shard is waited for.
         maps = {shard: self.files.open(shard) for shard in np.unique(shards).tolist()}
         bases = {shard: mapped.ctypes.data for shard, mapped in maps.items()}
         jobs["data"] = np.array([bases[shard] for shard in shards.tolist()], dtype=np.uint64) + self.index.offsets[
@@ -39,6 +40,7 @@ class ShardStore:
         ].astype(np.uint64)
         jobs["size"] = self.index.sizes[index]
         jobs["flags"], jobs["crc"] = CHECK_CRC, self.index.checksums[index]
+        # The mappings must live until the batch is decoded, whatever the store lets go meanwhile.
         return maps
 
     def read(self, index: int) -> bytes:
@@ -62,6 +64,7 @@ def split_location(data: str) -> tuple[str, list[str] | None]:
         return data.rstrip("/") or "/", None
     paths = expand_braces(data)
     folders = {path.rpartition("/")[0] for path in paths}
+    # One index describes one folder.
     if len(folders) > 1:
         raise ValueError(f"the shards of {data} lie in {len(folders)} folders; they must share one, with its index")
     return folders.pop() or ".", [path.rpartition("/")[2] for path in paths]
@@ -81,6 +84,7 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
         OSError: an address could not be reached.
     """
     base, chosen = split_location(data)
+    # The index comes first: it is small, and tells every rank the same epoch.
     remote = "://" in base
     if remote:
         base = public_url(base)
@@ -104,9 +108,11 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
             f"{data} has {len(index.names)} shards, fewer than the {readers} ranks that read them; "
             f"make smaller shards with tools/make_webdataset.py --shard-size-mib"
         )
+    # A sample could come from any shard at any time.
     if remote and order == "global":
         raise ValueError(
             f"{data} is streamed, and the global order would need every shard at once; choose --order sharded"
         )
+    # Two windows: the one in use and the one that is being fetched.
     files = StreamedShards(base, index, ahead=window, capacity=2 * window) if remote else LocalShards(Path(base), index)
     return ShardStore(index, files, base)

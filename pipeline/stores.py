@@ -44,6 +44,7 @@ class PackedStore:
     def __init__(self, path: str):
         self.reader = BetonReader(path)
         self.labels = self.reader.labels
+        # Files packed by FFCV itself have no manifest and therefore no checksums.
         manifest = manifest_of(self.reader)
         self.checksums = None if manifest is None else manifest.checksums
         self.data_hash = self.reader.fingerprint() if manifest is None else manifest.data_hash
@@ -51,6 +52,7 @@ class PackedStore:
 
     def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
         """Addresses within the memory map, which lives as long as the store."""
+        # Addresses in the mapping: a record is read from the page cache, never copied.
         jobs["data"] = self._base + self.reader.offsets[index]
         jobs["size"] = self.reader.sizes[index]
         if self.checksums is None:
@@ -83,6 +85,7 @@ class FileStore:
             raise ValueError(f"{source} does not exist; give a folder of photos or a list with one path a line")
         listing = list_images(source)
         self.files, self.labels = listing.files, listing.labels
+        # Encoded once; C++ wants bytes that end in a zero.
         self._encoded = [os.fsencode(file) + b"\0" for file in self.files]
         # Hashing every byte of a large folder would take minutes: names and sizes stand for the content.
         digest = hashlib.sha256()
@@ -97,6 +100,7 @@ class FileStore:
         # numpy's view of a bytes object gives the address that the C side needs.
         paths = [np.frombuffer(self._encoded[each], dtype=np.uint8) for each in index.tolist()]
         jobs["path"] = [path.ctypes.data for path in paths]
+        # Nobody has checked these files, and a camera's photo may need turning, which the general path does.
         jobs["flags"] = WHOLE_IMAGE | REFUSE_ROTATED
         return paths
 

@@ -26,6 +26,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # Groups write into one output, so that no copy joins them.
         output = torch.empty_like(x)
         dtype = statistics_dtype(x)
         means = torch.zeros(groups, x.shape[1], dtype=dtype, device=x.device)

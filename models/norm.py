@@ -124,6 +124,8 @@ class _ViewsBatchNorm(_BatchNorm):
     def _move_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
         if not self.training or self.running_mean is None or self.running_var is None:
             return
+        # Each layer moves its own. To move those of all layers in two launches they would have to be kept until the end
+        # of the step, but a second pass through the same encoder must start from what the first one has moved.
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased_variance)):
             if self.momentum is None:  # cumulative average, as PyTorch defines it
                 assert self.num_batches_tracked is not None
@@ -162,7 +164,7 @@ class GroupBatchNorm(_ViewsBatchNorm):
         groups = self._local_groups(x.shape[0])
         if x.numel() // (groups * x.shape[1]) < 2:
             raise ValueError("batch norm needs more than one value per channel in a group; use larger groups")
-        if groups == 1:
+        if groups == 1:  # PyTorch's own kernel moves the running statistics itself
             return self._normalise_whole(x)
         y, means, variances = grouped_batch_norm(x, self.weight, self.bias, groups, self.eps)
         for mean, variance in zip(means.chunk(self.views), variances.chunk(self.views), strict=True):
@@ -189,6 +191,7 @@ class SyncBatchNorm(_ViewsBatchNorm):
         self._local_groups(x.shape[0])  # refuses rows that are not whole views
         if self.views == 1:
             return self._normalise_one(x)
+        # View after view, in the same order on all ranks: each view is a collective.
         return torch.cat([self._normalise_one(part) for part in x.chunk(self.views)])
 
     def _normalise_one(self, x: Tensor) -> Tensor:
@@ -210,6 +213,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     if NORM.asked_for and isinstance(norm, _ViewsBatchNorm) and norm.fusible(x):
         return norm.forward_fused(x, residual, relu=True)
     y: Tensor = norm(x)
+    # In place, as torchvision does: batch norm's backward pass needs its input, not its output.
     if residual is not None:
         y += residual
     return F.relu(y, inplace=True)
@@ -225,12 +229,14 @@ def _replacement(old: _BatchNorm, mode: str, group_size: int) -> _BatchNorm:
     else:
         kind = kinds[mode]
     new = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+    # The tensors themselves move over: an optimizer made before the conversion goes on holding them.
     new.weight, new.bias = old.weight, old.bias
     new.running_mean, new.running_var = old.running_mean, old.running_var
     new.num_batches_tracked = old.num_batches_tracked
     new.train(old.training)
     if isinstance(new, GroupBatchNorm):
         new.group_size = group_size
+    # The way back to "plain" must know whether rows or maps were normalised, also after a second conversion.
     if isinstance(new, _ViewsBatchNorm):
         own = isinstance(old, _ViewsBatchNorm)
         new.source_dims = old.source_dims if own else 1 if isinstance(old, nn.BatchNorm1d) else 2  # type: ignore
@@ -284,6 +290,7 @@ def stacked_views(module: nn.Module, views: int) -> Iterator[None]:
     try:
         yield
     finally:
+        # Also after an error: a later pass over one view must not be cut in parts.
         for norm in norms:
             if isinstance(norm, _ViewsBatchNorm):
                 norm.views = 1

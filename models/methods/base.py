@@ -18,7 +18,7 @@ class StepInputs:
 
     Attributes:
         view1: (B, 3, S, S) normalised, channels-last.
-        view2: likewise.
+        view2: (B, 3, S, S), the other view of the same images.
         seed: run seed, for draws made inside a method.
         step: number of this pass, 0-based, for the same: optimizer step * micro_batches + micro-batch.
         mixed: "view1" / "view2" -> (B, 3, S, S): canvas of image i with the region of its partner pasted in.

@@ -58,6 +58,7 @@ class Byol(RegressionMethod):
         sizes = (self.encoder.feature_dim, config.hidden_dim, config.dim)
         self.projector = mlp_head(sizes, biases=biases, hidden_norm=True)
         self.predictor = mlp_head((config.dim, config.hidden_dim, config.dim), biases=biases, hidden_norm=True)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.copy_online_networks()
 

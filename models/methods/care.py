@@ -135,6 +135,7 @@ class Care(Method):
             setattr(self, f"{stream}_projector", mlp_head(sizes, biases=(True, True), hidden_norm=True))
             sizes = (config.dim, config.hidden_dim, config.dim)
             setattr(self, f"{stream}_predictor", mlp_head(sizes, biases=(True, True), hidden_norm=True))
+        # The transformer stream's batch norms have groups of their own size, whatever the recipe's mode.
         for name, child in self.named_children():
             own = name == "attention_stream"
             convert_batch_norm(child, "group" if own else bn_mode, config.t_bn_group_size if own else bn_group_size)
@@ -167,6 +168,7 @@ class Care(Method):
         online = [self.embed(view) for view in views]
         with torch.no_grad():
             momentum = [self.embed(view, momentum=True) for view in views]
+        # In float32: lambda would multiply the rounding of a bfloat16 distance by a hundred.
         with torch.autocast(inputs.view1.device.type, enabled=False):
             loss = cross_view_loss([s.attn for s in online], [s.attn for s in momentum])
             metrics = {"attn": loss.detach()}

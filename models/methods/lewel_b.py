@@ -94,6 +94,7 @@ class LewelB(RegressionMethod):
             self.predictor = ColumnMlp(config.dim, config.hidden_dim, config.dim)
         if config.aligned_loss:
             self.aligned_predictor = ColumnMlp(config.c, config.hidden_dim, config.c)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.copy_online_networks()
 

@@ -163,6 +163,7 @@ class LewelM(QueueMethod):
             global_loss=config.global_loss,
             aligned_loss=config.aligned_loss,
         )
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)

@@ -64,6 +64,7 @@ class MoBY(QueueMethod):
         sizes = (config.hidden_dim, config.dim)
         self.projector = mlp_head((self.encoder.feature_dim, *sizes), biases=(True, True), hidden_norm=True)
         self.predictor = mlp_head((config.dim, *sizes), biases=(True, True), hidden_norm=True)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)

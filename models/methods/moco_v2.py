@@ -94,6 +94,7 @@ class MoCoV2(QueueMethod):
         sizes = (feature_dim, config.hidden_dim, config.dim) if config.mlp else (feature_dim, config.dim)
         self.projector = mlp_head(sizes, biases=[True] * (len(sizes) - 1), hidden_norm=False)
         initialise_linear(self.projector, config.head_init)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self.encoder, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)
@@ -125,6 +126,7 @@ class MoCoV2(QueueMethod):
             losses.append(share * loss)
             for name, term in terms.items():
                 metrics[name] = metrics[name] + share * term if name in metrics else share * term
+            # Collected, not enqueued: the second direction must meet the queue that the first one met.
             if direction == 0 or self.config.symmetric.enqueue == "both":
                 new_keys |= self.keys_to_enqueue(keys, key_view)
         return StepOutput(torch.stack(losses).sum(), metrics, new_keys)
@@ -142,6 +144,7 @@ class MoCoV2(QueueMethod):
         images = getattr(inputs, view)
         if not self.config.shuffle_bn:
             return self.keys_type(*self.momentum_forward(images))
+        # A query and its key in one batch-norm group would recognise each other by the group's statistics.
         permutation = inputs.key_permutation[direction]
         shuffled = self.momentum_forward(shuffle_rows(images, permutation))
         return self.keys_type(*(unshuffle_rows(rows, permutation) for rows in shuffled))

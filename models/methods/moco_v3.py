@@ -59,6 +59,7 @@ class MoCoV3(Method):
             output_norm="fixed",
         )
         self.predictor = mlp_head((config.dim, config.hidden_dim, config.dim), biases=(False, False), hidden_norm=True)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)

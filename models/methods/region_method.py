@@ -171,6 +171,7 @@ def paste_sources(rows: Tensor, partner: Tensor, config: RegionConfig) -> Tensor
 
     With pairs over the global batch the rows of all ranks are gathered first.
     """
+    # Detached in both cases: a key is a target, and for RegionCL-S so is the other view's projection.
     pool = all_gather_rows(rows) if config.pairing_scope == "global" else rows.detach()
     return pool.index_select(0, partner)
 
@@ -203,7 +204,7 @@ class RegionTerms:
 
     Attributes:
         canvas: scalar, or None where it is switched off.
-        paste: likewise.
+        paste: scalar, or None where it is switched off.
     """
 
     canvas: Tensor | None
@@ -253,6 +254,7 @@ def queue_terms(
 
     Source: RegionCL Eq. 2, 4 and 5; K + 1 logits for the instance, K + 2 for paste and canvas.
     """
+    # Instance rows have no other region: -inf adds nothing to their sum, and all rows share one matrix product.
     rows, keys, extra = [query], [key], [query.new_full((query.shape[0], 1), -torch.inf)]
     if regions is not None and config.use_canvas:
         assert regions.canvas is not None
@@ -283,7 +285,7 @@ def batch_terms(
         regions: unit rows in composite order.
         keys: (G, D) unit keys of all ranks.
         canvas_target: (B,) int64 position of each canvas' image in the global batch.
-        paste_target: likewise for the pastes.
+        paste_target: (B,) int64 position of the image that each paste is from.
         temperature: positive.
         config: which terms and negatives.
 
@@ -400,6 +402,7 @@ class RegionMixin(Method):
             queue: (K, D) unit rows.
         """
         query, regions = pooled, self.pool(composites)
+        # Projector and predictor alike see instance and region rows together, so that batch norm treats them alike.
         for head in heads:
             query, regions = self.embed(head, query, regions)
         regions = None if regions is None else regions.map(unit)

@@ -41,7 +41,7 @@ def differentiable(
         forward: tensors and settings -> result or results.
         forward_fake: same arguments -> empty results of the right shape, dtype and layout.
         backward: what computes the gradients; called by `gradients`.
-        backward_fake: likewise for `backward`.
+        backward_fake: arguments of `backward` -> empty gradients.
         setup_context: (ctx, inputs, output), saves what `gradients` needs.
         gradients: (backward, ctx, *gradients of the results) -> one gradient or None for each argument of `forward`.
             Only the first result has a gradient; those of the others are None or zeros.

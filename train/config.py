@@ -128,8 +128,15 @@ class OptimConfig:
 class ScheduleConfig:
     """How the learning rate moves between the start and the end of a run."""
 
-    decay: Literal["cosine-epoch", "cosine-step", "constant"] = option(
-        "cosine-epoch", "after warm-up: half a cosine, evaluated once an epoch or every step, or no change"
+    decay: Literal["cosine-epoch", "cosine-step", "steps", "constant"] = option(
+        "cosine-epoch",
+        "after warm-up: half a cosine, evaluated once an epoch or every step; steps: a tenth at each milestone; or no "
+        "change",
+    )
+    milestones: tuple[int, ...] = option(
+        (),
+        "epochs from which on the rate is a tenth of what it was, comma-separated, with decay steps (MoCo v1)",
+        least=1,
     )
     final: float = option(0.0, "learning rate that the cosine ends at", least=0)
     cosine_origin: Literal["warmup-end", "run-start"] = option(

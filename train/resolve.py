@@ -9,7 +9,7 @@ from typing import Any
 
 from models.methods import METHODS
 
-from .config import Config, Recipe, RunConfig
+from .config import Config, Recipe, RunConfig, ScheduleConfig
 from .errors import UserMistake
 from .fields import Leaf, check, flatten, unflatten
 from .flags import OneLineParser, add_leaf, parse_fields
@@ -114,7 +114,16 @@ def _apply_flags(argv: Sequence[str], config: Config, show_model: bool) -> Confi
         config = unflatten(config, {"run.run_dir": f"runs/{config.run.method}"})
     for part in PARTS:
         check(getattr(config, part))
+    _check_milestones(config.recipe.schedule)
     return config
+
+
+def _check_milestones(schedule: ScheduleConfig) -> None:
+    if (schedule.decay == "steps") != bool(schedule.milestones):
+        raise UserMistake(
+            f"--schedule.milestones {','.join(map(str, schedule.milestones)) or 'none'} with --schedule.decay "
+            f"{schedule.decay}: decay steps needs milestones, and no other decay has them"
+        )
 
 
 def continued(argv: Sequence[str], config: Config, recorded: Mapping[str, Any]) -> Config:

@@ -28,7 +28,7 @@ class BasicBlock(TorchvisionBasicBlock):
 
 
 class Bottleneck(TorchvisionBottleneck):
-    """torchvision's block of three convolutions, with batch norm, sum and ReLU in one call as in `BasicBlock`."""
+    """The same for the block of three convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H/stride, W/stride)."""

@@ -30,8 +30,7 @@ from models.methods import METHODS
 from models.methods.base import Method, StepInputs
 from models.methods.moco_v2 import MoCoV2
 from models.ops.choice import NORM, POOL
-from pipeline.augmenter import BatchAugmenter
-from pipeline.interface import Batch, PipelineConfig
+from pipeline.interface import PipelineConfig
 from pipeline.synthetic import SyntheticPipeline
 from tools.bench.projection import GPUS
 from tools.bench.reference_port import PortedStep, PortOptions
@@ -42,7 +41,7 @@ from train.checkpoint import run_checkpoints
 from train.config import Config
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import RunEnd
-from train.inputs import InputBuilder, finished_views
+from train.inputs import InputBuilder, train_views
 from train.loop import Job, take_step
 from train.main import build_method, feature_grid
 from train.optim import build_optimizer
@@ -126,9 +125,8 @@ class OurStep:
 
     def prepare(self, batches: int = 2) -> None:
         """Make inputs to use in turn."""
-        augment, crops = synthetic_crops(self.config, self.runtime, batches)
-        for step, batch in enumerate(crops):
-            self.inputs += self.builder.build(augment(batch, 0), step)
+        for step, batch in enumerate(synthetic_batches(self.config, self.runtime, batches)):
+            self.inputs += self.builder.build(batch, 0, step)
 
     def __call__(self) -> None:
         """Take the next step."""
@@ -145,21 +143,19 @@ class OurStep:
         return float(self.state.sums["loss"])
 
 
-def synthetic_crops(config: Config, runtime: Runtime, count: int) -> tuple[BatchAugmenter, Iterator[Batch]]:
-    """What augments a batch as the run does, and `count` batches of synthetic uint8 crops on the device."""
+def synthetic_batches(config: Config, runtime: Runtime, count: int) -> Iterator:
+    """`count` batches of synthetic views on the device."""
     size = config.recipe.global_batch
     settings = PipelineConfig(
         str(count * size),
-        (),
+        train_views(config),
         size,
         seed=config.run.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
         device=runtime.device,
     )
-    settings = finished_views(settings, config, runtime)
-    # The crops come as they are, so that their augmentation can be timed.
-    return BatchAugmenter(settings), iter(SyntheticPipeline(replace(settings, augment="")))
+    return iter(SyntheticPipeline(settings))
 
 
 class PortStep:
@@ -398,12 +394,11 @@ class _WithAugmentation:
 
     def __init__(self, ours: OurStep) -> None:
         self.ours = ours
-        self.augment, crops = synthetic_crops(ours.config, ours.runtime, 1)
-        self.batch = next(crops)
+        self.batch = next(iter(synthetic_batches(ours.config, ours.runtime, 1)))
 
     def __call__(self) -> None:
         kept = self.ours.inputs
-        self.ours.inputs = self.ours.builder.build(self.augment(self.batch, 0), self.ours.state.step)
+        self.ours.inputs = self.ours.builder.build(self.batch, 0, self.ours.state.step)
         self.ours()
         self.ours.inputs = kept
 
@@ -454,8 +449,7 @@ class PartTimer:
 
 def profile_parts(ours: OurStep, steps: int) -> dict[str, list[float]]:
     """Seconds of each part in each of `steps` steps."""
-    augment, crops = synthetic_crops(ours.config, ours.runtime, 1)
-    batch = next(crops)
+    batch = next(iter(synthetic_batches(ours.config, ours.runtime, 1)))
     parts: dict[str, list[float]] = {}
     method, optimizer = ours.method, ours.state.optimizer
     settle = 2 if ours.runtime.device.type == "cuda" else 0
@@ -464,7 +458,7 @@ def profile_parts(ours: OurStep, steps: int) -> dict[str, list[float]]:
         undo = [timer.wrap(method.encoder, "online trunk, forward")]
         undo += [timer.wrap(m, "momentum trunk, forward") for o, m in method.momentum_pairs() if o is method.encoder]
         with timer.part("augmentation and regions"):
-            inputs = ours.builder.build(augment(batch, 0), step)[0]
+            inputs = ours.builder.build(batch, 0, step)[0]
         with timer.part("heads and losses, forward"), ours.runtime.autocast():
             output = method(inputs)
         with timer.part("backward"):

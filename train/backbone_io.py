@@ -7,6 +7,7 @@ found, with its shape, and every tensor of the file was used or is a classifier'
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.atomic import write_atomically
 
 from .errors import UserMistake
+from .state import digest
 
 BACKBONE_FILE = "backbone.safetensors"
 FORMAT = "regatta-backbone"
@@ -118,16 +120,18 @@ def save_backbone(
         OSError: when it cannot be written.
     """
     path = Path(path)
+    state = backbone_state(encoder)
     metadata = {
         "format": "pt",
         "writer": FORMAT,
         "arch": arch,
         "method": method,
         "regatta_version": version(),
+        "sha256": digest(state),
         **(extra or {}),
     }
     # As bytes: the library's own writer gives its files to the owner alone and hides the number of the system's error.
-    write_atomically(path, save(backbone_state(encoder), metadata))
+    write_atomically(path, save(state, metadata))
 
 
 def version() -> str:
@@ -173,9 +177,18 @@ def read_backbone(source: str | Path | Mapping[str, Any]) -> BackboneSource:
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as archive:
-            return {name: archive.get_tensor(name) for name in archive.keys()}, dict(archive.metadata() or {})
+            tensors = {name: archive.get_tensor(name) for name in archive.keys()}
+            metadata = dict(archive.metadata() or {})
     except (SafetensorError, OSError) as reason:
+        if not os.access(path, os.R_OK):
+            raise UserMistake(
+                f"checkpoint {path} may not be read by this user; it may well be whole: have its owner give the right"
+            ) from None
         raise UserMistake(f"checkpoint {path} cannot be read: {reason}; it may be damaged, copy it again") from None
+    # Only our own files carry the hash; without it a flipped bit would become a slightly worse figure.
+    if "sha256" in metadata and metadata["sha256"] != digest(tensors):
+        raise UserMistake(f"checkpoint {path} is not what was written (its SHA-256 differs); copy it again")
+    return tensors, metadata
 
 
 def _read_pickled(path: Path) -> dict[str, Any]:

@@ -7,15 +7,16 @@ place. It is read into memory once, and what is loaded is what was hashed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -24,33 +25,31 @@ from torch import Tensor
 from pipeline.atomic import remove, replacing, write_atomically
 
 from .config import Config
-from .errors import CheckpointFailed, Stopped, UserMistake
+from .errors import Stopped, UserMistake
 from .resolve import changed_fields
+from .retry import persistently
 from .runtime import Runtime, SignalWatch
-from .state import DOCUMENT_FILE, MODEL_FILE, OPTIMIZER_FILE, Mismatch, Saved, State, check, restore, to_files
-
-_PREFIX = "step_"
-_MANIFEST = "manifest.json"
-_NEEDED = (MODEL_FILE, OPTIMIZER_FILE, DOCUMENT_FILE)
-_MAX_JSON_BYTES = 256 << 20
-_MAX_HEADER_BYTES = 64 << 20
-
-PAUSES_S = (1.0, 4.0, 15.0)
-"""Seconds to wait before each further attempt at a write; the other ranks wait as long, so the sum stays short."""
-_PASSING = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ESTALE,
-    errno.EROFS,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.EBUSY,
+from .state import (
+    DOCUMENT_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Mismatch,
+    Saved,
+    State,
+    check,
+    restore,
+    state_bytes,
+    to_files,
 )
 
-T = TypeVar("T")
+_NAME = re.compile(r"step_(\d{8,})")
+_MANIFEST = "manifest.json"
+_NEEDED = (MODEL_FILE, OPTIMIZER_FILE, DOCUMENT_FILE)
+_MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 16 << 20
+_READ_ATTEMPTS = 3
+PAUSE_S = 1.0
+"""Seconds between attempts at reading, and between looks at a folder that ranks on other machines see otherwise."""
 
 
 class Damaged(Exception):
@@ -61,66 +60,35 @@ class Damaged(Exception):
 # Writing
 
 
-def persistently(what: str, write: Callable[[], T]) -> T:
-    """The result of `write`, attempted again for a while where the disk refuses it.
-
-    A full or unreachable disk is often somebody else's trouble of a moment; a week of training is not ended for it.
-
-    Raises:
-        CheckpointFailed: when it could not be written in the end, or never can be.
-    """
-    for pause in (*PAUSES_S, None):
-        try:
-            return write()
-        except OSError as reason:
-            if pause is None or reason.errno not in _PASSING:
-                raise CheckpointFailed(
-                    f"{what} could not be written: {reason}; free space or fix permissions, then run the same "
-                    "command again"
-                ) from None
-            print(f"regatta: {what}: {reason}; trying again in {pause:g} s", file=sys.stderr, flush=True)
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def write_checkpoint(root: Path, step: int, files: Mapping[str, bytes], keep: int) -> Path:
-    """Write the checkpoint of a step under `root` and drop all but the newest `keep`, and all later ones.
+def write_checkpoint(root: Path, name: str, files: Mapping[str, bytes]) -> Path:
+    """Write one checkpoint under `root`; returns its folder.
 
     Args:
-        root: folder of the checkpoints.
-        step: optimizer steps taken; names the checkpoint.
+        root: folder of the checkpoints, made where it is missing.
+        name: of the checkpoint's folder, `step_XXXXXXXX`.
         files: content by file name.
-        keep: checkpoints that stay.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
-        OSError: when it could not be written; nothing half-written is left under a final name, and the older ones are
-            as they were.
+        OSError: when it could not be written; nothing half-written is left under a final name, and the other
+            checkpoints are as they were.
     """
-    final = root / f"{_PREFIX}{step:08d}"
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".*.tmp"):  # of writers that were killed: a run has one writer at a time
         remove(leftover)
     # Hashed in memory: what the disk made of the bytes is what the hash shall find out.
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-    with replacing(final) as temporary:
+    hashes = {file: hashlib.sha256(data).hexdigest() for file, data in sorted(files.items())}
+    with replacing(root / name) as temporary:
         temporary.mkdir()
-        for name, data in files.items():
-            (temporary / name).write_bytes(data)
+        for file, data in files.items():
+            (temporary / file).write_bytes(data)
         (temporary / _MANIFEST).write_text(json.dumps({"files": hashes}, indent=1))
-    write_atomically(root / "latest", final.name.encode())
-    _drop_others(root, final, keep)
-    return final
+    write_atomically(root / "latest", name.encode())
+    return root / name
 
 
-def _drop_others(root: Path, newest: Path, keep: int) -> None:
-    # Later steps are another history's (--resume never, or damaged): they must not crowd this one out.
-    others = steps_on_disk(root)
-    later = [folder for folder in others if folder.name > newest.name]
-    for old in later + others[len(later) + keep :]:
-        remove(old)
+def checkpoint_name(step: int) -> str:
+    """The folder's name of the checkpoint of a step."""
+    return f"step_{step:08d}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,48 +96,108 @@ def _drop_others(root: Path, newest: Path, keep: int) -> None:
 
 
 def steps_on_disk(root: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((p for p in root.glob(f"{_PREFIX}*") if p.is_dir()), key=lambda p: p.name, reverse=True)
+    """Checkpoint folders, newest first; empty where there is no such folder.
+
+    Raises:
+        UserMistake: the folder is there and cannot be listed. Taking that for an empty one would start the run over.
+    """
+    try:
+        names = [entry.name for entry in root.iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as reason:
+        raise UserMistake(
+            f"checkpoints {root} cannot be listed: {reason.strerror}; give this user the right to read them, or choose "
+            "another folder"
+        ) from None
+    steps = [(int(found[1]), name) for name in names if (found := _NAME.fullmatch(name))]
+    return [root / name for _, name in sorted(steps, reverse=True)]
 
 
-def read_checkpoint(folder: Path) -> Saved:
+def read_checkpoint(folder: Path, largest_bytes: int | None = None) -> Saved:
     """A checkpoint's content, with every file's hash seen to be the manifest's.
+
+    Args:
+        folder: of the checkpoint.
+        largest_bytes: a tensor file that is larger is not read into memory.
 
     Raises:
         Damaged: a file is missing, is not what was written, or cannot be made sense of.
         UserMistake: this user may not read it, which says nothing about whether it is whole.
     """
-    manifest = _json(_read(folder / _MANIFEST, _MAX_JSON_BYTES), _MANIFEST)
-    hashes = manifest.get("files")
+    hashes = _hashes(folder)
+    document = _document(folder, hashes)
+    model, optimizer = (_tensors(folder / name, hashes[name], largest_bytes) for name in (MODEL_FILE, OPTIMIZER_FILE))
+    return Saved(document, model, optimizer)
+
+
+def is_good(folder: Path) -> bool:
+    """Whether a checkpoint can be read and every file of it has its hash.
+
+    Raises:
+        UserMistake: this user may not read it.
+    """
+    try:
+        read_checkpoint(folder)
+    except Damaged:
+        return False
+    return True
+
+
+def _hashes(folder: Path) -> dict[str, Any]:
+    hashes = _json(_read(folder / _MANIFEST, _MAX_JSON_BYTES), _MANIFEST).get("files")
     if not isinstance(hashes, dict) or not set(_NEEDED) <= set(hashes):
         raise Damaged(f"{_MANIFEST} does not name all files")
-    contents = {name: _verified(folder / name, hashes[name]) for name in _NEEDED}
-    document = _json(contents[DOCUMENT_FILE], DOCUMENT_FILE)
-    if folder.name != f"{_PREFIX}{document.get('step')!s:>08}":
-        raise Damaged(f"{DOCUMENT_FILE} is of step {str(document.get('step'))[:20]}")
-    return Saved(document, _tensors(contents, MODEL_FILE), _tensors(contents, OPTIMIZER_FILE))
+    return hashes
 
 
-def _read(path: Path, limit: int | None = None) -> bytes:
+def _document(folder: Path, hashes: Mapping[str, Any]) -> dict[str, Any]:
+    document = _json(_verified(folder / DOCUMENT_FILE, hashes[DOCUMENT_FILE], _MAX_JSON_BYTES), DOCUMENT_FILE)
+    step = document.get("step")
+    # A folder under another step's name would be taken for a newer or older state than it is.
+    if type(step) is not int or folder.name != checkpoint_name(step):
+        raise Damaged(f"{DOCUMENT_FILE} is of step {str(step)[:20]}")
+    return document
+
+
+def _tensors(path: Path, expected: Any, largest_bytes: int | None) -> dict[str, Tensor]:
+    data = _verified(path, expected, largest_bytes)
+    # The library believes a header of up to 100 MB, which takes some times as much to hold; ours have some kilobytes.
+    if int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
+        raise Damaged(f"{path.name} has a header that is too large")
     try:
-        with path.open("rb") as stream:
-            if limit is not None and path.stat().st_size > limit:
-                raise Damaged(f"{path.name} is larger than {limit} bytes")
-            return stream.read()
-    except PermissionError as reason:
-        raise UserMistake(
-            f"{path} may not be read by this user ({reason.strerror}); it may well be whole: have its owner give the "
-            "right to read it, or choose another folder"
-        ) from None
-    except OSError as reason:
-        raise Damaged(f"{path.name}: {reason.strerror}") from None
+        tensors: dict[str, Tensor] = load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as reason:
+        raise Damaged(f"{path.name} holds no tensors: {str(reason)[:80]}") from None
+    return tensors
 
 
-def _verified(path: Path, expected: Any) -> bytes:
-    data = _read(path)
+def _verified(path: Path, expected: Any, largest_bytes: int | None) -> bytes:
+    data = _read(path, largest_bytes)
     if hashlib.sha256(data).hexdigest() != expected:
         raise Damaged(f"{path.name} is not what was written (its SHA-256 differs)")
     return data
+
+
+def _read(path: Path, largest_bytes: int | None) -> bytes:
+    """The bytes of a file; a disk that fails for a moment is asked again, because falling back loses work."""
+    for attempt in range(_READ_ATTEMPTS):
+        try:
+            if largest_bytes is not None and path.stat().st_size > largest_bytes:
+                raise Damaged(f"{path.name} has more than {largest_bytes} bytes")
+            return path.read_bytes()
+        except PermissionError as reason:
+            raise UserMistake(
+                f"{path} may not be read by this user ({reason.strerror}); it may well be whole: have its owner give "
+                "the right to read it, or choose another folder"
+            ) from None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as reason:
+            raise Damaged(f"{path.name}: {reason.strerror}") from None
+        except OSError as reason:
+            if attempt == _READ_ATTEMPTS - 1:
+                raise Damaged(f"{path.name}: {reason.strerror}") from None
+        time.sleep(PAUSE_S)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _json(data: bytes, name: str) -> dict[str, Any]:
@@ -180,27 +208,6 @@ def _json(data: bytes, name: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise Damaged(f"{name} holds no object")
     return loaded
-
-
-def _tensors(contents: Mapping[str, bytes], name: str) -> dict[str, Tensor]:
-    data = contents[name]
-    # The library believes a header of up to 100 MB; ours have some kilobytes.
-    if int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:
-        raise Damaged(f"{name} has a header that is too large")
-    try:
-        tensors: dict[str, Tensor] = load(data)
-        return tensors
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as reason:
-        raise Damaged(f"{name} holds no tensors: {str(reason)[:80]}") from None
-
-
-def is_good(folder: Path) -> bool:
-    """Whether a checkpoint can be read and every file of it has its hash."""
-    try:
-        read_checkpoint(folder)
-    except Damaged:
-        return False
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +238,7 @@ class Checkpoints:
     remedy: str
     resume: bool = True
     keep: int = 2
+    _history: list[str] = field(default_factory=list)  # names of this run's own checkpoints, oldest first
 
     def restore(self, state: State) -> bool:
         """Fill `state` in place from the newest checkpoint that every rank finds whole; whether there was one.
@@ -239,77 +247,128 @@ class Checkpoints:
             UserMistake: it has other settings or is of another network, no checkpoint is whole, one may not be read,
                 or the ranks do not see the same ones; `state` is then unchanged.
         """
-        folders = steps_on_disk(self.root) if self.resume else []
-        names = [folder.name for folder in folders]
-        if any(other != names for other in self.runtime.gather_objects(names)):
-            raise UserMistake(f"the ranks see different checkpoints under {self.root}; put it on a shared disk")
+        folders = self._same_on_all_ranks() if self.resume else []
         passed_over: list[str] = []
-        for folder in folders:
+        for position, folder in enumerate(folders):
             saved, complaint = self._read_on_all_ranks(folder, state)
-            if complaint:
+            if saved is None:
                 passed_over.append(f"{folder.name} is damaged: {complaint}")
                 continue
-            assert saved is not None
             self._tell(passed_over, f"going on from {folder.name}")
             restore(saved, state, self.runtime.rank, self.runtime.world_size)
+            self._history = [older.name for older in reversed(folders[position:])]
             return True
         if folders:
             self._tell(passed_over, "none is left")
             raise UserMistake(f"no checkpoint under {self.root} is whole; move it away or use --resume never")
         return False
 
+    def _same_on_all_ranks(self) -> list[Path]:
+        for attempt in range(_READ_ATTEMPTS):
+            folders = steps_on_disk(self.root)
+            names = [folder.name for folder in folders]
+            if all(other == names for other in self.runtime.gather_objects(names)):
+                return folders
+            if attempt < _READ_ATTEMPTS - 1:
+                time.sleep(PAUSE_S)  # a network disk may show a change late on another machine
+        raise UserMistake(f"the ranks see different checkpoints under {self.root}; put it on a shared disk")
+
     def _read_on_all_ranks(self, folder: Path, state: State) -> tuple[Saved | None, str]:
-        """(what is saved, "") where all ranks could read it and it fits, or (anything, the first rank's complaint)."""
-        saved, complaint, mistake = None, "", None
+        """What is saved, where every rank could read it and it fits; otherwise None and the first rank's complaint."""
+        saved, complaint = None, ""
+        mistake: UserMistake | None = None
         try:
-            saved = read_checkpoint(folder)
-            self._check(folder, saved, state)
+            saved = self._read(folder, state)
         except Damaged as reason:
             complaint = str(reason)
         except UserMistake as reason:
             mistake = reason
-        # Decided together: a rank that alone refused, or alone fell back, would leave or betray the others.
+        # Decided together: a rank that alone refused or fell back would leave the others, or train another state.
         told = self.runtime.gather_objects((complaint, mistake))
         refused = next((mistake for _, mistake in told if mistake is not None), None)
         if refused is not None:
             raise refused
-        return saved, next((complaint for complaint, _ in told if complaint), "")
+        complaint = next((complaint for complaint, _ in told if complaint), "")
+        return (None if complaint else saved), complaint
 
-    def _check(self, folder: Path, saved: Saved, state: State) -> None:
-        try:
-            changes = self.changes(saved.document)
-        except (KeyError, TypeError, AttributeError) as reason:
-            raise Damaged(f"{DOCUMENT_FILE} does not say which run it is of ({reason})") from None
-        if changes:
-            raise UserMistake(f"{self.place} holds a run with other settings ({'; '.join(changes[:3])}); {self.remedy}")
+    def _read(self, folder: Path, state: State) -> Saved:
+        hashes = _hashes(folder)
+        # Settings first: those of another run say more than the tensors that follow from them.
+        self._check_settings(_document(folder, hashes))
+        saved = read_checkpoint(folder, largest_bytes=4 * state_bytes(state) + _MAX_HEADER_BYTES)
         try:
             check(saved, state)
         except Mismatch as reason:
             raise UserMistake(f"checkpoint {folder} {reason}; {self.remedy}") from None
+        return saved
+
+    def _check_settings(self, document: dict[str, Any]) -> None:
+        try:
+            changes = self.changes(document)
+        except (KeyError, TypeError, AttributeError) as reason:
+            raise Damaged(f"{DOCUMENT_FILE} does not say which run it is of ({reason})") from None
+        if changes:
+            raise UserMistake(f"{self.place} holds a run with other settings ({'; '.join(changes[:3])}); {self.remedy}")
 
     def _tell(self, passed_over: list[str], then: str) -> None:
         if passed_over and self.runtime.is_main:
             print(f"regatta: {self.root}: {'; '.join(passed_over)}; {then}", file=sys.stderr, flush=True)
 
-    def save(self, state: State, also: Callable[[Path], None] | None = None) -> None:
-        """Write a checkpoint of `state`.
+    def check_space(self, state: State) -> None:
+        """See at the start that the disk has room for the checkpoints of the whole run.
+
+        Raises:
+            UserMistake: on every rank, with what is needed and what is free.
+        """
+        self.runtime.first_rank_does(lambda: self._check_space(state))
+
+    def _check_space(self, state: State) -> None:
+        # The newest and the best stay while one more is written; a backbone file is at most as large as one.
+        count = self.keep + 3
+        needed = count * state_bytes(state) - _bytes_below(self.root)
+        free = shutil.disk_usage(next(folder for folder in (self.root, *self.root.parents) if folder.is_dir())).free
+        if needed > free:
+            raise UserMistake(
+                f"{self.place}: checkpoints of {state_bytes(state) / 1e9:.2f} GB need {needed / 1e9:.2f} GB in all, "
+                f"{free / 1e9:.2f} GB are free; free space, keep fewer, or choose another disk"
+            )
+
+    def save(self, state: State, also: Callable[[Path], None] | None = None, best: int | None = None) -> None:
+        """Write a checkpoint of `state`, then drop all but the newest `keep` and the best.
 
         Args:
             state: what is saved.
             also: called on rank 0 with the checkpoint's folder once it is written; what it raises ends all ranks.
+            best: step of the best checkpoint so far, this one or an earlier one; None where none is known.
 
         Raises:
             CheckpointFailed: on every rank when rank 0 could not write, so that none waits for a rank that has gone.
         """
         parts = self.runtime.gather_objects(state.rank_part())
-        self.runtime.first_rank_does(lambda: self._write(state, parts, also))
+        self.runtime.first_rank_does(lambda: self._write(state, parts, also, best))
 
-    def _write(self, state: State, parts: list[Any], also: Callable[[Path], None] | None) -> None:
+    def _write(self, state: State, parts: list[Any], also: Callable[[Path], None] | None, best: int | None) -> None:
+        name = checkpoint_name(state.step)
         files = to_files(state, parts, self.identity)
-        where = self.root / f"{_PREFIX}{state.step:08d}"
-        folder = persistently(f"checkpoint {where}", lambda: write_checkpoint(self.root, state.step, files, self.keep))
+        folder = persistently(f"checkpoint {self.root / name}", lambda: write_checkpoint(self.root, name, files))
+        self._history = [older for older in self._history if older != name] + [name]
+        # What is not in the history is damaged or another run's (--resume never): it must not crowd this one out.
+        stays = {*self._history[-self.keep :], *self._name_best(best)}
+        self._history = [older for older in self._history if older in stays]
+        for other in steps_on_disk(self.root):
+            if other.name not in stays:
+                remove(other)
         if also is not None:
             also(folder)
+
+    def _name_best(self, step: int | None) -> Iterable[str]:
+        path = self.root / "best"
+        name = "" if step is None else checkpoint_name(step)
+        if name not in self._history:
+            remove(path)
+            return ()
+        persistently(f"{path}", lambda: write_atomically(path, name.encode()))
+        return (name,)
 
     def save_if_stopped(self, state: State, watch: SignalWatch) -> None:
         """Where a signal has asked any rank to stop: save and end the run. Every rank calls it after the same step.
@@ -322,28 +381,16 @@ class Checkpoints:
             raise stopped(state.step, watch)
 
 
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def stopped(step: int, watch: SignalWatch) -> Stopped:
     """The end of a run that was asked to stop and has saved the state of a step."""
     return Stopped(
         f"stopped by {watch.asked or 'a signal to another rank'} after step {step}, saved; "
         "the same command goes on from here"
     )
-
-
-def recorded_config(root: Path) -> dict[str, Any] | None:
-    """The configuration that the newest readable checkpoint under `root` was saved with; None where there is none.
-
-    Hashes are not checked: the configuration is needed before anything is built, and all checkpoints of a folder are
-    of one run. Restoring reads the document again, with its hash.
-    """
-    for folder in steps_on_disk(root):
-        try:
-            config = _json(_read(folder / DOCUMENT_FILE, _MAX_JSON_BYTES), DOCUMENT_FILE)["config"]
-            if {"run", "recipe", "model"} <= set(config):
-                return dict(config)
-        except (Damaged, KeyError, TypeError):
-            continue
-    return None
 
 
 def run_checkpoints(config: Config, config_json: Mapping[str, Any], runtime: Runtime) -> Checkpoints:

@@ -17,13 +17,14 @@ from models.norm import running_buffers
 from pipeline.atomic import remove_leftovers
 
 from .backbone_io import BACKBONE_FILE, save_backbone
-from .checkpoint import Checkpoints, persistently, stopped
+from .checkpoint import Checkpoints, stopped
 from .config import Config
 from .cuda_graph import GraphedForwardBackward
 from .errors import NonFinite
 from .inputs import InputStream
 from .optim import clip_or_measure, set_learning_rate
 from .record.metrics import Metrics
+from .retry import persistently
 from .runtime import Runtime, SignalWatch
 from .schedules import ema_at, lr_at
 from .state import TrainState
@@ -47,7 +48,8 @@ class Job:
         total_steps: optimizer steps of the recipe's schedule.
         last_step: where this run ends, `total_steps` or an earlier `--max-steps`.
         steps_per_epoch: optimizer steps of an epoch.
-        evaluate: called as `evaluate(step, epoch)` at the start, every `knn_every` epochs and at the end.
+        evaluate: called as `evaluate(step, epoch)` at the start, every `knn_every` epochs and at the end; gives the
+            online k-NN accuracy where there is one.
         checkpoints: where the state is kept.
         graphed: forward and backward as a CUDA graph, with `--cuda-graph`.
     """
@@ -61,7 +63,7 @@ class Job:
     total_steps: int
     last_step: int
     steps_per_epoch: int
-    evaluate: Callable[[int, int], None]
+    evaluate: Callable[[int, int], float | None]
     checkpoints: Checkpoints
     graphed: GraphedForwardBackward | None = None
 
@@ -91,7 +93,10 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
                 _write_row(job, state, epoch, clock)
             ends_epoch = state.step % job.steps_per_epoch == 0
             if ends_epoch and run.knn_every and (epoch + 1) % run.knn_every == 0 and state.step < job.last_step:
-                job.evaluate(state.step, epoch + 1)
+                if _evaluate(job, state, epoch + 1):
+                    # The best is kept for good, so it must be written now, wherever the regular steps fall.
+                    save(job, state, epoch)
+                    saved_at = state.step
                 clock.restart()
             # Asking the other ranks costs the host a wait, which a CPU run does not notice.
             # After the last step there is nothing left to stop.
@@ -99,7 +104,7 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
             if asks and state.step < job.last_step and runtime.agree(bool(watch.asked)):
                 save(job, state, epoch)
                 raise stopped(state.step, watch)
-            if state.step % run.checkpoint_every == 0 and state.step < job.last_step:
+            if state.step % run.checkpoint_every == 0 and saved_at != state.step < job.last_step:
                 save(job, state, epoch)
                 saved_at = state.step
                 clock.restart()
@@ -107,8 +112,18 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
                 break
     last_epoch = state.step // job.steps_per_epoch
     if saved_at != state.step:
-        job.evaluate(state.step, last_epoch)
+        _evaluate(job, state, last_epoch)
         save(job, state, last_epoch)
+
+
+def _evaluate(job: Job, state: TrainState, epoch: int) -> bool:
+    """Measure the backbone; whether its online k-NN accuracy is the highest so far, which `state.best` then holds."""
+    # Rank 0's figure counts: ranks that differed in a last digit would part over whether to save.
+    top1 = job.runtime.gather_objects(job.evaluate(state.step, epoch))[0]
+    if top1 is None or (state.best is not None and top1 <= state.best["top1"]):
+        return False
+    state.best = {"step": state.step, "top1": top1}
+    return True
 
 
 def _lr(job: Job, step: int) -> float:
@@ -282,7 +297,8 @@ def save(job: Job, state: TrainState, epoch: int) -> None:
         CheckpointFailed: on every rank when rank 0 could not write, so that none waits for a rank that has gone.
     """
     state.metrics_bytes = job.metrics.position()
-    job.checkpoints.save(state, lambda folder: _write_backbone(job, state, epoch, folder))
+    best = state.best["step"] if state.best is not None else None
+    job.checkpoints.save(state, lambda folder: _write_backbone(job, state, epoch, folder), best)
 
 
 def _write_backbone(job: Job, state: TrainState, epoch: int, folder: Path) -> None:

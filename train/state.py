@@ -6,6 +6,7 @@ A state becomes three files: the network's tensors and the optimizer's as safete
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from models.methods.base import Method
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 DOCUMENT_FILE = "state.json"
+_PLAIN_BYTES = 1 << 16  # JSON and headers
 
 
 class Mismatch(ValueError):
@@ -62,6 +64,7 @@ class TrainState:
         sums: running sums of the metrics not yet written as a row, and how many steps they cover.
         non_finite: (1,) int64 device tensor, how many steps in a row were skipped.
         metrics_bytes: length of `metrics.jsonl` when the state was saved.
+        best: ("step" and "top1") of the evaluation with the highest online k-NN accuracy so far, or None.
     """
 
     method: Method
@@ -72,6 +75,7 @@ class TrainState:
     sum_steps: int
     non_finite: Tensor
     metrics_bytes: int = 0
+    best: dict[str, Any] | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -90,6 +94,7 @@ class TrainState:
             "non_finite": self.non_finite.item(),
             "metrics_bytes": self.metrics_bytes,
             "sums": rank_parts,
+            "best": self.best,
         }
 
     def check_plain(self, saved: Mapping[str, Any]) -> None:
@@ -101,6 +106,10 @@ class TrainState:
                 float(value)
         if not saved["sums"]:
             raise ValueError("sums: no rank has any")
+        best = saved.get("best")  # checkpoints of earlier versions have none
+        if best is not None:
+            _check_count(best, "step")
+            float(best["top1"])
         live = self.method.host_state()
         if set(saved["host_state"]) != set(live):
             raise ValueError(f"host_state: {sorted(saved['host_state'])} instead of {sorted(live)}")
@@ -115,6 +124,7 @@ class TrainState:
         self.sum_steps = saved["sum_steps"]
         self.non_finite.fill_(saved["non_finite"])
         self.metrics_bytes = saved["metrics_bytes"]
+        self.best = saved.get("best")
 
 
 @dataclass
@@ -155,6 +165,25 @@ class TuningState:
     def load_plain(self, saved: Mapping[str, Any], rank: int, world_size: int) -> None:
         """Put the record back."""
         self.record = saved["record"]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and values of tensors, hexadecimal; their order does not matter."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        value = plain_copy(tensor)
+        sha.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def state_bytes(state: State) -> int:
+    """About how many bytes the checkpoints of this state have, also before the optimizer has taken its first step."""
+    weights = [p for group in state.optimizer.param_groups for p in group["params"]]
+    # Adam keeps two numbers for each weight, momentum one.
+    estimate = sum(p.nbytes for p in weights) * (2 if "betas" in state.optimizer.defaults else 1)
+    network = sum(t.nbytes for t in state.network.state_dict().values())
+    return network + estimate + _PLAIN_BYTES
 
 
 def _check_count(saved: Mapping[str, Any], name: str) -> None:

@@ -20,7 +20,6 @@ With deterministic kernels the continued run is then byte-identical with one tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ from pipeline.rng import SLOT_STEP_SEED, philox
 
 from ..checkpoint import Checkpoints
 from ..runtime import Runtime
-from ..state import State, plain_copy
+from ..state import State, digest
 
 
 class TuningCheckpoints(Checkpoints):
@@ -66,8 +65,9 @@ class TuningCheckpoints(Checkpoints):
         )
 
     def restore(self, state: State) -> bool:
-        """`Checkpoints.restore`, and a line on the first rank that says where the run goes on."""
+        """`Checkpoints.restore`, a line on the first rank that says where the run goes on, and a look at the disk."""
         found = super().restore(state)
+        self.check_space(state)
         if found and self.runtime.is_main:
             print(f"continued after step {state.step} from {self.root / f'step_{state.step:08d}'}", flush=True)
         return found
@@ -86,12 +86,7 @@ def discard_state(result: Path, runtime: Runtime) -> None:
 
 def fingerprint(module: nn.Module) -> str:
     """SHA-256 over names, shapes and values of a module's tensors, hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        value = plain_copy(tensor)
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest(module.state_dict())
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from train.retry import persistently
+
 _CONSOLE_EVERY_S = 5.0
 
 
@@ -37,7 +39,7 @@ class Metrics:
         path.touch()
         with path.open("r+b") as stream:
             stream.truncate(min(keep_bytes, path.stat().st_size))
-        self._stream = path.open("a", buffering=1)
+        self._stream = path.open("ab", buffering=0)
         from torch.utils.tensorboard import SummaryWriter
 
         if not keep_bytes:
@@ -56,12 +58,23 @@ class Metrics:
         if self._stream is None:
             return
         row = {"kind": kind, "step": step, "epoch": epoch, "time_s": round(time.monotonic() - self._start, 3), **values}
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
+        self._append(json.dumps(row) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         self._show(kind, row)
+
+    def _append(self, line: str) -> None:
+        assert self._stream is not None
+        waiting = memoryview(line.encode())
+
+        def write() -> None:
+            # A full disk may take a part of the line: the next attempt goes on behind it.
+            nonlocal waiting
+            while waiting:
+                waiting = waiting[self._stream.write(waiting) :]  # type: ignore[union-attr]
+
+        persistently("metrics.jsonl", write)
 
     def _show(self, kind: str, row: dict[str, Any]) -> None:
         shown = {name: value for name, value in row.items() if name not in ("kind", "step", "epoch", "time_s")}

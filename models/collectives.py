@@ -7,7 +7,6 @@ batch of G = B * world rows; every rank must hold the same number of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,37 +60,6 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     return _restore_layout(joined, channels_last)
 
 
-class _GatherRows(torch.autograd.Function):
-    """Gather whose backward sums every rank's gradient for the rows that this rank contributed."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.rows = tensor.shape[0]
-        return all_gather_rows(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
-
-
-def all_gather_rows_with_grad(tensor: Tensor) -> Tensor:
-    """The rows of all ranks in rank order, differentiable.
-
-    The backward pass sums the gradients of all ranks' losses with respect to this rank's rows; with gradients averaged
-    over ranks afterwards (as DDP does), that is the gradient of the mean of the ranks' losses.
-
-    Args:
-        tensor: (B, ...) float.
-
-    Returns:
-        (G, ...); the tensor itself where there is one process.
-    """
-    gathered: Tensor = tensor if world() == 1 else _GatherRows.apply(tensor)
-    return gathered
-
-
 def _local_slice(permutation: Tensor, rows: int) -> Tensor:
     if permutation.numel() != rows * world():
         raise ValueError(
@@ -120,10 +88,13 @@ def shuffle_rows(local: Tensor, permutation: Tensor) -> Tensor:
     """
     wanted = _local_slice(permutation, local.shape[0])
     if world() == 1:
-        return local.detach().index_select(0, wanted.to(local.device, non_blocking=True))
+        # PyTorch's selection writes its result in the default layout; over (B, H, W, C) that is channels-last.
+        rows, channels_last = _rows_first_layout(local.detach())
+        return _restore_layout(rows.index_select(0, wanted.to(local.device, non_blocking=True)), channels_last)
     if permutation.device.type == "cpu":
         return _exchange_rows(local, permutation)
-    return all_gather_rows(local).index_select(0, wanted.to(local.device, non_blocking=True))
+    rows, channels_last = _rows_first_layout(all_gather_rows(local))
+    return _restore_layout(rows.index_select(0, wanted.to(local.device, non_blocking=True)), channels_last)
 
 
 def _exchange_rows(local: Tensor, permutation: Tensor) -> Tensor:

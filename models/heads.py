@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 OutputNorm = Literal["none", "affine", "fixed"]
 HeadInit = Literal["torch", "fan_in"]
+
+
+def global_pool(feature_map: Tensor) -> Tensor:
+    """Mean over positions, which projectors read: (B, C, H, W) -> (B, C)."""
+    return feature_map.mean(dim=(2, 3))
 
 
 def mlp_head(

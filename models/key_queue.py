@@ -44,6 +44,7 @@ class KeyQueue(nn.Module):
         size, count = self.rows.shape[0], keys.shape[0]
         if count > size:
             raise ValueError(f"{count} keys a step do not fit a queue of {size}; raise --queue-size to {count} or more")
+        # At most two copies into the buffer itself: `loss.backward` has run, so nothing reads the old rows any more.
         until_end = min(count, size - self.pointer)
         self.rows[self.pointer : self.pointer + until_end].copy_(keys[:until_end])
         if until_end < count:

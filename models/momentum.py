@@ -51,6 +51,7 @@ def ema_update(pairs: Sequence[tuple[nn.Module, nn.Module]], m: float, buffers: 
     floating = [index for index, tensor in enumerate(momentum) if tensor.is_floating_point()]
     if floating:
         torch._foreach_lerp_([momentum[i] for i in floating], [online[i] for i in floating], 1.0 - m)
+    # Integers (batch norm's counters) have no average: they are taken over.
     counters = sorted(set(range(len(momentum))) - set(floating))
     if counters:
         torch._foreach_copy_([momentum[i] for i in counters], [online[i] for i in counters])
@@ -76,5 +77,6 @@ def follow(pairs: Sequence[tuple[nn.Module, nn.Module]], m: float, whole_state: 
         whole_state: average batch-norm running statistics too.
     """
     if whole_state:
+        # Each rank has seen other images: without this the ranks' momentum networks would drift apart.
         average_buffers([buffer for online, _ in pairs for buffer in running_buffers(online)])
     ema_update(pairs, m, buffers=whole_state)

@@ -10,103 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .collectives import world
+from .grouped_norm import grouped_batch_norm, statistics_dtype
 from .ops.batch_norm_act import batch_norm_act, move_running_statistics
 from .ops.choice import NORM
+from .sync_norm import sync_batch_norm
 
 MODES = ("group", "sync", "plain")
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-class _GroupedBatchNormFunction(torch.autograd.Function):
-    """Normalise each of `groups` equal chunks of rows by its own statistics, written into one output."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output = torch.empty_like(x)
-        dtype = _statistics_dtype(x)
-        means = torch.zeros(groups, x.shape[1], dtype=dtype, device=x.device)
-        variances = torch.zeros_like(means)
-        saved = []
-        for group, (source, target) in enumerate(zip(x.chunk(groups), output.chunk(groups), strict=True)):
-            # With momentum 1 the "running" statistics become this group's mean and unbiased variance.
-            scratch = (torch.empty(0, dtype=dtype, device=x.device), torch.empty(0, dtype=dtype, device=x.device))
-            _, mean, inverse_std = torch.native_batch_norm(
-                source, weight, bias, means[group], variances[group], True, 1.0, eps, out=(target, *scratch)
-            )
-            saved += [mean, inverse_std]
-        ctx.save_for_backward(x, weight, *saved)
-        ctx.groups, ctx.eps, ctx.has_bias = groups, eps, bias is not None
-        ctx.mark_non_differentiable(means, variances)
-        return output, means, variances
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        x, weight, *saved = ctx.saved_tensors
-        grad = _like_layout(grads[0], x)
-        grad_x = torch.empty_like(x)
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        grad_weight: Tensor | None = None
-        grad_bias: Tensor | None = None
-        chunks = zip(x.chunk(ctx.groups), grad.chunk(ctx.groups), grad_x.chunk(ctx.groups), strict=True)
-        for group, (x_part, grad_part, target) in enumerate(chunks):
-            mean, inverse_std = saved[2 * group], saved[2 * group + 1]
-            part, weight_part, bias_part = torch.ops.aten.native_batch_norm_backward(
-                grad_part, x_part, weight, None, None, mean, inverse_std, True, ctx.eps, mask
-            )
-            if mask[0]:
-                target.copy_(part)
-            if mask[1]:
-                grad_weight = weight_part if grad_weight is None else grad_weight.add_(weight_part)
-            if mask[2]:
-                grad_bias = bias_part if grad_bias is None else grad_bias.add_(bias_part)
-        return (grad_x if mask[0] else None), grad_weight, grad_bias, None, None
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def grouped_batch_norm_definition(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What grouped normalisation computes, in tensor operations that a compiler can fuse.
-
-    Args:
-        x: (N, C, ...) of any float dtype; N is a multiple of `groups`.
-        weight: (C,) or None.
-        bias: (C,) or None.
-        groups: number of equal chunks of rows.
-        eps: added to the variance.
-
-    Returns:
-        The normalised tensor in x's dtype and layout, and (groups, C) means and unbiased variances in fp32 or wider,
-        detached.
-    """
-    parts = x.unflatten(0, (groups, x.shape[0] // groups)).to(_statistics_dtype(x))
-    dims = [1, *range(3, parts.ndim)]
-    variance, mean = torch.var_mean(parts, dims, correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + eps)
-    columns = [1, 1, x.shape[1]] + [1] * (x.ndim - 2)
-    if weight is not None:
-        scale = scale * weight.to(scale.dtype).view(columns)
-    normalised = (parts - mean) * scale
-    if bias is not None:
-        normalised = normalised + bias.to(scale.dtype).view(columns)
-    count = x.numel() // (groups * x.shape[1])
-    shape = (groups, x.shape[1])
-    unbiased = variance.detach().view(shape) * (count / (count - 1))
-    return normalised.flatten(0, 1).to(x.dtype), mean.detach().view(shape), unbiased
 
 
 class _ViewsBatchNorm(_BatchNorm):
@@ -189,7 +107,7 @@ class _ViewsBatchNorm(_BatchNorm):
         elif self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if share is None:  # cumulative average: move running statistics outside the kernel, which wants a host number
-            mean = torch.zeros(x.shape[1], dtype=_statistics_dtype(x), device=x.device)
+            mean = torch.zeros(x.shape[1], dtype=statistics_dtype(x), device=x.device)
             variance = torch.zeros_like(mean)
         y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0 if share is None else share, self.eps)
         if share is None and mean is not None and variance is not None:
@@ -206,6 +124,8 @@ class _ViewsBatchNorm(_BatchNorm):
     def _move_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
         if not self.training or self.running_mean is None or self.running_var is None:
             return
+        # Each layer moves its own. To move those of all layers in two launches they would have to be kept until the end
+        # of the step, but a second pass through the same encoder must start from what the first one has moved.
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased_variance)):
             if self.momentum is None:  # cumulative average, as PyTorch defines it
                 assert self.num_batches_tracked is not None
@@ -244,10 +164,9 @@ class GroupBatchNorm(_ViewsBatchNorm):
         groups = self._local_groups(x.shape[0])
         if x.numel() // (groups * x.shape[1]) < 2:
             raise ValueError("batch norm needs more than one value per channel in a group; use larger groups")
-        if groups == 1:
+        if groups == 1:  # PyTorch's own kernel moves the running statistics itself
             return self._normalise_whole(x)
-        norm = grouped_batch_norm_definition if torch.compiler.is_compiling() else _GroupedBatchNormFunction.apply
-        y, means, variances = norm(x, self.weight, self.bias, groups, self.eps)
+        y, means, variances = grouped_batch_norm(x, self.weight, self.bias, groups, self.eps)
         for mean, variance in zip(means.chunk(self.views), variances.chunk(self.views), strict=True):
             self._update_running(mean.mean(0), variance.mean(0))
         return y
@@ -255,119 +174,6 @@ class GroupBatchNorm(_ViewsBatchNorm):
     def extra_repr(self) -> str:
         """PyTorch's description and the group size."""
         return f"{super().extra_repr()}, group_size={self.group_size}"
-
-
-class _SyncBatchNormCpu(torch.autograd.Function):
-    """Batch norm over the rows of all ranks, from kernels that run anywhere; ranks may hold unequal rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, channels = _statistics_dtype(x), x.shape[1]
-        local_mean = torch.zeros(channels, dtype=dtype, device=x.device)
-        local_variance = torch.zeros_like(local_mean)
-        rows = x.numel() // channels
-        if rows > 1:
-            torch.batch_norm_update_stats(x, local_mean, local_variance, 1.0)
-            local_variance *= (rows - 1) / rows
-        else:
-            local_mean.copy_(x.reshape(channels))
-        means, variances, counts = _gather_statistics(local_mean, local_variance, rows)
-        total = counts.sum(0)
-        mean = (counts * means).sum(0) / total
-        variance = (counts * (variances + (means - mean).square())).sum(0) / total
-        y = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
-        ctx.save_for_backward(x, weight, mean, variance, total)
-        ctx.eps, ctx.mask = eps, (weight is not None, bias is not None)
-        unbiased = variance * (total / (total - 1))
-        ctx.mark_non_differentiable(mean, unbiased)
-        return y, mean, unbiased
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        x, weight, mean, variance, total = ctx.saved_tensors
-        grad = _like_layout(grads[0], x)
-        scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
-        # The evaluation-mode backward gives w * dy / std and, as parameter gradients, the sums of dy * xhat and of dy.
-        direct, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )
-        sums = torch.stack([sum_dy, sum_dy_xhat])
-        dist.all_reduce(sums)
-        mean_dy, mean_dy_xhat = sums / total
-        inverse_std = torch.rsqrt(variance + ctx.eps)
-        # dx = w / std * (dy - mean(dy) - xhat * mean(dy * xhat)), the last two terms as one affine function of x
-        slope = -scale * inverse_std.square() * mean_dy_xhat
-        offset = -scale * inverse_std * mean_dy - slope * mean
-        columns = [1, x.shape[1]] + [1] * (x.ndim - 2)
-        correction = torch.addcmul(offset.view(columns), x.to(mean.dtype), slope.view(columns))
-        grad_x = (direct + correction).to(x.dtype)
-        return grad_x, (sum_dy_xhat if ctx.mask[0] else None), (sum_dy if ctx.mask[1] else None), None
-
-
-class _SyncBatchNormCuda(torch.autograd.Function):
-    """The same on the CUDA kernels of PyTorch's `nn.SyncBatchNorm`.
-
-    PyTorch's own function looks at the counts of all ranks on the host, a wait in every layer; here a rank always holds
-    rows, so that nothing has to be looked at.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous()
-        local_mean, local_inverse_std = torch.batch_norm_stats(x, eps)
-        means, inverse_stds, counts = _gather_statistics(local_mean, local_inverse_std, x.numel() // x.shape[1])
-        # With momentum 1 the "running" statistics become those of the joint batch, the variance unbiased.
-        joint_mean = torch.zeros_like(local_mean)
-        unbiased = torch.zeros_like(local_mean)
-        mean, inverse_std = torch.batch_norm_gather_stats_with_counts(
-            x, means, inverse_stds, joint_mean, unbiased, 1.0, eps, counts.view(-1)
-        )
-        ctx.save_for_backward(x, weight, mean, inverse_std, counts.to(torch.int32))
-        ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(joint_mean, unbiased)
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse_std, eps), joint_mean, unbiased
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        x, weight, mean, inverse_std, counts = ctx.saved_tensors
-        grad = _like_layout(grads[0], x)
-        sum_dy, sum_dy_xmu, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
-            grad, x, mean, inverse_std, weight, True, weight is not None, ctx.has_bias
-        )
-        sums = torch.stack([sum_dy, sum_dy_xmu])
-        dist.all_reduce(sums)
-        scale = None if weight is None else weight.to(mean.dtype)
-        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse_std, scale, sums[0], sums[1], counts)
-        return grad_x, (grad_weight if weight is not None else None), (grad_bias if ctx.has_bias else None), None
-
-
-def _like_layout(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient in the memory layout of its input."""
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return grad.contiguous(memory_format=torch.channels_last) if channels_last else grad.contiguous()
-
-
-def _gather_statistics(first: Tensor, second: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two (C,) statistics and the number of rows of every rank: (ranks, C), (ranks, C) and (ranks, 1)."""
-    channels = first.shape[0]
-    local = torch.cat([first, second, torch.full((1,), float(rows), dtype=first.dtype, device=first.device)])
-    gathered = torch.empty(world() * local.numel(), dtype=local.dtype, device=local.device)
-    dist.all_gather_into_tensor(gathered, local)
-    one, two, counts = gathered.view(world(), -1).split([channels, channels, 1], dim=1)
-    return one.contiguous(), two.contiguous(), counts.contiguous()
-
-
-@torch.compiler.disable
-def _sync_batch_norm(x: Tensor, norm: SyncBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, unbiased variance). Left out of compiled graphs, which would have to trace its collectives."""
-    function = _SyncBatchNormCuda if x.is_cuda else _SyncBatchNormCpu
-    result: tuple[Tensor, Tensor, Tensor] = function.apply(x, norm.weight, norm.bias, norm.eps)
-    return result
 
 
 class SyncBatchNorm(_ViewsBatchNorm):
@@ -385,12 +191,13 @@ class SyncBatchNorm(_ViewsBatchNorm):
         self._local_groups(x.shape[0])  # refuses rows that are not whole views
         if self.views == 1:
             return self._normalise_one(x)
+        # View after view, in the same order on all ranks: each view is a collective.
         return torch.cat([self._normalise_one(part) for part in x.chunk(self.views)])
 
     def _normalise_one(self, x: Tensor) -> Tensor:
         if world() == 1:
             return self._normalise_whole(x)
-        y, mean, variance = _sync_batch_norm(x, self)
+        y, mean, variance = sync_batch_norm(x, self.weight, self.bias, self.eps)
         self._update_running(mean, variance)
         return y
 
@@ -406,6 +213,7 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
     if NORM.asked_for and isinstance(norm, _ViewsBatchNorm) and norm.fusible(x):
         return norm.forward_fused(x, residual, relu=True)
     y: Tensor = norm(x)
+    # In place, as torchvision does: batch norm's backward pass needs its input, not its output.
     if residual is not None:
         y += residual
     return F.relu(y, inplace=True)
@@ -421,12 +229,14 @@ def _replacement(old: _BatchNorm, mode: str, group_size: int) -> _BatchNorm:
     else:
         kind = kinds[mode]
     new = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+    # The tensors themselves move over: an optimizer made before the conversion goes on holding them.
     new.weight, new.bias = old.weight, old.bias
     new.running_mean, new.running_var = old.running_mean, old.running_var
     new.num_batches_tracked = old.num_batches_tracked
     new.train(old.training)
     if isinstance(new, GroupBatchNorm):
         new.group_size = group_size
+    # The way back to "plain" must know whether rows or maps were normalised, also after a second conversion.
     if isinstance(new, _ViewsBatchNorm):
         own = isinstance(old, _ViewsBatchNorm)
         new.source_dims = old.source_dims if own else 1 if isinstance(old, nn.BatchNorm1d) else 2  # type: ignore
@@ -480,6 +290,7 @@ def stacked_views(module: nn.Module, views: int) -> Iterator[None]:
     try:
         yield
     finally:
+        # Also after an error: a later pass over one view must not be cut in parts.
         for norm in norms:
             if isinstance(norm, _ViewsBatchNorm):
                 norm.views = 1

@@ -28,7 +28,7 @@ class BasicBlock(TorchvisionBasicBlock):
 
 
 class Bottleneck(TorchvisionBottleneck):
-    """The same for the block of three convolutions."""
+    """torchvision's block of three convolutions, with batch norm, sum and ReLU in one call as in `BasicBlock`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H/stride, W/stride)."""

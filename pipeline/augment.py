@@ -244,6 +244,7 @@ class AugmentParams:
         device = torch.device(device)
         if self.table.device == device:
             return self
+        # Sixteen small copies would each cost a launch.
         packed = torch.cat(list(self.members.values())) if self.members else torch.empty(0, dtype=torch.int64)
         table = self.table
         if non_blocking and device.type == "cuda" and table.device.type == "cpu":
@@ -283,6 +284,7 @@ def draw_table(profile: Profile, seed: int, epoch: int, index: np.ndarray, view:
             f"the profile has {profile.num_views} views; choose view 0 to {profile.num_views - 1}, not {view}"
         )
     index = np.asarray(index, dtype=np.int64)
+    # Every word is drawn whether or not the profile uses it: profiles with an operation less keep the others' draws.
     chance = uniform(seed, index, epoch, view, SLOT_APPLY)
     strength = uniform(seed, index, epoch, view, SLOT_JITTER) * 2.0 - 1.0
     rest = uniform(seed, index, epoch, view, SLOT_ORDER)
@@ -295,6 +297,7 @@ def draw_table(profile: Profile, seed: int, epoch: int, index: np.ndarray, view:
     low, high = profile.sigma_range
     table[:, COLUMN["sigma"]] = low + (high - low) * rest[:, 2]
     first = COLUMN["order0"]
+    # One draw chooses among the 24 orders, as a shuffle of four would with three.
     table[:, first : first + 4] = JITTER_ORDERS[(rest[:, 0] * len(JITTER_ORDERS)).astype(np.int64)]
     return table
 
@@ -318,6 +321,40 @@ def params_from_table(profile: Profile | str, table: np.ndarray) -> AugmentParam
             members[f"jitter{place}{operation}"] = np.flatnonzero(jittered & (chosen == operation))
     tensors = {name: torch.from_numpy(rows) for name, rows in members.items() if len(rows)}
     return AugmentParams(profile, torch.from_numpy(table), tensors)
+
+
+def augment_view(
+    images: Tensor,
+    profile: Profile | str,
+    seed: int,
+    epoch: int,
+    index: np.ndarray,
+    view: int,
+    dtype: torch.dtype = torch.float32,
+    implementation: str = "auto",
+    load: fused_augment.LoadKernels | None = None,
+) -> Tensor:
+    """Draw the parameters of one view of a batch and apply them: `draw`, then `apply`.
+
+    Args:
+        images: (B, 3, S, S) uint8 on any device.
+        profile: profile or its name.
+        seed: run seed.
+        epoch: epoch number.
+        index: (B,) integer sample indices.
+        view: number of the view.
+        dtype: of the result.
+        implementation: one of `IMPLEMENTATIONS`.
+        load: as for `apply`.
+
+    Returns:
+        (B, 3, S, S) `dtype`, channels-last, normalised, on the device of `images`.
+
+    Raises:
+        ValueError: as `draw` and `apply`.
+    """
+    params = draw(profile, seed, epoch, index, view)
+    return apply(images, params.to(images.device, non_blocking=True), dtype, implementation, load)
 
 
 def choose_implementation(device: torch.device, dtype: torch.dtype, implementation: str = "auto") -> tuple[str, str]:
@@ -370,6 +407,7 @@ def apply(
     Raises:
         ValueError: for images that are not uint8, or an implementation that cannot do this.
     """
+    # Augmenting twice would go unnoticed: floats in a plausible range give plausible pictures.
     if images.dtype != torch.uint8:
         raise ValueError(f"views must be uint8, not {images.dtype}: augmentation normalises them itself")
     chosen, reason = choose_implementation(images.device, dtype, implementation)
@@ -397,6 +435,7 @@ def _apply_kernel(
 
 
 def _apply_reference(images: Tensor, params: AugmentParams, dtype: torch.dtype) -> Tensor:
+    # Half precision is only for the result: a chain of operations in it would lose whole grey levels.
     work = torch.float64 if dtype == torch.float64 else torch.float32
     levels = images.to(work, memory_format=torch.contiguous_format)
     for operation in params.profile.operations:
@@ -418,6 +457,7 @@ def _on_members(levels: Tensor, params: AugmentParams, name: str, function: Call
     rows = params.members.get(name)
     if rows is None:
         return levels
+    # No gather and scatter where every image is touched, as by a blur of probability 1.
     if len(rows) == len(levels):
         return function(levels)
     return levels.index_copy_(0, rows, function(levels.index_select(0, rows)))
@@ -428,6 +468,7 @@ def _flip(levels: Tensor, params: AugmentParams) -> Tensor:
 
 
 def _jitter(levels: Tensor, params: AugmentParams) -> Tensor:
+    # Images with the same operation at the same place of their order are done together.
     for place, operation in itertools.product(range(4), range(4)):
         name = f"jitter{place}{operation}"
         if name in params.members:

@@ -10,12 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .layouts import AUGMENTATION, OUTPUTS, PARAMETERS
 from .native_build import try_load
-
-COLUMNS = 14
-"""Floats in a row of parameters; the library is asked whether it agrees."""
-OUTPUTS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.float16: 3}
-"""What the library can write, and its number for each."""
 
 
 @cache
@@ -26,6 +22,7 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded.regatta_augment_scratch.restype = ctypes.c_size_t
     loaded.regatta_augment_scratch.argtypes = (ctypes.c_int, ctypes.c_int)
+    # Without a declaration ctypes would cut addresses to 32 bits.
     pointer, number = ctypes.c_void_p, ctypes.c_int
     loaded.regatta_augment.argtypes = (
         pointer,
@@ -40,7 +37,9 @@ def library() -> ctypes.CDLL | None:
         pointer,
         number,
     )
-    assert loaded.regatta_augment_columns() == COLUMNS
+    # A library of another version would read the table at wrong places.
+    assert loaded.regatta_augment_columns() == PARAMETERS
+    assert loaded.regatta_augment_plan_bytes() == AUGMENTATION.itemsize
     return loaded
 
 
@@ -83,19 +82,21 @@ def augment(
     if dtype not in OUTPUTS:
         raise ValueError(f"the native augmentation gives float32, bfloat16, float16 or uint8, not {dtype}")
     batch, channels, height, width = images.shape
-    assert images.dtype == torch.uint8 and channels == 3 and table.shape == (batch, COLUMNS)
+    assert images.dtype == torch.uint8 and channels == 3 and table.shape == (batch, PARAMETERS)
+    # The pass reads interleaved pixels, as the decoder writes them: then this copies nothing.
     images = images.contiguous(memory_format=torch.channels_last)
     table = table.contiguous()
     result = torch.empty((batch, 3, height, width), dtype=dtype, memory_format=torch.channels_last)
 
     def work(first: int, count: int) -> int:
+        # A scratch for each thread: they run at the same time.
         scratch = torch.empty(loaded.regatta_augment_scratch(height, width), dtype=torch.uint8)
         return loaded.regatta_augment(
             images.data_ptr() + first * height * width * 3,
             count,
             height,
             width,
-            table.data_ptr() + first * COLUMNS * 4,
+            table.data_ptr() + first * PARAMETERS * 4,
             int(gray_first),
             radius,
             OUTPUTS[dtype],
@@ -105,11 +106,15 @@ def augment(
         )
 
     threads = min(threads or torch.get_num_threads(), batch)
+    # Handing one part to a pool would cost more than it saves on small batches.
     if threads <= 1:
         status = work(0, batch)
     else:
+        # Contiguous parts of about equal size; images do not depend on one another, so neither do the bits on the
+        # parts.
         edges = [batch * part // threads for part in range(threads + 1)]
         counts = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        # The calls release Python's lock, so threads suffice.
         status = max(_threads(os.getpid(), threads).map(work, edges, counts))
     if status == 2:
         raise ValueError(f"this processor has no registers of {lanes} floats; use lanes=0")

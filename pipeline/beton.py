@@ -155,6 +155,7 @@ class BetonReader:
         # Not every address is a multiple of 8, so the table is copied before it is read as integers.
         table = np.frombuffer(self.data[self.data_end :].tobytes(), dtype=ALLOCATION)
         addresses, lengths = table["ptr"].astype(np.int64), table["size"].astype(np.int64)
+        # The table is in the order of writing, which several workers of FFCV's writer may have mixed.
         order = np.argsort(addresses, kind="stable")
         addresses, lengths = addresses[order], lengths[order]
         slots = np.minimum(np.searchsorted(addresses, self.offsets), len(addresses) - 1)
@@ -225,6 +226,7 @@ class BetonWriter:
             raise ValueError(f"an image of {width} x {height} pixels does not fit the format (sides from 1 to 65535)")
         if n >= self._capacity:
             raise ValueError(f"the file was laid out for {self._capacity} images and cannot take another")
+        # FFCV reads page by page: no record may lie across a border.
         room = self.page_size - self._position % self.page_size
         if size > room:
             self._pad_to(self._position + room)
@@ -241,6 +243,7 @@ class BetonWriter:
         end = -(-self._position // self.page_size) * self.page_size
         self._pad_to(end)
         table = np.zeros(n, dtype=ALLOCATION)
+        # Only the good records count; their number is known now.
         table["sample_id"] = np.arange(n)
         table["ptr"] = self._rows["f0"]["data_ptr"][:n]
         table["size"] = self._sizes[:n]
@@ -251,5 +254,6 @@ class BetonWriter:
             field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), dtype=np.uint8)
         header = np.zeros(1, dtype=HEADER)
         header[0] = (FORMAT_VERSION, len(fields), self.page_size, n, end)
+        # The header comes last: a file that was not finished is not taken for one.
         self._file.seek(0)
         self._file.write(header.tobytes() + fields.tobytes() + self._rows[:n].tobytes())

@@ -23,8 +23,8 @@ from .epoch import EpochPipeline
 from .geometry import draw_crops
 from .interface import Batch, PipelineConfig, ViewSpec
 from .prefetch import decoding_threads, prefetch
+from .shard_store import open_shards
 from .stores import PackedStore, Store, is_shard_pattern, open_store
-from .wds_loader import open_shards
 
 types: Any = _types  # its constants are filled in by the C++ part, out of a type checker's sight
 _UNKNOWN, _WHOLE, _OTHER = 0, 1, 2  # what is known of a record
@@ -77,6 +77,7 @@ class DaliPipeline(EpochPipeline):
         arguments = (config.seed, self.plan.population, self._threads, self.note_bad)
         self.decoder = ViewDecoder(self.store, config.views, *arguments)
         self._probe = ViewDecoder(self.store, _PROBE, *arguments)
+        # What was once read to the end need not be read again in a later epoch.
         self._known = np.full(self.num_samples, _UNKNOWN, dtype=np.uint8)
         self._sizes = np.zeros((self.num_samples, 2), dtype=np.int32)
         self._rows = self.plan.slice.batch_per_device
@@ -86,6 +87,7 @@ class DaliPipeline(EpochPipeline):
     def _classify(self, index: np.ndarray, records: Sequence[np.ndarray]) -> np.ndarray:
         """Which samples of a batch DALI may decode, bool (B,); their sizes are known afterwards."""
         store = self.store
+        # A record whose checksum fits is what the packer wrote, which any decoder reads; its size is in the file.
         if isinstance(store, PackedStore) and store.checksums is not None:
             self._sizes[index, 0], self._sizes[index, 1] = store.reader.heights[index], store.reader.widths[index]
             intact = [
@@ -150,6 +152,7 @@ class DaliPipeline(EpochPipeline):
                 # use after an error; the batch goes to our own decoder.
                 self._graph = None
                 whole[:] = False
+        # The usual case needs no copy.
         if whole.all() and made:
             return made
         rest = index[~whole]
@@ -170,8 +173,7 @@ class DaliPipeline(EpochPipeline):
     def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
         """Generate the batches whose sample indices are given, in order."""
         if self._shards is not None:
-            used = self._shards.shard_of[np.concatenate(batches)] if batches else np.zeros(0, dtype=np.int64)
-            self._shards.files.plan(used[np.sort(np.unique(used, return_index=True)[1])].tolist())
+            self._shards.expect(batches)
 
         def work(index: np.ndarray) -> tuple[np.ndarray, list[torch.Tensor]]:
             return index, self._decode(epoch, index)

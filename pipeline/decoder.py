@@ -7,7 +7,6 @@ records and fill their places alike.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,85 +14,38 @@ from PIL import Image
 
 from .epoch import SUBSTITUTE_ATTEMPTS, substitute
 from .geometry import draw_crops
-from .images import MAX_PIXELS, ImageRefused, decode_rgb
+from .images import decode_rgb
 from .interface import ViewSpec
+from .layouts import (
+    CHECKSUM,
+    DAMAGED,
+    JOB,
+    LOW_64,
+    OK,
+    PACKED,
+    TOO_LARGE,
+    UNREADABLE,
+    UNSUPPORTED,
+    VIEW,
+    view_array,
+)
 from .native_build import load, try_load
+from .refusal import MAX_PIXELS, ImageRefused
 from .stores import Store
 
-VIEW = np.dtype(
-    [
-        ("size", "<i4"),
-        ("kind", "<i4"),
-        ("interpolation", "<i4"),
-        ("draw_id", "<u4"),
-        ("scale", "<f8", 2),
-        ("ratio", "<f8", 2),
-        ("log_ratio", "<f8", 2),
-        ("resize_ratio", "<f8"),
-    ]
-)
-JOB = np.dtype(
-    [
-        ("data", "<u8"),
-        ("size", "<u8"),
-        ("path", "<u8"),
-        ("index", "<u4"),
-        ("crc", "<u4"),
-        ("flags", "<u4"),
-        ("slot", "<i4"),
-        ("status", "<i4"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("decoder", "<i4"),
-    ]
-)
-PACKED = np.dtype(
-    [
-        ("pool", "<u8"),
-        ("specs", "<u8"),
-        ("views", "<i8"),
-        ("seed", "<u8"),
-        ("epoch", "<i8"),
-        ("max_pixels", "<i8"),
-        ("offsets", "<u8"),
-        ("sizes", "<u8"),
-        ("checksums", "<u8"),
-        ("jobs", "<u8"),
-        ("outs", "<u8"),
-        ("finish", "<u8"),
-        ("ring", "<i8"),
-        ("rows", "<i8"),
-    ]
-)
-CHECK_CRC, WHOLE_IMAGE, REFUSE_ROTATED, LIBJPEG_ONLY = 1, 2, 4, 8
-LIBJPEG, BASELINE = range(2)
-OK, DAMAGED, UNSUPPORTED, CHECKSUM, UNREADABLE, TOO_LARGE = range(6)
 _REASONS = {
     DAMAGED: "damaged or not a JPEG",
     CHECKSUM: "its bytes changed after packing (checksum)",
     UNREADABLE: "the file cannot be read",
     TOO_LARGE: f"more than {MAX_PIXELS} pixels",
 }
-_KINDS = {"random": 0, "center": 1, "whole": 2}
-_INTERPOLATIONS = {"bilinear": 0, "bicubic": 1}
 _PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_LOW_64 = 0xFFFFFFFFFFFFFFFF
 INSTEAD = "images are decoded by PIL, several times slower"
-
-
-def view_array(views: Sequence[ViewSpec]) -> np.ndarray:
-    """The views as the C structure of `native/crops.h`."""
-    rows = np.zeros(len(views), dtype=VIEW)
-    for row, spec in zip(rows, views, strict=True):
-        row["size"], row["kind"], row["draw_id"] = spec.size, _KINDS[spec.kind], spec.draw_id
-        row["interpolation"] = _INTERPOLATIONS[spec.interpolation]
-        row["scale"], row["ratio"], row["resize_ratio"] = spec.scale, spec.ratio, spec.resize_ratio
-        row["log_ratio"] = math.log(spec.ratio[0]), math.log(spec.ratio[1])
-    return rows
 
 
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the signatures of its functions declared."""
+    # Without a declaration ctypes passes every integer as 32 bits and would cut addresses and seeds.
     pointer, u64, u32, i32, i64 = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32, ctypes.c_int64
     library.rg_pool_open.argtypes, library.rg_pool_open.restype = [i32], pointer
     library.rg_pool_close.argtypes, library.rg_pool_close.restype = [pointer], None
@@ -104,6 +56,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.rg_crc32.argtypes, library.rg_crc32.restype = [pointer, u64], u32
     library.rg_crop.argtypes, library.rg_crop.restype = [pointer, u64, u32, u32, i64, i64, pointer], None
     library.rg_force_level.argtypes, library.rg_force_level.restype = [i32], None
+    # A library of another version would write past the end of our arrays.
     assert library.rg_job_bytes() == JOB.itemsize and library.rg_view_bytes() == VIEW.itemsize
     assert library.rg_packed_bytes() == PACKED.itemsize
     return library
@@ -116,6 +69,7 @@ def native_library(instead: str | None = INSTEAD) -> ctypes.CDLL | None:
         NativeUnavailable: it cannot be built and `instead` is None.
     """
     library = load("views") if instead is None else try_load("views", instead)
+    # Declared again on each call: the library is one object in the process, and doing it twice changes nothing.
     return None if library is None else declare(library)
 
 
@@ -136,8 +90,10 @@ def pil_views(pixels: np.ndarray, views: Sequence[ViewSpec], seed: int, epoch: i
     image = Image.fromarray(pixels)
     cut = []
     for spec in views:
+        # Drawn as for a batch of one: a sample's box does not depend on the others.
         sides = np.array([height]), np.array([width])
         top, left, box_height, box_width = draw_crops(spec, seed, epoch, np.array([index]), *sides)[0].tolist()
+        # Cropped before it is resized, so that no pixel from outside the box bleeds into the view.
         crop = image.crop((left, top, left + box_width, top + box_height))
         cut.append(np.asarray(crop.resize((spec.size, spec.size), _PIL_FILTERS[spec.interpolation])))
     return cut
@@ -175,13 +131,9 @@ class ViewDecoder:
         self._library = native_library() if native else None
         self.specs = view_array(views)
         self.pool = self._library.rg_pool_open(threads) if self._library else None
+        # A container's limit on threads shows here as a null pool.
         if self._library and not self.pool:
             raise ValueError(f"the system refused to start {threads} decoding threads; choose fewer with --workers")
-
-    @property
-    def native(self) -> bool:
-        """Whether the native decoder is in use."""
-        return self._library is not None
 
     def decode(self, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> None:
         """Cut all views of a batch.
@@ -218,7 +170,7 @@ class ViewDecoder:
             self.specs.ctypes.data,
             len(self.specs),
             finish,
-            self._seed & _LOW_64,
+            self._seed & LOW_64,
             epoch,
             MAX_PIXELS,
         )
@@ -231,6 +183,7 @@ class ViewDecoder:
         Returns:
             (n,) status, `UNSUPPORTED` throughout with PIL, and (n, 2) int32 height and width where the status is `OK`.
         """
+        # The decoder reads a record to its end only on the way to some view.
         outs = [np.empty((len(index), spec.size, spec.size, 3), dtype=np.uint8) for spec in self._views]
         jobs = self._jobs(index, index, np.arange(len(index)))
         status = self._native_pass(0, jobs, index, outs)
@@ -248,10 +201,13 @@ class ViewDecoder:
         Raises:
             RuntimeError: a bad record, and 64 others drawn for its place are bad too.
         """
+        # The usual case: every image of the batch was decoded.
         if not status.any():
             return
         slots = np.flatnonzero(status)
         sources, status = index[slots], status[slots]
+        # First the records themselves by the general path, then one list of substitutes after another for those still
+        # bad.
         for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
             bad = self._general_pass(status, epoch, sources, index[slots], slots, outs)
             if not len(bad):
@@ -259,6 +215,7 @@ class ViewDecoder:
             slots = slots[bad]
             keys = index[slots]
             sources = np.array([substitute(self._seed, epoch, key, attempt, self._population) for key in keys.tolist()])
+            # The substitute's pixels are cut with the draws of the sample whose place it takes.
             status = self._native_pass(epoch, self._jobs(sources, keys, slots), sources, outs)
         raise RuntimeError(
             f"sample {index[slots[0]]} is bad, and so are {SUBSTITUTE_ATTEMPTS} others drawn for its place; "
@@ -274,6 +231,7 @@ class ViewDecoder:
     def _native_pass(self, epoch: int, jobs: np.ndarray, sources: np.ndarray, outs: Sequence[np.ndarray]) -> np.ndarray:
         """Run jobs whose records are `sources`; returns each one's status."""
         if self._library is None:
+            # The general path, which is PIL's, then serves every image.
             return np.full(len(sources), UNSUPPORTED)
         keep_alive = self._store.fill(jobs, sources)
         pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
@@ -284,7 +242,7 @@ class ViewDecoder:
             self.specs.ctypes.data,
             len(outs),
             pointers.ctypes.data,
-            self._seed & _LOW_64,
+            self._seed & LOW_64,
             epoch,
             MAX_PIXELS,
         )
@@ -314,22 +272,27 @@ class ViewDecoder:
         self, status: int, epoch: int, source: int, key: int, slot: int, outs: Sequence[np.ndarray]
     ) -> str | None:
         """Whatever the native decoder leaves, through the full decode; returns the reason where that fails too."""
+        # No other decoder can do better with bytes that are wrong or missing.
         if status in (CHECKSUM, UNREADABLE):
             return _REASONS[status]
         try:
             data = self._store.read(source)
         except OSError as error:
             return f"{_REASONS[UNREADABLE]} ({error.strerror})"
+        # The native decoder checks this only where it has the packer's checksum in the job.
         if not self._store.intact(source, data):
             return _REASONS[CHECKSUM]
         try:
             pixels = decode_rgb(data)
         except ImageRefused as error:
             return str(error)
+        # The reference resizes with PIL; with our library the same kernels cut whatever PIL decoded, so that views do
+        # not depend on which decoder an image needed.
         if self._library is None:
             for out, cut in zip(outs, pil_views(pixels, self._views, self._seed, epoch, key), strict=True):
                 out[slot] = cut
             return None
+        # An upright copy of a rotated image is a transposed view; C++ wants rows.
         pixels = np.ascontiguousarray(pixels)
         pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
         done = self._library.rg_views_of_rgb(
@@ -339,7 +302,7 @@ class ViewDecoder:
             len(outs),
             slot,
             pointers.ctypes.data,
-            self._seed & _LOW_64,
+            self._seed & LOW_64,
             epoch,
             key,
         )
@@ -347,6 +310,7 @@ class ViewDecoder:
 
     def close(self) -> None:
         """Stop the threads; may be called twice."""
+        # Forgotten first, so that a second call cannot close it again.
         pool, self.pool = self.pool, None
         if pool and self._library is not None:
             self._library.rg_pool_close(pool)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from . import augment
+from .augmenter import BATCHES, BatchAugmenter, augmented_by
 from .geometry import validate_view
 from .interface import Batch, PipelineConfig, PipelineStats
 from .rng import SLOT_SUBSTITUTE, integers, philox
@@ -39,6 +39,7 @@ class EpochPlan:
     def __init__(self, config: PipelineConfig, num_samples: int, block_sizes: np.ndarray | None = None):
         if not config.views:
             raise ValueError("no views were asked for; name at least one ViewSpec")
+        # Settings are refused when the pipeline is built, before any thread or model depends on it.
         for spec in config.views:
             validate_view(spec)
         if config.order not in ORDERS:
@@ -99,7 +100,18 @@ class EpochPipeline:
     """Base of the loaders: keeps epoch, plan and totals; a subclass delivers the batches.
 
     A subclass calls `__init__`, and implements `deliver(epoch, batches)`, a generator of `Batch` that releases what it
-    holds when it is closed.
+    holds when it is closed. It delivers finished views where `augmented_by` is `augmenter.THREADS`, otherwise crops,
+    which are finished here.
+
+    Args:
+        config: what to deliver.
+        labels: (N,) int64 of the store, -1 where there is none.
+        data_hash: SHA-256 (hex) of the store.
+        block_sizes: blocks of the "sharded" order; None is even blocks.
+        compiled_threads: the subclass decodes with threads of the compiled decoder, which can augment as well.
+
+    Attributes:
+        augmented_by: who augments the views, as `augmenter.augmented_by` says.
     """
 
     def __init__(
@@ -108,6 +120,7 @@ class EpochPipeline:
         labels: np.ndarray,
         data_hash: str,
         block_sizes: np.ndarray | None = None,
+        compiled_threads: bool = False,
     ):
         self.config = config
         self.labels = labels
@@ -116,15 +129,10 @@ class EpochPipeline:
         self.plan = EpochPlan(config, self.num_samples, block_sizes)
         self._epoch, self._first_step = 0, 0
         self._stats = PipelineStats()
+        # At most one iteration is under way, because iterations share the decoder's threads and buffers.
         self._running: Iterator[Batch] | None = None
-        self.profile = augment.get_profile(config.augment) if config.augment else None
-        if self.profile is not None and len(config.views) > self.profile.num_views:
-            raise ValueError(
-                f"the augmentation profile {config.augment} has {self.profile.num_views} views, but "
-                f"{len(config.views)} were asked for; choose another profile"
-            )
-        # Set by a subclass that delivers views with the profile applied; otherwise it is applied to its batches here.
-        self.augments_itself = False
+        self.augmented_by = augmented_by(config, compiled_threads)
+        self._augment_batch = BatchAugmenter(config) if self.augmented_by == BATCHES else None
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -140,30 +148,27 @@ class EpochPipeline:
 
     def __iter__(self) -> Iterator[Batch]:
         """Deliver the rest of the chosen epoch; an iteration that was abandoned is ended first."""
+        # An abandoned iteration still has a thread ahead that would go on filling our buffers.
         self._stop_running()
-        running = self.deliver(self._epoch, self.plan.batches(self._epoch, self._first_step))
+        epoch = self._epoch  # the consumer may choose the next one meanwhile
+        running = self.deliver(epoch, self.plan.batches(epoch, self._first_step))
         self._running = running
         try:
             while True:
+                # Only the wait for the decoder is counted, not what is queued on a device afterwards.
                 started = time.perf_counter()
                 batch = next(running, None)
                 self._stats.wait_s += time.perf_counter() - started
                 if batch is None:
                     return
-                if self.profile is not None and not self.augments_itself:
-                    self._augment(batch)
+                if self._augment_batch is not None:
+                    batch = self._augment_batch(batch, epoch)
                 self._stats.images += len(batch.index)
                 yield batch
                 # A second name for the batch would keep its buffers from being used again.
                 del batch
         finally:
             running.close()  # type: ignore[attr-defined]
-
-    def _augment(self, batch: Batch) -> None:
-        assert self.profile is not None
-        for number, (name, view) in enumerate(batch.views.items()):
-            params = augment.draw(self.profile, self.config.seed, self._epoch, batch.index.numpy(), number)
-            batch.views[name] = augment.apply(view, params.to(view.device, non_blocking=True), self.config.dtype)
 
     def _stop_running(self) -> None:
         running, self._running = self._running, None

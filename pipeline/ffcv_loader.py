@@ -9,7 +9,6 @@ exception in an operation, and would write new pixels into a batch that is still
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 
 import numba
@@ -22,12 +21,13 @@ from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
 from ffcv.traversal_order.base import TraversalOrder
 
-from .decoder import JOB, MAX_PIXELS, PACKED, ViewDecoder, native_library
-from .epoch import EpochPipeline
-from .host_augment import HostAugmenter, augments_on_host
-from .interface import Batch, PipelineConfig
-from .prefetch import HostBatch, HostBuffers, decoding_threads, deliver_batches
-from .read_ahead import WindowReader, window_reader
+from .decoder import native_library
+from .interface import PipelineConfig
+from .layouts import JOB, LOW_64, PACKED
+from .native_loader import NativePipeline
+from .prefetch import HostBatch
+from .read_ahead import WindowReader
+from .refusal import MAX_PIXELS
 from .stores import PackedStore
 
 _AHEAD = 2  # batches that wait in FFCV's queue
@@ -83,13 +83,15 @@ class ViewsOperation(Operation):
         return decode
 
 
-class FfcvPipeline(EpochPipeline):
+class FfcvPipeline(NativePipeline):
     """A `.beton` file through FFCV's Loader.
 
     Raises:
         ValueError: the file is not a packed file.
         NativeUnavailable: our decoder cannot be built here; `--loader folder` reads packed files without it.
     """
+
+    store: PackedStore
 
     def __init__(self, config: PipelineConfig):
         if not config.data.endswith(".beton"):
@@ -99,15 +101,8 @@ class FfcvPipeline(EpochPipeline):
             )
         library = native_library(instead=None)
         assert library is not None
-        self.store = PackedStore(config.data)
-        super().__init__(config, self.store.labels, self.store.data_hash)
-        threads = decoding_threads(config.workers)
-        self.decoder = ViewDecoder(self.store, config.views, config.seed, self.plan.population, threads, self.note_bad)
+        super().__init__(config, PackedStore(config.data), ring=_RING)
         rows = self.plan.slice.batch_per_device
-        self.augments_itself = augments_on_host(config, self.decoder)
-        self._augmenter = HostAugmenter(config, self.decoder, rows, _RING) if self.augments_itself else None
-        dtype = config.dtype if self.augments_itself else torch.uint8
-        self._buffers = HostBuffers(config.views, rows, config.device.type == "cuda", _RING + 6, dtype)
         self._sets: list[list[np.ndarray]] = [[] for _ in range(_RING)]
         self._outs = np.zeros((_RING, len(config.views)), dtype=np.uint64)
         self._jobs = np.zeros((_RING, rows), dtype=JOB)
@@ -138,7 +133,7 @@ class FfcvPipeline(EpochPipeline):
         self._checksums = None if checksums is None else np.ascontiguousarray(checksums, dtype=np.uint32)
         call["pool"] = self.decoder.pool
         call["specs"], call["views"] = self.decoder.specs.ctypes.data, len(self.config.views)
-        call["seed"], call["max_pixels"] = self.config.seed & 0xFFFFFFFFFFFFFFFF, MAX_PIXELS
+        call["seed"], call["max_pixels"] = self.config.seed & LOW_64, MAX_PIXELS
         call["offsets"], call["sizes"] = self._offsets.ctypes.data, self._sizes.ctypes.data
         call["checksums"] = 0 if self._checksums is None else self._checksums.ctypes.data
         call["jobs"], call["outs"] = self._jobs.ctypes.data, self._outs.ctypes.data
@@ -157,15 +152,16 @@ class FfcvPipeline(EpochPipeline):
         self._sets[turn] = self._buffers.take()
         self._outs[turn] = [array.ctypes.data for array in self._sets[turn]]
         if self._augmenter is not None:
-            self._augmenter.plan(turn, epoch, batches[number], self._sets[turn])
+            self._augmenter.prepare(turn, epoch, batches[number], self._sets[turn])
 
-    def _decoded(self, epoch: int, batches: list[np.ndarray]) -> Iterator[HostBatch]:
+    def _host_batches(self, epoch: int, batches: list[np.ndarray]) -> Iterator[HostBatch]:
+        """The views of each batch in arrays on the host, in the order in which FFCV's thread has them decoded."""
         filled = [batch for batch in batches if len(batch)]
         numbers = np.repeat(np.arange(len(filled)), [len(batch) for batch in filled])
         samples = np.concatenate(filled) if filled else np.zeros(0, dtype=np.int64)
         self._order.rows = np.stack([samples, numbers], axis=1).astype(np.int64)
         self._call["epoch"] = epoch
-        self._reader = window_reader(self.plan, self.store, epoch, batches)
+        self._reader = self._read_ahead(epoch, batches)
         iterator = None
         try:
             for number in range(_RING):
@@ -180,7 +176,7 @@ class FfcvPipeline(EpochPipeline):
                 turn = number % _RING
                 arrays, status = self._sets[turn], self._jobs["status"][turn, : len(index)].copy()
                 self._arm(number + _RING, epoch, batches)
-                (self._augmenter or self.decoder).repair(epoch, index, status, arrays)
+                self._views.repair(epoch, index, status, arrays)
                 yield index, arrays
                 del arrays
         finally:
@@ -189,17 +185,6 @@ class FfcvPipeline(EpochPipeline):
             if iterator is not None:
                 _end(iterator)
             self._sets = [[] for _ in range(_RING)]
-
-    def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:
-        """Generate the batches whose sample indices are given, in order."""
-        decoded = self._decoded(epoch, batches)
-        with closing(deliver_batches(self.config, self.labels, decoded)) as delivered:  # type: ignore[type-var]
-            yield from delivered
-
-    def close(self) -> None:
-        """Stop workers and release buffers; may be called twice."""
-        super().close()
-        self.decoder.close()
 
 
 def _end(iterator) -> None:  # type: ignore[no-untyped-def]

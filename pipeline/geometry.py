@@ -49,6 +49,7 @@ def _fallback_boxes(ratio: tuple[float, float], heights: np.ndarray, widths: np.
     """The largest centred crop within the ratio limits, as torchvision takes after ten failures. (B, 4) int64."""
     height, width = heights.astype(np.float64), widths.astype(np.float64)
     in_ratio = width / height
+    # Only the side that breaks the limit is shortened.
     crop_width = np.where(in_ratio > ratio[1], np.rint(height * ratio[1]), width).astype(np.int64)
     crop_height = np.where(in_ratio < ratio[0], np.rint(width / ratio[0]), height).astype(np.int64)
     # An extreme strip would round to zero pixels.
@@ -88,6 +89,7 @@ def draw_crops(
         return np.stack([zero, zero, heights, widths], axis=1)
     if spec.kind == "center":
         return _center_boxes(spec.resize_ratio, heights, widths)
+    # Every image starts with the fallback, which the first attempt that fits replaces.
     boxes = _fallback_boxes(spec.ratio, heights, widths)
     index = np.asarray(index, dtype=np.int64)
     low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
@@ -95,6 +97,7 @@ def draw_crops(
     for attempt in range(ATTEMPTS):
         if not len(pending):
             break
+        # Attempts have addresses of their own, so that those of one image do not shift those of another.
         draws = uniform(seed, index[pending], epoch, spec.draw_id, SLOT_CROP + attempt)
         height, width = heights[pending], widths[pending]
         area = (height * width).astype(np.float64)

@@ -16,28 +16,7 @@ from . import augment, augment_native
 from .blur import blur_radius
 from .decoder import ViewDecoder
 from .interface import PipelineConfig
-
-PLAN = np.dtype(
-    [
-        ("sizes", "<u8"),
-        ("radii", "<u8"),
-        ("tables", "<u8"),
-        ("outs", "<u8"),
-        ("views", "<i4"),
-        ("gray_first", "<i4"),
-        ("output", "<i4"),
-        ("reserved", "<i4"),
-    ]
-)
-"""`BatchPlan` of native/augment.cpp."""
-FINISH = np.dtype([("call", "<u8"), ("context", "<u8")])
-"""`Finish` of native/views.cpp."""
-
-
-def augments_on_host(config: PipelineConfig, decoder: ViewDecoder) -> bool:
-    """Whether the decoder's threads can augment what the config asks for; otherwise it is done batch by batch."""
-    asked = bool(config.augment) and config.dtype in augment_native.OUTPUTS
-    return asked and decoder.native and augment_native.library() is not None
+from .layouts import AUGMENTATION, FINISH, OUTPUTS, PARAMETERS
 
 
 class HostAugmenter:
@@ -55,30 +34,34 @@ class HostAugmenter:
 
     def __init__(self, config: PipelineConfig, decoder: ViewDecoder, rows: int, ring: int = 1):
         library = augment_native.library()
-        assert library is not None and library.regatta_augment_plan_bytes() == PLAN.itemsize
+        assert library is not None and config.dtype in OUTPUTS
         self._config, self._decoder, self._rows = config, decoder, rows
         self._profile = augment.get_profile(config.augment)
         count = len(config.views)
         self._sizes = np.array([spec.size for spec in config.views], dtype=np.int32)
+        # The blur's reach follows from the profile's largest sigma, so one radius serves every image of a view.
         largest = self._profile.sigma_range[1]
         self._radii = np.array([blur_radius(spec.size, largest) for spec in config.views], dtype=np.int32)
-        self._tables = np.zeros((ring, count, rows, len(augment.COLUMNS)), dtype=np.float32)
+        # The structures hold addresses of these arrays, which therefore are made once and kept.
+        self._tables = np.zeros((ring, count, rows, PARAMETERS), dtype=np.float32)
         addresses = [[view.ctypes.data for view in place] for place in self._tables]
         self._table_addresses = np.array(addresses, dtype=np.uint64)
         self._outs = np.zeros((ring, count), dtype=np.uint64)
-        self._plans = np.zeros(ring, dtype=PLAN)
+        self._plans = np.zeros(ring, dtype=AUGMENTATION)
         self.finishes = np.zeros(ring, dtype=FINISH)
         for place in range(ring):
             plan = self._plans[place]
             plan["sizes"], plan["radii"] = self._sizes.ctypes.data, self._radii.ctypes.data
             plan["tables"], plan["outs"] = self._table_addresses[place].ctypes.data, self._outs[place].ctypes.data
             plan["views"], plan["gray_first"] = count, self._profile.gray_first
-            plan["output"] = augment_native.OUTPUTS[config.dtype]
+            plan["output"] = OUTPUTS[config.dtype]
+        # The decoder calls this address from its own threads; Python takes no part in it.
         self.finishes["call"] = ctypes.cast(library.regatta_augment_image, ctypes.c_void_p).value
-        self.finishes["context"] = self._plans.ctypes.data + PLAN.itemsize * np.arange(ring)
+        self.finishes["context"] = self._plans.ctypes.data + AUGMENTATION.itemsize * np.arange(ring)
+        # For images that only the general path decodes, whose crops come to Python first.
         self._crops: list[np.ndarray] | None = None
 
-    def plan(self, place: int, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+    def prepare(self, place: int, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> None:
         """Draw the parameters of a batch and say where its views go; the arrays must live until it is decoded."""
         self._outs[place] = [out.ctypes.data for out in outs]
         for view in range(len(self._config.views)):
@@ -96,7 +79,7 @@ class HostAugmenter:
         Raises:
             RuntimeError: a bad record, and 64 others drawn for its place are bad too.
         """
-        self.plan(0, epoch, index, outs)
+        self.prepare(0, epoch, index, outs)
         status = self._decoder.hand_over(epoch, index, self.finishes.ctypes.data)
         self.repair(epoch, index, status, outs)
 
@@ -112,6 +95,7 @@ class HostAugmenter:
         Raises:
             RuntimeError: a bad record, and 64 others drawn for its place are bad too.
         """
+        # Images with status 0 were augmented on the thread that decoded them.
         rows = np.flatnonzero(status)
         if not len(rows):
             return
@@ -119,9 +103,11 @@ class HostAugmenter:
             self._crops = [np.empty((self._rows, size, size, 3), dtype=np.uint8) for size in self._sizes]
         self._decoder.repair(epoch, index, status, self._crops)
         for view, (crops, out) in enumerate(zip(self._crops, outs, strict=True)):
+            # Drawn anew for the few rows: draws are keyed by the sample, so these are the draws of the first pass.
             table = augment.draw_table(self._profile, self._config.seed, epoch, index[rows], view)
             images = torch.from_numpy(crops[rows]).permute(0, 3, 1, 2)
             radius, dtype = int(self._radii[view]), self._config.dtype
             made = augment_native.augment(images, torch.from_numpy(table), self._profile.gray_first, radius, dtype)
+            # The buffers hold rows of interleaved pixels.
             made = made.permute(0, 2, 3, 1)
             out[rows] = (made.view(torch.int16) if dtype == torch.bfloat16 else made).numpy()

@@ -18,9 +18,8 @@ import zlib
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from .jpeg import MAX_PIXELS, ImageRefused, JpegInfo, check_jpeg, is_jpeg, refuse_if_huge
-
-__all__ = ["MAX_PIXELS", "ImageRefused", "decode_rgb", "open_rgb"]
+from .jpeg import JpegInfo, check_jpeg, is_jpeg
+from .refusal import MAX_PIXELS, ImageRefused, refuse_if_huge
 
 # Others that PIL can open are left out: some start an interpreter (EPS), some have no signature and take any bytes
 # for an image (TGA), some are not pictures.
@@ -76,6 +75,7 @@ def open_rgb(
     refuse_other_content(data)
     if is_jpeg(data):
         return _open_jpeg(data, info or check_jpeg(data, max_pixels), at_least_px)
+    # PIL shows a cut PNG or a nonsensical TIFF without a word, or with a word on standard error only.
     if data.startswith(_PNG_START):
         _check_png(data, max_pixels)
     elif data[:4] in (b"II*\0", b"MM\0*"):

@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from .kernels.fused_augment import LoadKernels
+
 
 @dataclass(frozen=True)
 class ViewSpec:
@@ -55,7 +57,9 @@ class PipelineConfig:
         shard_window: how many blocks are mixed with one another in the "sharded" order.
         block_size: samples in a block of the "sharded" order, for stores without shards.
         augment: name of the augmentation profile that the views are to be delivered with; "" delivers uint8 crops.
+        implementation: of the augmentation, one of `augment.IMPLEMENTATIONS`.
         dtype: of augmented views.
+        load_kernels: compiles and launches the fused GPU kernel, for implementation "kernel" only.
     """
 
     data: str
@@ -72,7 +76,9 @@ class PipelineConfig:
     shard_window: int = 16
     block_size: int = 256
     augment: str = ""
+    implementation: str = "auto"
     dtype: torch.dtype = torch.float32
+    load_kernels: LoadKernels | None = None
 
 
 @dataclass

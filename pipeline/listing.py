@@ -51,6 +51,7 @@ def list_images(source: Path) -> Listing:
         ValueError: there are no images, or a folder cannot be read.
     """
     if source.is_dir():
+        # As bytes: the order must not depend on the locale.
         names = sorted(_walk(source), key=os.fsencode)
         files = [source / name for name in names]
         labels, classes = label_by_folder(names)
@@ -94,6 +95,7 @@ def _relative(paths: Sequence[str]) -> list[str]:
 
 def _walk(source: Path) -> Iterator[str]:
     """Relative paths of the image files below a folder, in no order."""
+    # Folders are told apart by device and inode, so that a link back to one above ends the walk there only.
     start = os.stat(source)
     folders = [("", frozenset([(start.st_dev, start.st_ino)]))]
     while folders:

@@ -16,6 +16,7 @@ from .stores import is_shard_pattern
 
 
 def _need(module: str, loader: str, extra: str) -> None:
+    # Looked for, not imported: importing some of them takes seconds or changes global state.
     if importlib.util.find_spec(module) is None:
         raise ValueError(
             f"--loader {loader} needs {module}, which is not installed; run: bash tools/setup.sh --retry (beside an "
@@ -54,16 +55,16 @@ def _webdataset(config: PipelineConfig) -> Pipeline:
     return WebDatasetPipeline(config)
 
 
-def _folder(config: PipelineConfig) -> Pipeline:
-    from .folder_loader import FolderPipeline
+def _files_or_packed(config: PipelineConfig) -> Pipeline:
+    from .store_loader import StorePipeline
 
-    return FolderPipeline(config)
+    return StorePipeline(config)
 
 
 def _reference(config: PipelineConfig) -> Pipeline:
-    from .folder_loader import FolderPipeline
+    from .store_loader import StorePipeline
 
-    return FolderPipeline(config, decoder="pil")
+    return StorePipeline(config, native=False)
 
 
 def _synthetic(config: PipelineConfig) -> Pipeline:
@@ -76,7 +77,7 @@ PIPELINES: dict[str, Callable[[PipelineConfig], Pipeline]] = {
     "ffcv": _ffcv,
     "dali": _dali,
     "webdataset": _webdataset,
-    "folder": _folder,
+    "folder": _files_or_packed,
     "reference": _reference,
     "synthetic": _synthetic,
 }
@@ -97,12 +98,14 @@ def choose_loader(data: str) -> tuple[str, str]:
     """The loader that `auto` takes for this data, and the reason in a few words."""
     if not data:
         raise ValueError("no data was named; give --data a packed file, a folder, a list or a shard pattern")
+    # Before the path is looked at: an address or a pattern is no path.
     if is_shard_pattern(data):
         return "webdataset", "the data is tar shards"
     path = Path(data)
     if not path.exists():
         raise ValueError(f"{data} does not exist; check the path, or pack images with tools/make_ffcv_dataset.py")
     if path.suffix == ".beton":
+        # Our own reader gives the same pixels, so a missing FFCV changes no run.
         missing = _ffcv_lacks()
         if missing is None:
             return "ffcv", "the data is a packed file"
@@ -127,6 +130,7 @@ def build_pipeline(name: str, config: PipelineConfig, quiet: bool = False) -> Pi
             print(f"loader: {name} ({reason})", file=sys.stderr)
     if name not in PIPELINES:
         raise ValueError(f"unknown loader {name!r}; choose auto, {', '.join(PIPELINES)}")
+    # A wrong rank would silently read another rank's samples.
     if config.world_size < 1 or not 0 <= config.rank < config.world_size:
         raise ValueError(f"rank {config.rank} of {config.world_size} does not exist; ranks count from 0")
     return PIPELINES[name](replace(config, data=str(config.data)))

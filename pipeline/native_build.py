@@ -65,6 +65,7 @@ def compiler() -> str | None:
 
 def _cache_folders() -> Iterator[Path]:
     """Where built libraries may lie, best first: beside the sources, the user's cache, a private temporary folder."""
+    # Beside the sources it is found by every user of a checkout; an installed package may be read-only.
     yield SOURCES / "build"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     yield Path(cache) / "regatta"
@@ -89,6 +90,7 @@ def _units(name: str) -> list[tuple[Path, tuple[str, ...]]]:
 
 
 def _key(name: str, command: list[str]) -> str:
+    # The C library's version counts: a home folder may be shared by machines of different age.
     digest = hashlib.sha256(" ".join([*command, platform.machine(), *platform.libc_ver()]).encode())
     for path in sorted({*SOURCES.glob("*.h"), *(source for source, _ in _units(name))}):
         digest.update(path.name.encode() + path.read_bytes())
@@ -145,6 +147,7 @@ def build(name: str, extra_flags: tuple[str, ...] = ()) -> Path:
     file_name = f"{name}-{_key(name, [Path(cxx or 'g++').name, *flags])}.so"
     folders = list(_cache_folders())
     for folder in folders:
+        # A library in a folder that somebody else owns could be anybody's code.
         if (folder / file_name).exists() and folder.stat().st_uid in (os.getuid(), 0):
             return folder / file_name
     if cxx is None:
@@ -155,6 +158,7 @@ def build(name: str, extra_flags: tuple[str, ...] = ()) -> Path:
     folder = writable[0]
     target = folder / file_name
     with _locked(folder / f"{name}.lock"):
+        # Another rank may have built it while we waited for the lock.
         if target.exists():
             return target
         _compile(name, [cxx, *flags], target)
@@ -167,6 +171,7 @@ def _load(name: str) -> ctypes.CDLL | NativeUnavailable:
         return ctypes.CDLL(str(build(name)))
     except NativeUnavailable as error:
         return error
+    # For example a cache shared with a machine that has another C library.
     except OSError as error:
         return NativeUnavailable(f"the built library {name} cannot be loaded ({error}); {_REMEDY}")
 
@@ -188,6 +193,7 @@ def try_load(name: str, instead: str) -> ctypes.CDLL | None:
     library = _load(name)
     if not isinstance(library, NativeUnavailable):
         return library
+    # Every loader of a run asks; the user is told once.
     if name not in _told:
         _told.add(name)
         print(f"native {name}: {library}; until then: {instead}", file=sys.stderr)

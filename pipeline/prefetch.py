@@ -28,6 +28,7 @@ def decoding_threads(workers: int) -> int:
     """
     if workers > 0:
         return workers
+    # The affinity counts, not the machine: containers and launchers bind processes to a part of it.
     cores = len(os.sched_getaffinity(0))
     bound = cores < (os.cpu_count() or cores)
     return max(1, cores if bound else cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -73,11 +74,14 @@ class HostBuffers:
 
     def take(self) -> list[np.ndarray]:
         """A free set; its contents are arbitrary."""
+        # Counting references finds a free set without the receiver having to hand anything back.
         for arrays in self._sets:
             if _references(arrays) == self._unused:
                 return list(arrays)
+        # Torch allocates, because only torch can give page-locked memory.
         made = [torch.empty(shape, dtype=self._dtype, pin_memory=self._pinned).numpy() for shape in self._shapes]
         self.made += 1
+        # A receiver that hoards batches gets new sets, but does not make us keep them for ever.
         if len(self._sets) < self._keep:
             self._sets.append(made)
         return list(made)
@@ -91,6 +95,7 @@ def prefetch(work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH) -> 
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
+    # Not a plain `put`: a consumer that has gone would leave this thread blocked on a full queue.
     def put(entry: tuple[str, Any]) -> None:
         while not stop.is_set():
             try:
@@ -106,6 +111,7 @@ def prefetch(work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH) -> 
                     return
                 put(("result", work(item)))
             put(("end", None))
+        # Raised in the consumer: an exception that dies with the thread would leave the consumer waiting for ever.
         except BaseException as error:
             put(("error", error))
 
@@ -121,6 +127,7 @@ def prefetch(work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH) -> 
             yield value
             del value  # a name left here would keep the batch's buffers from being used again
     finally:
+        # Stopped first, then emptied: a thread that waits for room goes on and sees the stop at once.
         stop.set()
         while True:
             try:
@@ -143,6 +150,7 @@ def deliver_batches(config: PipelineConfig, labels: np.ndarray, ready: Iterator[
 
 def _tensors(config: PipelineConfig, index: np.ndarray, arrays: list[np.ndarray]) -> dict[str, torch.Tensor]:
     """The filled rows of the arrays as (B, 3, S, S) tensors, channels-last without a copy."""
+    # Views of the buffers, not copies: they keep the set in use until the receiver lets go.
     filled = [torch.from_numpy(array[: len(index)]) for array in arrays]
     return {
         spec.name: (rows.view(torch.bfloat16) if rows.dtype == torch.int16 else rows).permute(0, 3, 1, 2)
@@ -159,6 +167,7 @@ def _on_host(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBat
         for index, arrays in ready:
             batch = _batch(_tensors(config, index, arrays), index, labels)
             del arrays
+            # Other devices than CUDA have no asynchronous copy that we could rely on.
             if config.device.type != "cpu":
                 batch.views = {name: view.to(config.device) for name, view in batch.views.items()}
             yield batch
@@ -168,6 +177,7 @@ def _on_host(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBat
 
 
 def _to_cuda(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBatch]) -> Iterator[Batch]:
+    # A stream of its own, so that copies run beside the step's kernels.
     side = torch.cuda.Stream(config.device)
     copying: deque[tuple[torch.cuda.Event, dict[str, torch.Tensor], Batch]] = deque()
     in_flight: deque[tuple[torch.cuda.Event, dict[str, torch.Tensor]]] = deque()
@@ -176,6 +186,7 @@ def _to_cuda(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBat
         host = _tensors(config, index, arrays)
         with torch.cuda.stream(side):
             views = {name: view.to(config.device, non_blocking=True) for name, view in host.items()}
+            # Marks the end of this batch's copies; a later copy on the stream does not hold the batch up.
             done = torch.cuda.Event()
             done.record(side)
         copying.append((done, host, _batch(views, index, labels)))
@@ -195,10 +206,12 @@ def _to_cuda(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBat
         for index, arrays in ready:
             start_copy(index, arrays)
             del arrays
+            # One copy stays ahead of the batch that is handed over.
             if len(copying) > 1:
                 yield hand_over()
         while copying:
             yield hand_over()
     finally:
+        # The page-locked sources may go only when no copy reads them any more.
         ready.close()  # type: ignore[attr-defined]
         side.synchronize()

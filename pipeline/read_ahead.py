@@ -40,6 +40,7 @@ def extents(offsets: np.ndarray, sizes: np.ndarray, max_gap: int = MAX_GAP) -> n
     Returns:
         (M, 2) int64 first byte and byte behind the last, ascending and apart.
     """
+    # Read in the order of the file: a disk's arm or a network store's block is used once.
     order = np.argsort(offsets, kind="stable")
     starts = offsets[order]
     ends = np.maximum.accumulate(starts + sizes[order])
@@ -82,6 +83,7 @@ class WindowReader:
         self._windows, first = np.unique(window_of, return_index=True)
         members = np.split(samples, first[1:])
         self._extents = [extents(offsets[each], sizes[each], max_gap) for each in members]
+        # A step may span two windows; it waits for the later one.
         self._last = [int(np.searchsorted(self._windows, each[-1])) if len(each) else -1 for each in windows]
         self._path = path
         self._changed = threading.Condition()
@@ -117,6 +119,7 @@ class WindowReader:
                 piece = memoryview(bytearray(PIECE))
                 for number, stretches in enumerate(self._extents):
                     with self._changed:
+                        # One window beyond the one in use: more would push out pages that are still needed.
                         while number > self._entered + 1 and not self._stopped:
                             self._changed.wait()
                     for start, end in stretches.tolist():
@@ -133,6 +136,7 @@ class WindowReader:
 
     def _read_stretch(self, descriptor: int, start: int, end: int, piece: memoryview) -> None:
         while start < end and not self._stopped:
+            # Reading into one buffer again and again leaves the bytes in the page cache, which is all that is wanted.
             count = os.preadv(descriptor, [piece[: min(PIECE, end - start)]], start)
             if count == 0:
                 return  # a file cut short is the decoder's to report

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from .images import open_rgb, refuse_other_content
-from .jpeg import MAX_PIXELS, ImageRefused, check_jpeg, is_jpeg
+from .jpeg import check_jpeg, is_jpeg
+from .refusal import MAX_PIXELS, ImageRefused
 
 
 @dataclass(frozen=True)

@@ -267,9 +267,11 @@ def make_mixed(
     """
     rows = slice(region.top_px, region.top_px + region.height_px)
     columns = slice(region.left_px, region.left_px + region.width_px)
+    # A view of the pixels: nothing is copied where the pairs are on this rank.
     patch = view[:, :, rows, columns]
     if gather is not None:
         patch = gather(patch.contiguous(memory_format=torch.channels_last))
+    # Copied once; pasting into the view itself would overwrite regions that are still to be read.
     mixed = torch.empty_like(view, memory_format=torch.channels_last).copy_(view)
     mixed[:, :, rows, columns] = patch.index_select(0, partner)
     return mixed

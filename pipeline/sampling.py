@@ -17,6 +17,7 @@ def hold_out(n: int, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Split range(n) into what is trained on and `count` held-out samples, both sorted int64; depends on the seed."""
     if not 0 <= count < n:
         raise ValueError(f"cannot hold out {count} of {n} samples; choose a number from 0 to {n - 1}")
+    # A slot of its own: the split must not follow from the order of the first epoch.
     chosen = permutation(seed, n, 0, 0, SLOT_HOLDOUT)[:count]
     kept = np.ones(n, dtype=bool)
     kept[chosen] = False
@@ -43,13 +44,16 @@ def sharded_order(population: np.ndarray, seed: int, epoch: int, block_sizes: np
     Returns:
         int64 sample indices, a permutation of the population.
     """
+    # Where each block's samples stand in the population, which may lack some.
     starts = np.concatenate([[0], np.cumsum(block_sizes)])
     edges = np.searchsorted(population, starts)
     blocks = permutation(seed, len(block_sizes), epoch, 1, SLOT_EPOCH_ORDER)
+    # Only the blocks of one window are mixed, so that a reader needs no more than these at a time.
     pieces = []
     for first in range(0, len(blocks), window):
         members = [population[edges[block] : edges[block + 1]] for block in blocks[first : first + window]]
         mixed = np.concatenate(members)
+        # The third word differs between windows and never is 1, which the permutation of the blocks uses.
         pieces.append(mixed[permutation(seed, len(mixed), epoch, 2 + first, SLOT_EPOCH_ORDER)])
     return np.concatenate(pieces) if pieces else population[:0]
 
@@ -57,6 +61,7 @@ def sharded_order(population: np.ndarray, seed: int, epoch: int, block_sizes: np
 def sharded_windows(population: np.ndarray, seed: int, epoch: int, block_sizes: np.ndarray, window: int) -> np.ndarray:
     """For each position of `sharded_order` the number of its window, ascending int64; arguments as there."""
     starts = np.concatenate([[0], np.cumsum(block_sizes)])
+    # Repeats the block permutation of `sharded_order` without building the order itself.
     held = np.diff(np.searchsorted(population, starts))[permutation(seed, len(block_sizes), epoch, 1, SLOT_EPOCH_ORDER)]
     return np.repeat(np.arange(len(held)) // window, held)
 
@@ -92,9 +97,11 @@ class RankSlice:
         is cut into contiguous slices as even as its size allows, for evaluation.
         """
         first, size = first_step * self.global_batch, self.batch_per_device
+        # All whole batches are picked by one reshape, because an epoch can have very many steps.
         whole = len(order) // self.global_batch * self.global_batch
         picked = order[first:whole].reshape(-1, self.world_size, size)[:, self.rank].reshape(-1)
         if drop_last or whole == len(order):
             return picked
+        # As even as possible, because every rank takes the last step together.
         rest = np.array_split(order[max(whole, first) :], self.world_size)[self.rank]
         return np.concatenate([picked, rest])

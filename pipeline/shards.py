@@ -69,8 +69,10 @@ class ShardIndex:
         kept = np.array([name in set(names) for name in self.names])
         if kept.all():
             return self
+        # Records follow their shard.
         rows = np.repeat(kept, self.samples)
         chosen = tuple(name for name, keep in zip(self.names, kept, strict=True) if keep)
+        # Some of the shards are other data than all of them.
         identity = hashlib.sha256("\0".join((self.data_hash, *chosen)).encode()).hexdigest()
         columns = {name: getattr(self, name)[rows] for name in ("offsets", "sizes", "labels", "checksums")}
         return replace(
@@ -104,12 +106,14 @@ def parse_index(text: str, where: str) -> ShardIndex:
             classes=manifest.classes,
             data_hash=manifest.data_hash,
         )
+        # Places are checked here once, so that no later read can leave its shard.
         ends = np.repeat(index.shard_bytes, index.samples)
         columns = (index.offsets, index.sizes, index.labels, index.checksums)
         if not len(ends) or any(len(column) != len(ends) for column in columns):
             raise ValueError("lengths")
         if (index.offsets < 0).any() or (index.sizes <= 0).any() or (index.offsets + index.sizes > ends).any():
             raise ValueError("places")
+        # A name from a stranger's index must not lead out of the folder.
         if any("/" in name or name in ("", "..") for name in index.names):
             raise ValueError("names")
     except (KeyError, TypeError, ValueError) as error:
@@ -147,12 +151,14 @@ class ShardWriter:
         members = [_member(f"{key}.jpg", record)]
         if label >= 0:
             members.append(_member(f"{key}.cls", str(label).encode("ascii")))
+        # With the two empty blocks that end a tar file.
         grown = sum(map(len, members)) + 2 * _BLOCK
         if self._file is None or self._file.tell() + grown > self._limit:
             self._close()
             name = f"shard-{len(self._shards):06d}.tar"
             self._file = open(self._folder / name, "xb")
             self._shards.append({"name": name, "samples": 0, "bytes": 0})
+        # The record follows its tar header.
         self._offsets.append(self._file.tell() + _BLOCK)
         self._sizes.append(len(record))
         self._labels.append(label)
@@ -184,6 +190,7 @@ class ShardWriter:
 
 def _member(name: str, data: bytes) -> bytes:
     """A tar member with a fixed date and owner: header, data, padding."""
+    # Its defaults have date 0 and owner 0: the same records give the same bytes.
     info = tarfile.TarInfo(name)
     info.size = len(data)
     out = io.BytesIO()

@@ -11,10 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from .beton import BetonReader
-from .listing import list_images as listing_of
+from .layouts import CHECK_CRC, REFUSE_ROTATED, WHOLE_IMAGE
+from .listing import list_images
 from .manifest import manifest_of
-
-_CHECK_CRC, _WHOLE_IMAGE, _REFUSE_ROTATED = 1, 2, 4  # as in native/views.cpp
 
 
 class Store(Protocol):
@@ -45,6 +44,7 @@ class PackedStore:
     def __init__(self, path: str):
         self.reader = BetonReader(path)
         self.labels = self.reader.labels
+        # Files packed by FFCV itself have no manifest and therefore no checksums.
         manifest = manifest_of(self.reader)
         self.checksums = None if manifest is None else manifest.checksums
         self.data_hash = self.reader.fingerprint() if manifest is None else manifest.data_hash
@@ -52,13 +52,14 @@ class PackedStore:
 
     def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
         """Addresses within the memory map, which lives as long as the store."""
+        # Addresses in the mapping: a record is read from the page cache, never copied.
         jobs["data"] = self._base + self.reader.offsets[index]
         jobs["size"] = self.reader.sizes[index]
         if self.checksums is None:
             # Nothing else would notice damage below the crops.
-            jobs["flags"] = _WHOLE_IMAGE
+            jobs["flags"] = WHOLE_IMAGE
         else:
-            jobs["flags"] = _CHECK_CRC
+            jobs["flags"] = CHECK_CRC
             jobs["crc"] = self.checksums[index]
         return self.reader
 
@@ -75,12 +76,6 @@ class PackedStore:
         return f"record {index} of {self.reader.path.name}"
 
 
-def list_images(source: Path) -> tuple[list[Path], np.ndarray]:
-    """The image files of a folder or of a list file in storage order, and their labels (N,) int64."""
-    listing = listing_of(source)
-    return listing.files, listing.labels
-
-
 class FileStore:
     """Plain image files of any format; nothing vouches for them, so every one is decoded to its end."""
 
@@ -88,7 +83,9 @@ class FileStore:
         source = Path(path)
         if not source.exists():
             raise ValueError(f"{source} does not exist; give a folder of photos or a list with one path a line")
-        self.files, self.labels = list_images(source)
+        listing = list_images(source)
+        self.files, self.labels = listing.files, listing.labels
+        # Encoded once; C++ wants bytes that end in a zero.
         self._encoded = [os.fsencode(file) + b"\0" for file in self.files]
         # Hashing every byte of a large folder would take minutes: names and sizes stand for the content.
         digest = hashlib.sha256()
@@ -103,7 +100,8 @@ class FileStore:
         # numpy's view of a bytes object gives the address that the C side needs.
         paths = [np.frombuffer(self._encoded[each], dtype=np.uint8) for each in index.tolist()]
         jobs["path"] = [path.ctypes.data for path in paths]
-        jobs["flags"] = _WHOLE_IMAGE | _REFUSE_ROTATED
+        # Nobody has checked these files, and a camera's photo may need turning, which the general path does.
+        jobs["flags"] = WHOLE_IMAGE | REFUSE_ROTATED
         return paths
 
     def read(self, index: int) -> bytes:

@@ -54,6 +54,7 @@ class SyntheticPipeline(EpochPipeline):
         """Float (B, 3, 8, 8) in 0..255: the images that the views are cut from."""
         device, cells = self.config.device, 3 * _GRID * _GRID
         samples = torch.from_numpy(index).to(device)
+        # Half of the colour belongs to the image, half to its class, so that features can tell both.
         own = _hash_uniform(self.config.seed, samples, cells)
         shared = _hash_uniform(self.config.seed + 1, samples % CLASSES, cells)
         return ((own + shared) * 127.5).view(-1, 3, _GRID, _GRID)

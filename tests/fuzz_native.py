@@ -17,8 +17,9 @@ import numpy as np
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.decoder import BASELINE, JOB, LIBJPEG_ONLY, OK, WHOLE_IMAGE, declare, view_array
+from pipeline.decoder import declare
 from pipeline.interface import ViewSpec
+from pipeline.layouts import BASELINE, JOB, LIBJPEG_ONLY, OK, WHOLE_IMAGE, view_array
 
 
 def mutate(data: bytes, random: np.random.Generator) -> bytes:

@@ -321,7 +321,7 @@ def test_parameter_counts_of_the_full_models() -> None:
     encoders = {"resnet50": 23_508_032, "resnet101": 42_500_160, "resnet152": 58_143_808, "resnet50-2x": 66_834_240}
     for arch, encoder in encoders.items():
         with torch.device("meta"):
-            method: Any = METHODS["care"](METHODS["care"].Config(), arch=arch, image_size=224)
+            method: Any = METHODS["care"](METHODS["care"].Config(pos="absolute"), arch=arch, image_size=224)
         assert count(method.encoder) == count(method.momentum_encoder) == encoder
         assert count(method.attention_stream) == count(method.momentum_attention_stream) == 32_813_568
         assert count(method.conv_projector, method.conv_predictor) == 11_559_424
@@ -399,7 +399,7 @@ def _teacher_is_the_student(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_planted_fault_is_caught(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    method, inputs = ready("care", n_blocks=1)
+    method, inputs = ready("care", n_blocks=1, pos="absolute")
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         check(method, inputs)
@@ -409,3 +409,35 @@ def test_a_frozen_momentum_network_is_caught(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(care, "follow", lambda *args, **rest: None)
     with pytest.raises(AssertionError):
         test_average_covers_all_but_predictors()
+
+
+@pytest.mark.parametrize(
+    ("design", "setting"),
+    [
+        ("sequential", {"lambda_att": 10.0}),
+        ("sequential", {"att_loss": "l2norm"}),
+        ("sequential", {"att_teacher_terms": False}),
+        ("sequential", {"t_input": "layer4"}),
+        ("conv", {"lambda_att": 0.0}),
+        ("conv", {"n_blocks": 2}),
+        ("conv", {"pos": "absolute"}),
+    ],
+)
+def test_a_setting_that_a_design_has_no_use_for_is_refused(design: str, setting: dict[str, Any]) -> None:
+    flag = "--" + next(iter(setting)).replace("_", "-")
+    with pytest.raises(ValueError, match=flag):
+        build("care", care.CareConfig(design=design, **setting))
+
+
+def test_the_conv_stream_alone_is_the_whole_method_without_the_other_terms() -> None:
+    """L = L_c, the `conv` term of the two-stream method with the same CNN and heads; no T-stream is left."""
+    whole, inputs = ready("care")
+    alone: Any = build("care", small_config("care", design="conv", n_blocks=5, t_bn_group_size=0))
+    alone = alone.to(next(whole.parameters()).dtype)
+    missing = alone.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing.missing_keys and all("att" in name for name in missing.unexpected_keys)
+    output = alone(inputs)
+    assert set(output.metrics) == {"conv"}
+    assert output.loss.item() == pytest.approx(whole(inputs).metrics["conv"].item(), rel=1e-12)
+    output.loss.backward()
+    assert all(p.grad is not None for p in alone.parameters() if p.requires_grad)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from models.collectives import (
     all_gather_rows,
-    all_gather_rows_with_grad,
     average_buffers,
     rank,
     shuffle_rows,
@@ -38,10 +37,10 @@ def permutation() -> Tensor:
 def test_one_process_needs_no_group() -> None:
     x = images().requires_grad_()
     assert (world(), rank()) == (1, 0)
-    assert all_gather_rows_with_grad(x) is x
     assert not all_gather_rows(x).requires_grad
     shuffled = shuffle_rows(x, permutation())
     torch.testing.assert_close(shuffled, x.detach()[permutation()])
+    assert shuffled.is_contiguous(memory_format=torch.channels_last), "convolutions would copy it back"
     torch.testing.assert_close(unshuffle_rows(shuffled, permutation()), x.detach())
     value = torch.tensor([3.0])
     average_buffers([value])
@@ -70,11 +69,6 @@ def _exchange(me: int, size: int) -> dict[str, object]:
     values = [torch.full((3,), float(me)), torch.full((2, 2), 10.0 * me), torch.tensor(me), torch.tensor(me).double()]
     average_buffers(values)
     found["averages"] = values
-    x = mine.clone().requires_grad_()
-    gathered = all_gather_rows_with_grad(x)
-    loss = (gathered.square() * torch.arange(gathered.numel()).view_as(gathered)).sum() * (me + 1)
-    loss.backward()
-    found["grad"] = x.grad
     return found
 
 
@@ -97,11 +91,6 @@ def test_ranks_see_the_joined_batch(tmp_path: Path, size: int) -> None:
         expected += [torch.tensor(me), torch.tensor(mean).double()]
         for a, b in zip(found["averages"], expected, strict=True):
             torch.testing.assert_close(a, b)
-    # The gradient of the sum of all ranks' losses: factors 1 + 2 + ... of one and the same function.
-    x = everything.clone().requires_grad_()
-    (x.square() * torch.arange(x.numel()).view_as(x)).sum().backward()
-    factor = size * (size + 1) / 2
-    torch.testing.assert_close(torch.cat([found["grad"] for found in results]), factor * x.grad)
 
 
 def test_every_permutation_of_a_small_batch(tmp_path: Path) -> None:

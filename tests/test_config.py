@@ -17,7 +17,7 @@ from train.errors import EXIT_NON_FINITE, EXIT_USER_MISTAKE, UserMistake
 from train.fields import flatten
 from train.flags import parse_value
 from train.recipes import RECIPES, default_recipe
-from train.resolve import changed_fields, resolve
+from train.resolve import changed_fields, continued, resolve
 from train.runtime import _launch_environment, compiles
 
 
@@ -215,7 +215,7 @@ def test_a_backbone_that_has_diverged_ends_the_run(capfd: pytest.CaptureFixture[
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("more", [["--data", "30"], ["--holdout", "1"], ["--data", "16", "--holdout", "0"]])
+@pytest.mark.parametrize("more", [["--data", "30"], ["--holdout", "1"], ["--data", "16", "--holdout", "1"]])
 def test_few_images_have_health_figures(tmp_path: Path, more: list[str]) -> None:
     """Of one image alone there is no spread and no neighbour: then images that are trained on serve."""
     run_dir = tmp_path / "run"
@@ -285,6 +285,47 @@ def test_a_run_of_an_earlier_version_goes_on() -> None:
     assert changed_fields(resolve(["--method", "moco-v2"]).to_json(), before) == []
     other = resolve(["--method", "moco-v2", "--symmetric.enqueue", "first", "--order", "sharded"]).to_json()
     assert changed_fields(before, other) == ["order: global -> sharded", "symmetric.enqueue: both -> first"]
+
+
+def test_a_run_goes_on_with_what_it_has_recorded_where_no_flag_says_otherwise() -> None:
+    """Defaults and recipes may be mended between versions; a run that has begun keeps its own values."""
+    asked = ["--method", "care", "--workers", "3", "--run-dir", "runs/a"]
+    config = resolve(asked)
+    recorded = json.loads(json.dumps(config.to_json()))
+    recorded["run"] |= {"holdout": 500, "workers": 1, "max_steps": 7}
+    recorded["model"]["pos"] = "sincos"
+    recorded["recipe"]["optim"]["betas"] = [0.8, 0.9]
+    kept = continued(asked, config, recorded)
+    assert (kept.run.holdout, kept.model.pos, kept.recipe.optim.betas) == (500, "sincos", (0.8, 0.9))
+    assert (kept.run.workers, kept.run.max_steps) == (3, 0), "what may change follows the command line"
+    assert changed_fields(recorded, kept.to_json()) == []
+
+    flags = [*asked, "--holdout", "20"]
+    told = continued(flags, resolve(flags), recorded)
+    assert told.run.holdout == 20 and told.model.pos == "sincos"
+    assert changed_fields(recorded, told.to_json()) == ["holdout: 500 -> 20"]
+
+
+@pytest.mark.parametrize("change", [{"method": "byol"}, {"recipe": "care-200ep"}])
+def test_another_method_or_recipe_is_not_taken_over(change: dict[str, str]) -> None:
+    config = resolve(["--method", "care"])
+    recorded = json.loads(json.dumps(config.to_json()))
+    recorded["run"] |= {"holdout": 500, **change}
+    assert continued(["--method", "care"], config, recorded) is config
+
+
+def test_health_figures_come_from_images_that_are_trained_on_unless_some_are_kept_out(tmp_path: Path) -> None:
+    """The papers train on every image, so that is the default; the row says where its images are from."""
+    steps = {}
+    for name, more in {"training": [], "held out": ["--holdout", "8"], "validation": ["--val-data", "30"]}.items():
+        run_dir = tmp_path / name
+        argv = last_wins([*SMALL, "--data", "320", "--max-steps", "1", "--run-dir", str(run_dir), *more])
+        assert train.main.main(argv) == 0
+        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        assert {row["source"] for row in rows if row["kind"] == "health"} == {name}
+        steps[name] = rows[0]["steps_per_epoch"]
+    batch = resolve(SMALL).recipe.global_batch
+    assert steps == {"training": 320 // batch, "held out": 312 // batch, "validation": 320 // batch}
 
 
 def test_dry_run_prints_what_follows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -418,7 +459,12 @@ def test_a_run_of_before_is_unchanged(path: Path, tmp_path: Path) -> None:
     saved = json.loads(path.read_text())["config"]
     (tmp_path / "config.json").write_text(json.dumps(saved))
     config = resolve(["--config", str(tmp_path / "config.json")])
-    assert json.loads(json.dumps(config.to_json())) == saved
+    # Fields that came after it are at their defaults, which compute what was computed without them.
+    now = json.loads(json.dumps({name: leaf.value for name, leaf in flatten(config).items()}))
+    before = {
+        name: leaf.value for name, leaf in flatten({part: saved[part] for part in ("run", "recipe", "model")}).items()
+    }
+    assert {name: now[name] for name in before} == before
     assert changed_fields(saved, config.to_json()) == []
     assert changed_fields(config.to_json(), saved) == []
     other = resolve(["--config", str(tmp_path / "config.json"), "--optim.eps", "0.5", "--knn-every", "3"])
@@ -426,10 +472,14 @@ def test_a_run_of_before_is_unchanged(path: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["moco-v2", "regioncl-m", "simsiam"])
-def test_the_flags_of_a_run_of_before_give_its_configuration(method: str) -> None:
+def test_a_run_of_before_goes_on_with_its_flags(method: str) -> None:
+    """Though --holdout has another default now: what the flags leave open is as the run has recorded it."""
     path = next(path for path in BEFORE if path.stem == method)
     document = json.loads(path.read_text())
-    assert changed_fields(document["config"], resolve(document["flags"].split()).to_json()) == []
+    flags = document["flags"].split()
+    assert changed_fields(document["config"], resolve(flags).to_json()) == ["holdout: 500 -> 0"]
+    kept = continued(flags, resolve(flags), document["config"])
+    assert changed_fields(document["config"], kept.to_json()) == []
 
 
 def test_runs_of_before_are_there() -> None:

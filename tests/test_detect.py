@@ -34,7 +34,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "tools" / "results"
 NAMES = ("faster-rcnn-c4", "mask-rcnn-c4", "faster-rcnn-fpn", "mask-rcnn-fpn", "retinanet")
 ONE = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
 ANCHORS = (8.0, 16.0, 32.0, 48.0, 64.0)
-SMALL = Sizes((48, 64), 64, 96)
+SMALL = Sizes((48, 64), 64, 96, 96)
 
 
 # --- schedules, sizes and order ---
@@ -69,9 +69,11 @@ def test_plan_follows_the_format_and_the_flags() -> None:
     assert plan_of(DetectConfig(schedule="12k"), "coco").task == "COCO Mask R-CNN 12k"
     plan = plan_of(DetectConfig(global_batch=4, steps=90, longest_side=1200), "coco")
     assert plan.peak == pytest.approx(0.005) and plan.schedule.milestones == (60, 80) and plan.sizes.longest == 1200
+    assert plan.sizes.test_longest == 1333, "RegionCL's log: MAX_SIZE_TRAIN 1200, MAX_SIZE_TEST 1333"
+    assert plan_of(DetectConfig(test_longest_side=900), "coco").sizes.test_longest == 900
     assert plan.sizes.train == (640, 672, 704, 736, 768, 800) and "steps" in plan.task
     assert plan_of(DetectConfig(), "voc").sizes.train[0] == 480
-    assert plan_of(DetectConfig(), "cityscapes").sizes == Sizes(tuple(range(800, 1025, 32)), 1024, 2048)
+    assert plan_of(DetectConfig(), "cityscapes").sizes == Sizes(tuple(range(800, 1025, 32)), 1024, 2048, 2048)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_the_feed_gives_the_same_samples_whatever_came_before(synthetic: Path) -
 
 
 def test_boxes_and_masks_move_with_the_image(synthetic: Path) -> None:
-    feed = make_feed(synthetic, True, Sizes((48, 64, 80), 64, 200), batch=8)
+    feed = make_feed(synthetic, True, Sizes((48, 64, 80), 64, 200, 200), batch=8)
     colours = np.array(COLOURS)
     try:
         for sample in feed.samples(0) + feed.samples(1):
@@ -213,7 +215,7 @@ def _rank_steps(rank: int, world: int, root: str, name: str) -> dict[str, torch.
         group = torch.distributed.new_group(backend="gloo")
     runtime = Runtime(rank, world, torch.device("cpu"), torch.float32, False, group)
     state, course = make_state(name, 3, 2, 0.01)
-    feed = make_feed(Path(root), name.startswith("mask"), Sizes((64,), 64, 96), rank=rank, world_size=world)
+    feed = make_feed(Path(root), name.startswith("mask"), Sizes((64,), 64, 96, 96), rank=rank, world_size=world)
     wrapped = wrap_distributed(state.model, runtime, False)
     try:
         state.model.train()
@@ -252,7 +254,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_as_they_were(sy
 def test_precise_statistics_are_the_mean_over_batches(synthetic: Path) -> None:
     state, _ = make_state("retinanet", 3, 2, 0.01)
     model = state.model
-    feed = make_feed(synthetic, False, Sizes((64,), 64, 96), batch=4)
+    feed = make_feed(synthetic, False, Sizes((64,), 64, 96, 96), batch=4)
     norm = model.net.backbone.body.stem["bn1"]
     seen: list[torch.Tensor] = []
     norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
@@ -271,7 +273,7 @@ def test_precise_statistics_are_the_mean_over_batches(synthetic: Path) -> None:
 )  # those with masks have the losses of those without
 def test_the_loss_falls_over_twenty_steps_on_real_images(eight: Path, name: str) -> None:
     state, course = make_state(name, 80, 20, 0.01)
-    feed = make_feed(eight, name.startswith("mask"), Sizes((40,), 40, 64))
+    feed = make_feed(eight, name.startswith("mask"), Sizes((40,), 40, 64, 64))
     samples = feed.samples(0)
     feed.close()
     losses = []

@@ -75,13 +75,13 @@ def parameters(module: nn.Module) -> int:
 @pytest.mark.parametrize("name", NAMES)
 def test_full_size_detectors_have_the_protocol_s_parameters(name: str) -> None:
     assert parameters(meta_detector(name=name, norm="frozen")) == EXPECTED[name]
-    # With batch norm: the trunk's, one after C4's last stage, or one for each convolution of the pyramid (whose biases
-    # go) and of the mask head.
+    # With batch norm: the trunk's, one after C4's last stage, or one for each convolution of the pyramid, whose biases
+    # go; heads of two linear layers, and the mask head beside them, have none.
     added = {
         "faster-rcnn-c4": 2 * 2048,
         "mask-rcnn-c4": 2 * 2048,
         "faster-rcnn-fpn": 8 * 256,
-        "mask-rcnn-fpn": 12 * 256,
+        "mask-rcnn-fpn": 8 * 256,
         "retinanet": 6 * 256,
     }
     assert parameters(meta_detector(name=name, norm="sync")) == EXPECTED[name] + 53_120 + added[name]
@@ -270,7 +270,7 @@ def test_norms_are_where_the_protocol_has_them(name: str) -> None:
     assert not plain and any("layer4" in key or "layers.c5" in key for key in norms)
     assert ("roi_heads.box_region.norm" in norms) == name.endswith("c4")
     assert any("fpn.inner_blocks" in key for key in norms) == (not name.endswith("c4"))
-    assert any("mask_head" in key for key in norms) == (name == "mask-rcnn-fpn")
+    assert not any("mask_head" in key or "box_vector" in key for key in norms)
     frozen = meta_detector("resnet18", name=name, norm="frozen")
     assert not [m for m in frozen.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert sum(isinstance(m, FrozenBatchNorm2d) for m in frozen.modules()) == 20
@@ -278,6 +278,25 @@ def test_norms_are_where_the_protocol_has_them(name: str) -> None:
     assert [group["weight_decay"] for group in groups] == [1e-4, 0.0]
     assert sum(p.numel() for group in groups for p in group["params"]) == parameters(sync)
     assert len(groups[1]["params"]) == 2 * len(norms)
+
+
+NO_NORMS = {f"{head}.{kind}" for head in ("0.0", "1.0", "2.0", "3.0") for kind in ("weight", "bias")}
+NORMS = {f"{n}.{key}" for n in range(4) for key in ("0.weight", "1.weight", "1.bias")}
+
+
+@pytest.mark.parametrize(
+    ("box_head", "mask_norm", "wanted"),
+    [
+        ("2fc", "protocol", NO_NORMS),  # RegionCL's released log: mask_fcn1.{bias,weight}, and so on to mask_fcn4
+        ("4conv1fc", "protocol", NORMS),  # LEWEL's configuration: mask_fcn1.weight, mask_fcn1.norm.{weight,bias}
+        ("2fc", "batch", NORMS),
+        ("4conv1fc", "none", NO_NORMS),
+    ],
+)
+def test_the_mask_head_has_the_parameters_of_its_protocol(box_head: str, mask_norm: str, wanted: set[str]) -> None:
+    detector = meta_detector("resnet50", name="mask-rcnn-fpn", box_head=box_head, mask_norm=mask_norm)
+    names = {name.partition("mask_head.")[2] for name, _ in detector.named_parameters() if "mask_head." in name}
+    assert names == wanted
 
 
 def test_convolutional_box_head_has_norms_and_one_linear_layer() -> None:

@@ -18,7 +18,9 @@ from models.ops.box_pool import box_pool_backward_definition, box_pool_definitio
 from models.ops.masked_pool import masked_pool_backward_definition, masked_pool_definition
 from models.ops.queue_contrast import queue_sumexp_backward_definition, queue_sumexp_definition
 from pipeline import augment
-from pipeline.interface import Batch, PipelineConfig, ViewSpec
+from pipeline.augmenter import BatchAugmenter
+from pipeline.epoch import EpochPipeline
+from pipeline.interface import Batch, PipelineConfig
 from pipeline.prefetch import deliver_batches
 from tests.fake_cuda import DEVICE, fake_gpu, on_gpu
 from tests.method_cases import SWIN_METHODS, small_backbones
@@ -27,8 +29,7 @@ from train.config import Config, OptimConfig
 from train.eval.linear import LINEAR_RECIPES, LinearHeads, train_heads
 from train.eval.segmentation.augment import Crop
 from train.eval.segmentation.feed import TrainBatch
-from train.eval.session import linear_images
-from train.inputs import InputBuilder, InputStream
+from train.inputs import InputBuilder, InputStream, finished_views
 from train.loop import take_step
 from train.main import build_method, feature_grid
 from train.measure.features import normalise
@@ -75,6 +76,10 @@ def uint8_batch() -> Batch:
     return Batch(views, INDEX, INDEX)
 
 
+def one_view(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, views={"view1": batch.views["view1"]})
+
+
 def everything(state: TrainState, inputs: list[StepInputs]) -> dict[str, Tensor]:
     """All tensors of a run after its steps, by name, but the key permutations, which belong on the host."""
     named = {**dict(state.method.named_parameters()), **dict(state.method.named_buffers())}
@@ -105,12 +110,13 @@ def one_step(config: Config, dtype: torch.dtype) -> dict[str, Tensor]:
         )
         augment._normalisation.cache_clear()
         augment._normalisation(DEVICE, torch.float32)  # made once in a run; the host may wait for that
+        pipeline_config = finished_views(PipelineConfig("", (), BATCH, device=DEVICE), config, runtime)
         builder = InputBuilder(config, method, runtime, feature_grid(method, SIZE))
         job: Any = SimpleNamespace(
             config=config, runtime=runtime, wrapped=method, graphed=None, total_steps=10, steps_per_epoch=5
         )
         with watch:
-            inputs = builder.build(uint8_batch(), 0, 0)
+            inputs = builder.build(BatchAugmenter(pipeline_config)(uint8_batch(), 0), 0)
             assert inputs[0].view1.dtype == dtype
             take_step(job, state, 0, inputs)
         augment._normalisation.cache_clear()  # what it holds now is of no use to other tests
@@ -150,18 +156,19 @@ def test_inputs_come_over_side_streams_and_every_stream_is_told() -> None:
     config = settings("regioncl-m")
     method = built(config)
     arrays = [np.zeros((BATCH, SIZE, SIZE, 3), dtype=np.uint8) for _ in range(2)]
-    views = tuple(ViewSpec(name, SIZE) for name in ("view1", "view2"))
-    pipeline_config = PipelineConfig("", views, BATCH, device=DEVICE)
+    runtime = Runtime(0, 1, DEVICE, torch.bfloat16, False)
+    pipeline_config = finished_views(PipelineConfig("", (), BATCH, device=DEVICE), config, runtime)
 
-    class Pages:
+    class Pages(EpochPipeline):
         """Three batches from page-locked arrays, as a loader's."""
 
-        def set_epoch(self, epoch: int, first_step: int) -> None:
-            assert (epoch, first_step) == (0, 0)
+        def __init__(self) -> None:
+            super().__init__(pipeline_config, np.zeros(3 * BATCH, dtype=np.int64), "")
 
-        def __iter__(self) -> Any:
-            ready = ((np.arange(BATCH), arrays) for _ in range(3))
-            for batch in deliver_batches(pipeline_config, np.zeros(BATCH, dtype=np.int64), ready):
+        def deliver(self, epoch: int, batches: list[np.ndarray]) -> Any:
+            assert (epoch, len(batches)) == (0, 3)
+            ready = ((np.arange(BATCH), arrays) for _ in batches)
+            for batch in deliver_batches(self.config, self.labels, ready):
                 yield dataclasses.replace(batch, index=INDEX)
 
     with fake_gpu() as watch:
@@ -169,15 +176,15 @@ def test_inputs_come_over_side_streams_and_every_stream_is_told() -> None:
         augment._normalisation(DEVICE, torch.float32)
         for array in arrays:
             watch.pin(torch.from_numpy(array))
-        builder = InputBuilder(config, method, Runtime(0, 1, DEVICE, torch.bfloat16, False), 2)
-        stream = InputStream(builder, Pages())  # type: ignore[arg-type]
+        builder = InputBuilder(config, method, runtime, 2)
+        stream = InputStream(builder, Pages())
         steps = list(stream.epoch(0, 0, 0))
         augment._normalisation.cache_clear()
     assert [step for step, _ in steps] == [0, 1, 2]
     consumer = torch.Size([BATCH, 3, SIZE, SIZE])
-    # Each of the six views: from the copy to the loader's stream, from there to the builder's; then what the step gets.
+    # Each of the six views: from the copy's stream to the one that augments and mixes; then what the step gets.
     told = [shape for shape, _ in watch.streams]
-    assert told.count(consumer) == 3 * (2 + 2 + 2 + 1) and told.count(torch.Size([BATCH, 4])) == 3
+    assert told.count(consumer) == 3 * (2 + 2 + 1) and told.count(torch.Size([BATCH, 4])) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -255,7 +262,8 @@ def test_batches_of_the_protocols_are_made_without_a_wait() -> None:
         augment._normalisation(DEVICE, torch.float32)
         with watch:
             pixels, classes = TrainBatch([crop] * BATCH, numbers, numbers).tensors(0, DEVICE)
-            probed = linear_images(uint8_batch(), 0, 0, DEVICE)
+            probe = PipelineConfig("", (), BATCH, device=DEVICE, augment="linear")
+            probed = BatchAugmenter(probe)(one_view(uint8_batch()), 0).views["view1"]
         augment._normalisation.cache_clear()
         assert {pixels.device, classes.device, probed.device} == {DEVICE}
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pipeline import augment, augment_native, decoder
+from pipeline.augmenter import BATCHES, NOBODY, THREADS, BatchAugmenter, augmented_by
 from pipeline.epoch import EpochPipeline
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
@@ -84,7 +85,7 @@ def test_delivered_views_are_those_of_apply(loader, dtype, packed, shards, opene
         pytest.skip("FFCV compiles for seconds each time; its dtypes differ in nothing but the buffers")
     data = shards if loader == "webdataset" else packed
     made = opened(loader, data, augment="byol-mocov3", dtype=dtype, drop_last=False)
-    assert isinstance(made, EpochPipeline) and made.augments_itself == (loader != "reference")
+    assert isinstance(made, EpochPipeline) and made.augmented_by == (BATCHES if loader == "reference" else THREADS)
     for epoch in (0, 2):
         made.set_epoch(epoch)
         batches = [(batch.index.numel(), list(batch.views.values())) for batch in made]
@@ -116,6 +117,44 @@ def test_float64_and_other_dtypes_fall_back_to_the_batch(packed, opened):
     made = opened("folder", packed, augment="byol-mocov3", dtype=torch.float64)
     batch = next(iter(made))
     assert batch.views["view1"].dtype == torch.float64
+
+
+def test_who_augments_is_decided_by_config_and_decoder():
+    cpu = PipelineConfig("", VIEWS, BATCH, augment="mocov2")
+    assert augmented_by(cpu, compiled_threads=True) == THREADS
+    assert augmented_by(replace(cpu, implementation="native"), compiled_threads=True) == THREADS
+    assert augmented_by(replace(cpu, augment=""), compiled_threads=True) == NOBODY
+    assert augmented_by(cpu, compiled_threads=False) == BATCHES
+    assert augmented_by(replace(cpu, implementation="reference"), compiled_threads=True) == BATCHES
+    assert augmented_by(replace(cpu, dtype=torch.float64), compiled_threads=True) == BATCHES
+    assert augmented_by(replace(cpu, device=torch.device("cuda")), compiled_threads=True) == BATCHES
+    with pytest.raises(ValueError, match="'kernel' is for a CUDA device"):
+        augmented_by(replace(cpu, implementation="kernel"), compiled_threads=True)
+
+
+@pytest.mark.parametrize("loader", [*LOADERS, pytest.param("synthetic", id="synthetic")])
+def test_every_loader_and_every_place_gives_the_views_of_the_definition(loader, packed, shards, opened):
+    """Threads, batches and a consumer that augments crops itself: equal pixels, whichever the one decision chose."""
+    data = {"webdataset": shards, "synthetic": "24"}.get(loader, packed)
+    for implementation in ("auto", "reference"):
+        config = PipelineConfig("", VIEWS, BATCH, seed=3, augment="byol-mocov3", implementation=implementation)
+        finish, crops = BatchAugmenter(config), opened(loader, data)
+        made = opened(loader, data, augment="byol-mocov3", implementation=implementation)
+        threads = implementation == "auto" and loader not in ("reference", "synthetic")
+        assert isinstance(made, EpochPipeline) and made.augmented_by == (THREADS if threads else BATCHES)
+        for pipeline in (crops, made):
+            pipeline.set_epoch(1)
+        steps = 0
+        for plain, finished in zip(crops, made, strict=True):
+            wanted = finish(plain, 1)
+            assert plain.views["view1"].dtype == torch.uint8 and finished.views.keys() == wanted.views.keys()
+            for number, name in enumerate(wanted.views):
+                params = augment.draw("byol-mocov3", 3, 1, plain.index.numpy(), number)
+                definition = augment.apply(plain.views[name], params, implementation=implementation)
+                assert torch.equal(finished.views[name], wanted.views[name])
+                assert torch.equal(finished.views[name], definition)
+            steps += 1
+        assert steps == 3
 
 
 def test_a_profile_without_enough_views_is_refused(packed, opened):

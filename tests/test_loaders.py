@@ -25,8 +25,8 @@ from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import PIPELINES, build_pipeline, choose_loader
 from pipeline.native_build import NativeUnavailable
 from pipeline.sampling import hold_out
+from pipeline.shard_store import open_shards
 from pipeline.stores import FileStore
-from pipeline.wds_loader import open_shards
 from tests.small_stores import damage_bytes, damage_file, damage_packed, pack
 from tools import make_webdataset
 

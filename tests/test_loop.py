@@ -27,8 +27,8 @@ def test_one_bad_batch_is_skipped_and_told(tmp_path: Path, monkeypatch: pytest.M
     torch.set_num_threads(1)
     build = train.inputs.InputBuilder.build
 
-    def poisoned(self, batch, epoch, step):
-        inputs = build(self, batch, epoch, step)
+    def poisoned(self, batch, step):
+        inputs = build(self, batch, step)
         if step == 4:
             inputs[0].view1[0, 0, 0, 0] = torch.nan
         return inputs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models import losses
-from models.region_branch import RegionConfig, Regions, batch_terms, queue_terms
+from models.methods.region_method import RegionConfig, Regions, batch_terms, queue_terms
 
 TAU = 0.2
 

@@ -18,27 +18,26 @@ import pytest
 from PIL import Image
 
 from pipeline import native_build
-from pipeline.decoder import (
+from pipeline.decoder import native_library, pil_views
+from pipeline.geometry import draw_crops
+from pipeline.interface import ViewSpec
+from pipeline.layouts import (
     BASELINE,
     CHECK_CRC,
     CHECKSUM,
     DAMAGED,
     JOB,
     LIBJPEG_ONLY,
-    MAX_PIXELS,
     OK,
     REFUSE_ROTATED,
     TOO_LARGE,
     UNREADABLE,
     UNSUPPORTED,
     WHOLE_IMAGE,
-    native_library,
-    pil_views,
     view_array,
 )
-from pipeline.geometry import draw_crops
-from pipeline.interface import ViewSpec
 from pipeline.native_build import NativeUnavailable, build, compiler
+from pipeline.refusal import MAX_PIXELS
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 PAIR = (ViewSpec("view1", 224), ViewSpec("view2", 224, draw_id=1))

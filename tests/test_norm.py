@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.grouped_norm import grouped_batch_norm_definition
 from models.norm import (
     GroupBatchNorm,
     SyncBatchNorm,
-    _SyncBatchNormCuda,
     convert_batch_norm,
-    grouped_batch_norm_definition,
     running_buffers,
     stacked_views,
 )
+from models.sync_norm import _SyncBatchNormCuda
 from tests.distributed import run_ranks
 
 CHANNELS = 6

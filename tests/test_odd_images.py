@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from pipeline.beton import BetonReader
-from pipeline.images import ImageRefused, decode_rgb
+from pipeline.images import decode_rgb
 from pipeline.interface import PipelineConfig, ViewSpec
 from pipeline.manifest import manifest_of
+from pipeline.refusal import ImageRefused
 from tools import make_ffcv_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +86,8 @@ MEMORY_SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from pipeline.images import ImageRefused, decode_rgb
+from pipeline.images import decode_rgb
+from pipeline.refusal import ImageRefused
 for path in sorted(Path(sys.argv[2]).iterdir()):
     try:
         decode_rgb(path.read_bytes())

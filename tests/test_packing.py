@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from pipeline.beton import MIN_PAGE_SIZE, BetonReader, BetonWriter, page_size_for
-from pipeline.jpeg import ImageRefused, check_jpeg
+from pipeline.jpeg import check_jpeg
 from pipeline.listing import list_images
 from pipeline.manifest import manifest_of, manifest_path, read_manifest
 from pipeline.records import fit, make_record
+from pipeline.refusal import ImageRefused
 from tools import make_ffcv_dataset
 from tools.support import packing
 from tools.support.cli import call, make_parser, parse

@@ -30,8 +30,8 @@ from typing import Any
 import pytest
 import torch
 
-from models import key_queue, losses, region_branch
-from models.methods import densecl, moby, moco_v2, moco_v3, queue_method, regioncl_s, simsiam
+from models import key_queue, losses
+from models.methods import densecl, moby, moco_v2, moco_v3, queue_method, region_method, regioncl_s, simsiam
 from models.methods.base import Method, StepInputs
 from tests.method_references import REFERENCES, check_against_formula, ready
 from tools.bench.faults import copying_momentum, no_predictor, no_stop_gradient
@@ -73,25 +73,25 @@ def test_after_step_moves_all_state_as_specified(name):
 
 
 def no_intra_negative(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(region_branch, "_intra_similarity", lambda own, *_: own.new_full((len(own), 1), -torch.inf))
+    patch.setattr(region_method, "_intra_similarity", lambda own, *_: own.new_full((len(own), 1), -torch.inf))
 
 
 def intra_negative_not_detached(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(region_branch, "_intra_similarity", lambda own, other, _: (own * other).sum(1, keepdim=True))
+    patch.setattr(region_method, "_intra_similarity", lambda own, other, _: (own * other).sum(1, keepdim=True))
 
 
 def composite_order(patch: pytest.MonkeyPatch) -> None:
-    from models.methods import regioncl_m, regioncl_m3, regioncl_moby
+    from models.methods import regioncl_m3
 
-    for module in (regioncl_m, regioncl_moby, regioncl_s):
+    for module in (region_method, regioncl_s):
         patch.setattr(module, "paste_sources", lambda rows, partner, config: rows)
-    original = region_branch.source_positions
+    original = region_method.source_positions
     patch.setattr(regioncl_m3, "source_positions", lambda *args: (original(*args)[0],) * 2)
 
 
 def paste_and_canvas_exchanged(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(region_branch, "PASTE", region_branch.CANVAS)
-    patch.setattr(region_branch, "CANVAS", 0)
+    patch.setattr(region_method, "PASTE", region_method.CANVAS)
+    patch.setattr(region_method, "CANVAS", 0)
 
 
 def wrong_views(patch: pytest.MonkeyPatch) -> None:

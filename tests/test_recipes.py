@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 
+from models.methods import METHODS
 from train.config import Recipe
+from train.errors import UserMistake
 from train.recipes import RECIPES
+from train.resolve import resolve
 from train.schedules import scaled_lr
 
 
@@ -39,14 +43,16 @@ CARE = (
     ("lambda_att", 100.0),
     ("n_blocks", 5),
     ("heads", 4),
-    ("pos", "absolute"),
+    ("pos", "relative"),
     ("t_bn_group_size", 128),
     ("att_loss", "mse_mean"),
     ("t_input", "layer3"),
     ("t_zero_init", False),
 )
+CONV_STREAM = (("design", "conv"), ("dim", 256), ("hidden_dim", 4096))
 LEWEL = (("beta", 0.5), ("h", 4), ("grouping", "contiguous"))
 EMAN, OWN = (("momentum_norm", "ema"),), (("momentum_norm", "own"),)
+ZERO_INIT = (("zero_init_residual", True),)
 
 
 def moco(lr: float, batch: int, epochs: int, group: int, model: tuple[tuple[str, Any], ...] = MOCO) -> Row:
@@ -73,7 +79,18 @@ def care(epochs: int) -> Row:
 
 def byol(lr: float, decay: float, start: float, epochs: int) -> Row:
     return Row(
-        "lars", lr, 4096, decay, "bias_bn", 10, "cosine-step", (start, TO_ONE), epochs, "sync", "byol", model=OWN
+        "lars",
+        lr,
+        4096,
+        decay,
+        "bias_bn",
+        10,
+        "cosine-step",
+        (start, TO_ONE),
+        epochs,
+        "sync",
+        "byol",
+        model=OWN + ZERO_INIT,
     )
 
 
@@ -110,9 +127,23 @@ SIMSIAM = Row(
 )
 TABLE = {
     "moco-v2": moco(0.03, 256, 200, 32),
+    "moco-v1": Row(
+        "sgd",
+        0.03,
+        256,
+        1e-4,
+        "none",
+        0,
+        "steps",
+        CONSTANT,
+        200,
+        32,
+        "mocov1",
+        model=(("queue_size", 65536), ("temperature", 0.07), ("dim", 128), ("mlp", False)),
+    ),
     "moco-v2-800ep": moco(0.03, 256, 800, 32),
     "moco-v2-symmetric-800ep": moco(0.03, 256, 800, 32),
-    "moco-v2-in100": moco(0.06, 256, 240, 32, (("queue_size", 16384), *MOCO[1:])),
+    "moco-v2-in100": moco(0.06, 256, 240, 32),
     "regioncl-m": moco(0.15, 1024, 200, 128),
     "regioncl-m-100ep": moco(0.15, 1024, 100, 128),
     "regioncl-m-800ep": moco(0.15, 1024, 800, 128),
@@ -136,15 +167,17 @@ TABLE = {
     "byol-paper-300ep": byol(4.8, 1e-6, 0.99, 300),
     "byol-paper-1000ep": byol(3.2, 1.5e-6, 0.996, 1000),
     "care": care(100),
+    "care-conv": replace(care(100), model=CONV_STREAM),
+    "care-conv-200ep": replace(care(200), model=CONV_STREAM),
     "care-200ep": care(200),
     "care-400ep": care(400),
     "care-800ep": care(800),
-    "lewel-m": moco(0.06, 256, 200, 32, (*MOCO, *LEWEL, ("c", 128))),
-    "lewel-m-100ep": moco(0.06, 256, 100, 32, (*MOCO, *LEWEL, ("c", 128))),
-    "lewel-m-in100": moco(0.12, 256, 240, 32, (("queue_size", 16384), *MOCO[1:], *LEWEL)),
-    "lewel-b": eman(1.5e-6, 200, (*LEWEL, ("dim", 256), ("c", 256), ("hidden_dim", 4096))),
+    "lewel-m": moco(0.06, 256, 200, 32, (*MOCO, *LEWEL, ("c", 0))),
+    "lewel-m-100ep": moco(0.06, 256, 100, 32, (*MOCO, *LEWEL, ("c", 0))),
+    "lewel-m-in100": moco(0.12, 256, 240, 32, (*MOCO, *LEWEL)),
+    "lewel-b": eman(1.5e-6, 200, (*LEWEL, ("dim", 256), ("c", 0), ("hidden_dim", 4096))),
     "lewel-b-100ep": eman(1e-6, 100, LEWEL),
-    "lewel-b-in100": eman(1.5e-6, 240, LEWEL, 7.2),
+    "lewel-b-in100": eman(1e-6, 240, LEWEL, 7.2),
     "lewel-b-400ep": Row(
         "lars",
         7.2,
@@ -198,6 +231,7 @@ def test_every_published_recipe_has_a_line() -> None:
 def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
     recipe, model = RECIPES[name][1]()
     schedule = recipe.schedule
+    assert schedule.milestones == ((120, 160) if name == "moco-v1" else ())
     ends = (schedule.warmup_start, schedule.final, schedule.scale_ends, schedule.warmup_offset, schedule.cosine_origin)
     lewel = name.startswith("lewel-b") or name in ("byol", "byol-100ep", "byol-in100")
     if "moby" in name:
@@ -210,3 +244,31 @@ def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
     if hasattr(model, "symmetric"):
         wanted = ("symmetric" in name, "sum", "both")
         assert (model.symmetric.enabled, model.symmetric.reduce, model.symmetric.enqueue) == wanted
+
+
+def test_the_zero_started_norms_are_those_of_the_papers_that_have_them() -> None:
+    """SimSiam, MoCo v3 and BYOL's own code start residual branches at zero; LEWEL's code base, MoCo and CARE do not."""
+    started = {name for name in TABLE if getattr(RECIPES[name][1]()[1], "zero_init_residual", False)}
+    bases = ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "byol-paper")
+    assert started == {name for name in TABLE if name.startswith(bases)}
+
+
+@pytest.mark.parametrize(("method", "dim"), [("lewel-b", 64), ("lewel-b", 512), ("lewel-m", 64)])
+def test_the_aligned_width_follows_the_projectors_unless_it_is_given(method: str, dim: int) -> None:
+    """LEWEL section 3.3: d = c by default, so that Table 7's rows are `--dim` alone."""
+
+    def width(*flags: str) -> int:
+        config = resolve(["--method", method, "--dim", str(dim), *flags])
+        with torch.device("meta"):
+            made: Any = METHODS[method](config.model, arch="resnet18", image_size=64)
+        return int(made.projector.aligned_projector[-1].out_features)
+
+    assert width() == dim and width("--c", "32") == 32
+
+
+@pytest.mark.parametrize("flags", [["--schedule.decay", "steps"], ["--schedule.milestones", "3"]])
+def test_milestones_and_the_decay_that_has_them_go_together(flags: list[str]) -> None:
+    with pytest.raises(UserMistake, match="milestones"):
+        resolve(["--method", "moco-v2", *flags])
+    both = ["--method", "moco-v2", "--schedule.decay", "steps", "--schedule.milestones", "3,5"]
+    assert resolve(both).recipe.schedule.milestones == (3, 5)

@@ -7,10 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from models import region_branch
-from models.methods import METHODS
+from models.methods import METHODS, region_method
+from models.methods.region_method import RegionConfig, Regions, embed_with_regions, paste_sources, source_positions
 from models.norm import GroupBatchNorm
-from models.region_branch import RegionConfig, Regions, embed_with_regions, paste_sources, source_positions
 from tests.method_cases import BATCH, GROUP, build, composite, make_inputs, partners, small_config
 from tests.method_references import REFERENCES, check_against_formula, gap, ready, rows_n
 
@@ -202,10 +201,39 @@ def test_only_needed_regions_are_embedded():
     config = RegionConfig(use_canvas=False, intra_negative=False)
     assert config.needs_paste and not config.needs_canvas
     assert RegionConfig(use_canvas=False).needs_canvas  # as the paste's negative
-    pooled = region_branch.pool_regions(torch.randn(2, 3, 2, 2), torch.tensor([[0, 0, 1, 1]] * 2), config)
+    pooled = region_method.pool_regions(torch.randn(2, 3, 2, 2), torch.tensor([[0, 0, 1, 1]] * 2), config)
     assert pooled.canvas is None and pooled.paste is not None
 
 
 def test_all_region_methods_share_one_set_of_options():
     for name in REGION_METHODS:
         assert isinstance(METHODS[name].Config().region, RegionConfig)
+
+
+def test_an_extra_head_has_a_queue_and_half_of_the_loss() -> None:
+    """LEWEL's Table 6 control: the mean of what MoCo v2 computes with either head, and both queues take the keys."""
+    method, inputs = ready("moco-v2", extra_head=True)
+    losses = {}
+    for prefix, queue in (("", "queue"), ("extra_", "extra_queue")):
+        single, _ = ready("moco-v2")
+        single.encoder.load_state_dict(method.encoder.state_dict())
+        single.momentum_encoder.load_state_dict(method.momentum_encoder.state_dict())
+        for name in ("projector", "momentum_projector"):
+            source = name.replace("projector", f"{prefix}projector")
+            getattr(single, name).load_state_dict(getattr(method, source).state_dict())
+        single.queue.load_state_dict(getattr(method, queue).state_dict())
+        losses[prefix] = single(inputs).loss.item()
+    output = method(inputs)
+    assert losses[""] != losses["extra_"]
+    assert output.loss.item() == pytest.approx((losses[""] + losses["extra_"]) / 2, rel=1e-9)
+    assert {name.partition("/")[0] for name in output.keys} == {"queue", "extra_queue"} == set(method.host_state())
+    output.loss.backward()
+    assert all(p.grad is not None for p in method.extra_projector.parameters())
+    method.after_step(output, 0.9)
+    assert set(method.host_state().values()) == {len(inputs.view1)}
+
+
+@pytest.mark.parametrize("name", ["regioncl-m", "densecl", "regioncl-d"])
+def test_an_extra_head_is_for_moco_v2_alone(name: str) -> None:
+    with pytest.raises(ValueError, match="--extra-head"):
+        ready(name, extra_head=True)

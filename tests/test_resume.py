@@ -121,6 +121,17 @@ def test_starting_over_keeps_its_own_checkpoints(whole: Path, tmp_path: Path) ->
     assert [row["step"] for row in rows(run_dir, "resume")] == [3]
 
 
+def test_what_no_flag_says_goes_on_as_recorded(whole: Path, tmp_path: Path) -> None:
+    """As after an update that has other defaults: here --holdout and --optim.lr are given at the start only."""
+    run_dir = tmp_path / "recorded"
+    assert run(argv(run_dir, steps=4)) == [0]
+    cut_back(run_dir)
+    line = " ".join(argv(run_dir)).replace(" --holdout 8", "").replace(" --optim.lr 0.05", "")
+    assert run(line.split(), log=tmp_path / "log") == [0]
+    assert "goes on as recorded" in (tmp_path / "log").read_text()
+    assert_same(whole, run_dir)
+
+
 def forget_momentum_encoder(state) -> None:
     state.method.synchronise_momentum()
 

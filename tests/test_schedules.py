@@ -127,3 +127,12 @@ def test_recipes_use_the_published_schedules() -> None:
     assert at("moby-100ep", 250_199, 2502) == pytest.approx(5e-6, rel=1e-3)
     recipe = RECIPES["lewel-b-100ep"][1]()[0]
     assert ema_at(50 * 1251 + 50, 125_100, recipe.ema) == pytest.approx(0.99001256, abs=5e-9)
+
+
+def test_moco_v1_falls_to_a_tenth_at_its_milestones() -> None:
+    config = ScheduleConfig(decay="steps", milestones=(120, 160))
+    optim = OptimConfig(lr=0.03, lr_reference_batch=256)
+    rates = {0: 0.03, 119: 0.03, 120: 0.003, 159: 0.003, 160: 0.0003, 199: 0.0003}
+    for epoch, rate in rates.items():
+        for within in (0, 5003):
+            assert lr_at(epoch * 5004 + within, 5004, 200, config, optim, 256) == pytest.approx(rate)

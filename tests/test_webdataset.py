@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 from pipeline.beton import BetonReader
+from pipeline.fetch import public_url
 from pipeline.interface import PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 from pipeline.manifest import manifest_path, read_manifest
 from pipeline.sampling import sharded_order
+from pipeline.shard_store import split_location
 from pipeline.shards import parse_index
-from pipeline.wds_loader import WebDatasetPipeline, public_url, split_location
+from pipeline.wds_loader import WebDatasetPipeline
 from tools import make_ffcv_dataset, make_webdataset
 from tools.support.cli import call
 
@@ -188,10 +190,10 @@ def test_a_rank_fetches_no_shard_it_does_not_need(shards, server):
 
 
 def test_a_server_that_fails_for_a_moment(shards, server, monkeypatch):
-    from pipeline import wds_loader
+    from pipeline import fetch
 
     address, _ = server
-    once, failed = wds_loader._fetch_once, []
+    once, failed = fetch._fetch_once, []
 
     def sometimes(url, into, expected):
         if url.endswith("0.tar") and url not in failed:
@@ -199,11 +201,11 @@ def test_a_server_that_fails_for_a_moment(shards, server, monkeypatch):
             raise OSError("connection reset")
         once(url, into, expected)
 
-    monkeypatch.setattr(wds_loader, "_fetch_once", sometimes)
+    monkeypatch.setattr(fetch, "_fetch_once", sometimes)
     pipeline = WebDatasetPipeline(config(address))
     assert sorted(samples(epoch_of(pipeline))) == list(range(COUNT)) and failed
-    monkeypatch.setattr(wds_loader, "_ATTEMPTS", 1)
-    monkeypatch.setattr(wds_loader, "_fetch_once", lambda *_: (_ for _ in ()).throw(OSError("connection reset")))
+    monkeypatch.setattr(fetch, "_ATTEMPTS", 1)
+    monkeypatch.setattr(fetch, "_fetch_once", lambda *_: (_ for _ in ()).throw(OSError("connection reset")))
     with pytest.raises(OSError, match="connection reset"):
         epoch_of(pipeline, 7)
         epoch_of(pipeline, 8)

@@ -294,7 +294,7 @@ def _whole_views(files: Sequence[Path], size: int, seed: int) -> list[Tensor]:
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
     profile = dataclasses.replace(augment.get_profile("mocov2"), flip_probability=0.0)
     index = np.arange(len(files))
-    return [augment.apply(pixels, augment.draw(profile, seed, 0, index, view)) for view in (0, 1)]
+    return [augment.augment_view(pixels, profile, seed, 0, index, view) for view in (0, 1)]
 
 
 def boxes(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -26,14 +26,17 @@ import torch
 
 from pipeline import augment
 from pipeline.beton import BetonReader, BetonWriter
-from pipeline.decoder import JOB, MAX_PIXELS, native_library, pil_views, view_array
+from pipeline.decoder import native_library, pil_views
 from pipeline.epoch import EpochPlan
 from pipeline.images import decode_rgb
 from pipeline.interface import Pipeline, PipelineConfig
+from pipeline.layouts import JOB, view_array
+from pipeline.listing import list_images
 from pipeline.loaders import build_pipeline
 from pipeline.manifest import manifest_path
 from pipeline.records import make_record
-from pipeline.stores import PackedStore, list_images
+from pipeline.refusal import MAX_PIXELS
+from pipeline.stores import PackedStore
 from tools.bench.pipeline_bounded import bounded_conclusion, measure_bounded
 from tools.bench.pipeline_contenders import crops_transform, dataloader_epoch, moco_v2_transform, stock_ffcv_epoch
 from tools.bench.pipeline_levers import measure_levers
@@ -69,7 +72,7 @@ METRIC = "throughput"
 
 def pack_repeated(photos: Path, target: Path, side_px: int, quality: int, images: int) -> None:
     """Pack a folder's photos so that the longest side is at most `side_px`, again and again up to `images` records."""
-    files, _ = list_images(photos)
+    files = list_images(photos).files
     records = [make_record(path.read_bytes(), side_px, quality, LARGEST_RECORD) for path in files]
     tally = Tally()
     with target.open("wb") as file:
@@ -324,7 +327,7 @@ def main(argv: Sequence[str]) -> int:
             "a packed file"
             if options.photos is None
             else (
-                f"{len(list_images(options.photos)[0])} photos packed at {options.max_resolution} px, quality "
+                f"{len(list_images(options.photos).files)} photos packed at {options.max_resolution} px, quality "
                 f"{options.jpeg_quality}, repeated"
             )
         )

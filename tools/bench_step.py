@@ -30,7 +30,8 @@ from models.methods import METHODS
 from models.methods.base import Method, StepInputs
 from models.methods.moco_v2 import MoCoV2
 from models.ops.choice import NORM, POOL
-from pipeline.interface import PipelineConfig
+from pipeline.augmenter import BatchAugmenter
+from pipeline.interface import Batch, PipelineConfig
 from pipeline.synthetic import SyntheticPipeline
 from tools.bench.projection import GPUS
 from tools.bench.reference_port import PortedStep, PortOptions
@@ -41,7 +42,7 @@ from train.checkpoint import run_checkpoints
 from train.config import Config
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import RunEnd
-from train.inputs import InputBuilder, train_views
+from train.inputs import InputBuilder, finished_views
 from train.loop import Job, take_step
 from train.main import build_method, feature_grid
 from train.optim import build_optimizer
@@ -125,8 +126,9 @@ class OurStep:
 
     def prepare(self, batches: int = 2) -> None:
         """Make inputs to use in turn."""
-        for step, batch in enumerate(synthetic_batches(self.config, self.runtime, batches)):
-            self.inputs += self.builder.build(batch, 0, step)
+        augment, crops = synthetic_crops(self.config, self.runtime, batches)
+        for step, batch in enumerate(crops):
+            self.inputs += self.builder.build(augment(batch, 0), step)
 
     def __call__(self) -> None:
         """Take the next step."""
@@ -143,19 +145,21 @@ class OurStep:
         return float(self.state.sums["loss"])
 
 
-def synthetic_batches(config: Config, runtime: Runtime, count: int) -> Iterator:
-    """`count` batches of synthetic views on the device."""
+def synthetic_crops(config: Config, runtime: Runtime, count: int) -> tuple[BatchAugmenter, Iterator[Batch]]:
+    """What augments a batch as the run does, and `count` batches of synthetic uint8 crops on the device."""
     size = config.recipe.global_batch
     settings = PipelineConfig(
         str(count * size),
-        train_views(config),
+        (),
         size,
         seed=config.run.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
         device=runtime.device,
     )
-    return iter(SyntheticPipeline(settings))
+    settings = finished_views(settings, config, runtime)
+    # The crops come as they are, so that their augmentation can be timed.
+    return BatchAugmenter(settings), iter(SyntheticPipeline(replace(settings, augment="")))
 
 
 class PortStep:
@@ -394,11 +398,12 @@ class _WithAugmentation:
 
     def __init__(self, ours: OurStep) -> None:
         self.ours = ours
-        self.batch = next(iter(synthetic_batches(ours.config, ours.runtime, 1)))
+        self.augment, crops = synthetic_crops(ours.config, ours.runtime, 1)
+        self.batch = next(crops)
 
     def __call__(self) -> None:
         kept = self.ours.inputs
-        self.ours.inputs = self.ours.builder.build(self.batch, 0, self.ours.state.step)
+        self.ours.inputs = self.ours.builder.build(self.augment(self.batch, 0), self.ours.state.step)
         self.ours()
         self.ours.inputs = kept
 
@@ -449,7 +454,8 @@ class PartTimer:
 
 def profile_parts(ours: OurStep, steps: int) -> dict[str, list[float]]:
     """Seconds of each part in each of `steps` steps."""
-    batch = next(iter(synthetic_batches(ours.config, ours.runtime, 1)))
+    augment, crops = synthetic_crops(ours.config, ours.runtime, 1)
+    batch = next(crops)
     parts: dict[str, list[float]] = {}
     method, optimizer = ours.method, ours.state.optimizer
     settle = 2 if ours.runtime.device.type == "cuda" else 0
@@ -458,7 +464,7 @@ def profile_parts(ours: OurStep, steps: int) -> dict[str, list[float]]:
         undo = [timer.wrap(method.encoder, "online trunk, forward")]
         undo += [timer.wrap(m, "momentum trunk, forward") for o, m in method.momentum_pairs() if o is method.encoder]
         with timer.part("augmentation and regions"):
-            inputs = ours.builder.build(batch, 0, step)[0]
+            inputs = ours.builder.build(augment(batch, 0), step)[0]
         with timer.part("heads and losses, forward"), ours.runtime.autocast():
             output = method(inputs)
         with timer.part("backward"):

@@ -30,7 +30,7 @@ from tools.bench.timing import add_common_flags, choose_device
 from tools.bench_step import OurStep, configure
 from tools.support import cli
 from train.errors import RunEnd
-from train.inputs import InputStream, train_views
+from train.inputs import InputStream, finished_views
 from train.loop import take_step
 from train.runtime import Runtime, start, wrap_distributed
 
@@ -93,7 +93,7 @@ def _pipeline(options: argparse.Namespace, ours: OurStep, loader: str, data: str
     config, runtime = ours.config, ours.runtime
     settings = PipelineConfig(
         data=data,
-        views=train_views(config),
+        views=(),
         global_batch=options.batch,
         seed=config.run.seed,
         rank=runtime.rank,
@@ -101,7 +101,7 @@ def _pipeline(options: argparse.Namespace, ours: OurStep, loader: str, data: str
         workers=options.workers,
         device=runtime.device,
     )
-    return build_pipeline(loader, settings, quiet=True)
+    return build_pipeline(loader, finished_views(settings, config, runtime), quiet=True)
 
 
 def measure(options: argparse.Namespace, runtime: Runtime) -> None:

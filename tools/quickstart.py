@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.stores import list_images
+from pipeline.listing import list_images
 from tools.support.cli import call, make_parser, parse, run_main
 from tools.support.sample_photos import cut_photos
 from train.errors import RunEnd, UserMistake, run_to_exit_code
@@ -125,9 +125,10 @@ def pack_folder(folder: Path, run_dir: Path) -> Packed:
         say(f"{folder} has a train and a val folder; using them as they are")
         return _pack_both(run_dir, train, validation)
     try:
-        files, labels = list_images(folder)
+        listing = list_images(folder)
     except ValueError as reason:
         raise UserMistake(str(reason)) from None
+    files, labels = listing.files, listing.labels
     chosen = np.unique(np.linspace(0, len(files) - 1, min(len(files), _MOST_IMAGES)).astype(np.int64))
     if len(chosen) < len(files):
         say(f"taking {len(chosen):,} of {len(files):,} images, so that packing leaves time to train")

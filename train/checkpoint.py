@@ -393,6 +393,22 @@ def stopped(step: int, watch: SignalWatch) -> Stopped:
     )
 
 
+def recorded_config(root: Path) -> dict[str, Any] | None:
+    """The configuration that the newest readable checkpoint under `root` was saved with; None where there is none.
+
+    Hashes are not checked: the configuration is needed before anything is built, and all checkpoints of a folder are
+    of one run. Restoring reads the document again, with its hash.
+    """
+    for folder in steps_on_disk(root):
+        try:
+            config = _json(_read(folder / DOCUMENT_FILE, _MAX_JSON_BYTES), DOCUMENT_FILE)["config"]
+            if {"run", "recipe", "model"} <= set(config):
+                return dict(config)
+        except (Damaged, KeyError, TypeError):
+            continue
+    return None
+
+
 def run_checkpoints(config: Config, config_json: Mapping[str, Any], runtime: Runtime) -> Checkpoints:
     """The checkpoints of a pre-training run.
 

@@ -80,7 +80,10 @@ class RunConfig:
         10, "steps between rows of metrics; the only time the host waits for the device", least=1, free_on_resume=True
     )
     holdout: int = option(
-        500, "images held out of training for health figures without --val-data (at most 5 percent)", least=0
+        0,
+        "images kept out of training for the health figures where there is no --val-data (at most 5 percent); 0: the "
+        "figures come from images that are trained on",
+        least=0,
     )
     report: bool = option(True, "write report.html into the run's folder at the end", free_on_resume=True)
     dry_run: bool = option(False, "print what would run, and stop", free_on_resume=True)
@@ -125,8 +128,15 @@ class OptimConfig:
 class ScheduleConfig:
     """How the learning rate moves between the start and the end of a run."""
 
-    decay: Literal["cosine-epoch", "cosine-step", "constant"] = option(
-        "cosine-epoch", "after warm-up: half a cosine, evaluated once an epoch or every step, or no change"
+    decay: Literal["cosine-epoch", "cosine-step", "steps", "constant"] = option(
+        "cosine-epoch",
+        "after warm-up: half a cosine, evaluated once an epoch or every step; steps: a tenth at each milestone; or no "
+        "change",
+    )
+    milestones: tuple[int, ...] = option(
+        (),
+        "epochs from which on the rate is a tenth of what it was, comma-separated, with decay steps (MoCo v1)",
+        least=1,
     )
     final: float = option(0.0, "learning rate that the cosine ends at", least=0)
     cosine_origin: Literal["warmup-end", "run-start"] = option(

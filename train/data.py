@@ -1,4 +1,4 @@
-"""The pipelines of a run: training, held-out views for health, labelled banks for online k-NN."""
+"""The pipelines of a run: training, views for the health figures, labelled banks for online k-NN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.sampling import hold_out
 
 from .config import Config
 from .errors import UserMistake
-from .inputs import train_views
+from .inputs import finished_views, train_views
 from .measure.features import center_view
 from .measure.health import MAX_RETRIEVAL_IMAGES
 from .runtime import Runtime
@@ -43,33 +43,29 @@ def _build(config: Config, settings: PipelineConfig, quiet: bool = True) -> Pipe
         raise UserMistake(str(reason)) from None
 
 
-def _augmented_by_loader(config: Config, runtime: Runtime) -> str:
-    """The profile that the loader applies: on a CPU its threads do it ahead of the step; a GPU does it itself."""
-    wanted = config.recipe.augment.implementation in ("auto", "native")
-    return config.recipe.augment.profile if runtime.device.type == "cpu" and wanted else ""
-
-
 @dataclass
 class RunData:
     """All pipelines of a run.
 
     Attributes:
         train: random views of the training population.
-        held_out: random views of up to 500 images that are not trained on, with fixed draws.
+        health: two random views, with fixed draws, of up to 500 images for the health figures.
+        health_source: where those images are from: "validation", "held out" of `--data`, or "training".
         bank: evaluation views of all training images, or None without `--val-data`.
         queries: evaluation views of `--val-data`, or None.
         population: indices that are trained on.
     """
 
     train: Pipeline
-    held_out: Pipeline
+    health: Pipeline
+    health_source: str
     bank: Pipeline | None
     queries: Pipeline | None
     population: np.ndarray
 
     def close(self) -> None:
         """Close all pipelines."""
-        for each in (self.train, self.held_out, self.bank, self.queries):
+        for each in (self.train, self.health, self.bank, self.queries):
             if each is not None:
                 each.close()
 
@@ -83,7 +79,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     base = _base_config(config, runtime, config.run.data)
     whole = _build(config, dataclasses.replace(base, views=(center_view(config.recipe.image_size),)))
     total = whole.num_samples
-    held_out_from = config.run.val_data or config.run.data
+    health_from = config.run.val_data or config.run.data
     count = 0 if config.run.val_data else min(config.run.holdout, total // 20)
     if count < 2:
         count = 0  # the figures compare images with one another
@@ -96,14 +92,11 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     train = _build(
         config,
         dataclasses.replace(
-            base,
-            views=train_views(config),
+            finished_views(base, config, runtime),
             global_batch=config.recipe.global_batch,
             order=config.run.order,
             drop_last=True,
             population=population,
-            augment=_augmented_by_loader(config, runtime),
-            dtype=runtime.dtype,
         ),
         quiet=False,
     )
@@ -121,14 +114,21 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
         held_out = np.arange(queries.num_samples)
     else:
         whole.close()
+    source = "validation" if config.run.val_data else "held out"
     if len(held_out) < 2:
-        # Too few images to spare any: the figures then come from training images.
-        held_out, held_out_from = population, config.run.data
+        # The published runs train on every image, so by default none is kept out: those that are trained on serve.
+        held_out, health_from, source = population, config.run.data, "training"
     chosen = held_out[np.linspace(0, len(held_out) - 1, min(len(held_out), MAX_RETRIEVAL_IMAGES)).astype(np.int64)]
     views = _build(
         config,
         dataclasses.replace(
-            base, data=held_out_from, views=train_views(config), population=chosen, rank=0, world_size=1
+            base,
+            data=health_from,
+            views=train_views(config),
+            augment=config.recipe.augment.profile,
+            population=chosen,
+            rank=0,
+            world_size=1,
         ),
     )
-    return RunData(train, views, bank, queries, population)
+    return RunData(train, views, source, bank, queries, population)

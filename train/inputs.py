@@ -1,9 +1,8 @@
-"""From a loader's batch to a method's inputs: augmentation, region swapping, key shuffling, one step ahead on a GPU."""
+"""From a loader's batch to a method's inputs: regions, key shuffling, micro-batches, one step ahead on a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,7 @@ from models.collectives import all_gather_rows
 from models.methods.base import Method, StepInputs
 from models.ops.launcher import CudaModule
 from pipeline import augment
-from pipeline.interface import Batch, Pipeline, ViewSpec
+from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.regions import RegionSampler, make_mixed
 from pipeline.rng import SLOT_SHUFFLE, permutation
 
@@ -34,6 +33,20 @@ def train_views(config: Config) -> tuple[ViewSpec, ...]:
         low = config.recipe.augment.min_scale
         specs = tuple(dataclasses.replace(spec, scale=(low, spec.scale[1])) for spec in specs)
     return specs
+
+
+def finished_views(settings: PipelineConfig, config: Config, runtime: Runtime) -> PipelineConfig:
+    """`settings` with the views that the run trains on: cut, augmented and normalised as its recipe says."""
+    return dataclasses.replace(
+        settings,
+        views=train_views(config),
+        augment=config.recipe.augment.profile,
+        implementation=config.recipe.augment.implementation,
+        # Autocast casts what a convolution reads; handing it the final dtype saves that pass.
+        dtype=runtime.dtype,
+        # pipeline/ and models/ do not know each other; the launcher of the fused kernel comes from models/.
+        load_kernels=CudaModule,
+    )
 
 
 def batch_per_device(config: Config, world_size: int) -> int:
@@ -127,35 +140,17 @@ class InputBuilder:
         """What draws regions and pairs; made on first use, because only some methods have its settings."""
         return region_sampler(self.config, self.grid)
 
-    def build(self, batch: Batch, epoch: int, step: int) -> list[StepInputs]:
-        """Inputs of optimizer step `step` from this rank's part of its global batch."""
-        views = {name: self._augment(batch, name, number, epoch) for number, name in enumerate(VIEWS)}
+    def build(self, batch: Batch, step: int) -> list[StepInputs]:
+        """Inputs of optimizer step `step` from this rank's part of its global batch, whose views are finished."""
         local = batch.index.numel()
         micro = self.config.run.micro_batch or local
         count = local // micro
         return [
             self.step_inputs(
-                {name: view[first * micro : (first + 1) * micro] for name, view in views.items()}, step, first, count
+                {name: batch.views[name][first * micro : (first + 1) * micro] for name in VIEWS}, step, first, count
             )
             for first in range(count)
         ]
-
-    def _augment(self, batch: Batch, name: str, number: int, epoch: int) -> Tensor:
-        config = self.config
-        if batch.views[name].dtype != torch.uint8:
-            return batch.views[name]  # the loader has augmented it
-        params = augment.draw(
-            augment.PROFILES[config.recipe.augment.profile], config.run.seed, epoch, batch.index.numpy(), number
-        )
-        # Autocast casts what a convolution reads; handing it the final dtype saves that pass.
-        dtype = self.runtime.dtype
-        return augment.apply(
-            batch.views[name],
-            params.to(self.runtime.device, non_blocking=True),
-            dtype,
-            implementation=config.recipe.augment.implementation,
-            load=CudaModule,
-        )
 
     def step_inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int) -> StepInputs:
         """Each micro-batch of all ranks together is treated as a global batch of its own."""
@@ -221,7 +216,7 @@ class InputStream:
         """Inputs from `first_step_in_epoch` on; `first_step` is the optimizer step it has."""
         self.pipeline.set_epoch(epoch, first_step_in_epoch)
         source = iter(self.pipeline)
-        pending = self._next(source, epoch, first_step)
+        pending = self._next(source, first_step)
         step = first_step
         while pending is not None:
             current = pending
@@ -229,26 +224,28 @@ class InputStream:
                 torch.cuda.current_stream().wait_stream(self._stream)
                 _record(current, torch.cuda.current_stream())
                 # The copy and augmentation of the next batch run beside the step that the caller now queues.
-                pending = self._next(source, epoch, step + 1)
+                pending = self._next(source, step + 1)
                 yield step, current
             else:
                 yield step, current
-                pending = self._next(source, epoch, step + 1)
+                pending = self._next(source, step + 1)
             step += 1
 
-    def _next(self, source: Iterator[Batch], epoch: int, step: int) -> list[StepInputs] | None:
-        started = time.perf_counter()
-        batch = next(source, None)
-        self.wait_s += time.perf_counter() - started
-        if batch is None:
-            return None
+    def _next(self, source: Iterator[Batch], step: int) -> list[StepInputs] | None:
+        """Inputs of the next step, None behind the last."""
         if self._stream is None:
-            return self.builder.build(batch, epoch, step)
+            return self._take(source, step)
+        # The loader works on this stream as well, so that the views it augments here are part of what runs ahead.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for view in batch.views.values():
-                view.record_stream(self._stream)
-            return self.builder.build(batch, epoch, step)
+            return self._take(source, step)
+
+    def _take(self, source: Iterator[Batch], step: int) -> list[StepInputs] | None:
+        # The loader's own clock: what it queues on a GPU after waiting for the decoder is no waiting.
+        waited = self.pipeline.stats().wait_s
+        batch = next(source, None)
+        self.wait_s += self.pipeline.stats().wait_s - waited
+        return None if batch is None else self.builder.build(batch, step)
 
 
 def _record(inputs: list[StepInputs], stream: torch.cuda.Stream) -> None:

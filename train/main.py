@@ -23,7 +23,7 @@ from models.methods.base import Method
 from pipeline.atomic import write_atomically
 from pipeline.augment import choose_implementation
 from train import data as run_data
-from train.checkpoint import run_checkpoints
+from train.checkpoint import recorded_config, run_checkpoints
 from train.config import Config
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import UserMistake, run_to_exit_code
@@ -32,7 +32,7 @@ from train.loop import Job, train
 from train.measure.online import health_figures, knn_figures
 from train.optim import build_optimizer
 from train.record.metrics import Metrics
-from train.resolve import resolve
+from train.resolve import changed_fields, continued, resolve
 from train.retry import persistently
 from train.runtime import Runtime, SignalWatch, start, wrap_distributed
 from train.schedules import scaled_lr
@@ -162,8 +162,13 @@ def _graphed(config: Config, runtime: Runtime, method: Method) -> GraphedForward
     return GraphedForwardBackward(method, runtime)
 
 
-def run(config: Config) -> int:
-    """One run from resolved configuration to exit code."""
+def run(config: Config, taken_over: Sequence[str] = ()) -> int:
+    """One run from resolved configuration to exit code.
+
+    Args:
+        config: resolved configuration.
+        taken_over: values that the run's folder has recorded and that the recipe would have otherwise, to be told.
+    """
     if not config.run.data and config.run.loader != "synthetic":
         raise UserMistake(
             "--data is needed: pack a folder of images with `python tools/make_ffcv_dataset.py FOLDER photos.beton`, "
@@ -176,6 +181,8 @@ def run(config: Config) -> int:
         check_augment(config, runtime)
         if runtime.is_main:
             print(describe(config, runtime, method), flush=True)
+            if taken_over:
+                print(f"goes on as recorded, not as asked for by the recipe: {'; '.join(taken_over)}", flush=True)
         if config.run.dry_run:
             if runtime.is_main:
                 print(json.dumps(config.to_json(), indent=1))
@@ -300,10 +307,18 @@ def _write_report(job: Job) -> None:
         print(f"report.html could not be written: {reason}; run python tools/report.py {job.run_dir}", file=sys.stderr)
 
 
+def _run_or_go_on(arguments: Sequence[str]) -> int:
+    """Run what the command line asks for; a run that goes on keeps its recorded values where no flag says otherwise."""
+    config = resolve(arguments)
+    recorded = recorded_config(Path(config.run.run_dir) / "checkpoints") if config.run.resume == "auto" else None
+    kept = config if recorded is None else continued(arguments, config, recorded)
+    return run(kept, taken_over=changed_fields(config.to_json(), kept.to_json()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_to_exit_code(lambda: run(resolve(arguments)))
+    return run_to_exit_code(lambda: _run_or_go_on(arguments))
 
 
 if __name__ == "__main__":

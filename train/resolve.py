@@ -9,7 +9,7 @@ from typing import Any
 
 from models.methods import METHODS
 
-from .config import Config, Recipe, RunConfig
+from .config import Config, Recipe, RunConfig, ScheduleConfig
 from .errors import UserMistake
 from .fields import Leaf, check, flatten, unflatten
 from .flags import OneLineParser, add_leaf, parse_fields
@@ -114,7 +114,44 @@ def _apply_flags(argv: Sequence[str], config: Config, show_model: bool) -> Confi
         config = unflatten(config, {"run.run_dir": f"runs/{config.run.method}"})
     for part in PARTS:
         check(getattr(config, part))
+    _check_milestones(config.recipe.schedule)
     return config
+
+
+def _check_milestones(schedule: ScheduleConfig) -> None:
+    if (schedule.decay == "steps") != bool(schedule.milestones):
+        raise UserMistake(
+            f"--schedule.milestones {','.join(map(str, schedule.milestones)) or 'none'} with --schedule.decay "
+            f"{schedule.decay}: decay steps needs milestones, and no other decay has them"
+        )
+
+
+def continued(argv: Sequence[str], config: Config, recorded: Mapping[str, Any]) -> Config:
+    """The configuration with which a recorded run of the same recipe goes on.
+
+    A recipe's values may be mended between versions. A run that has begun keeps its own: whatever decides what is
+    computed and is not given on the command line is as recorded. A run of another method or recipe, and one that names
+    a `--config` file, is left as asked for, so that `changed_fields` refuses it.
+
+    Args:
+        argv: the command line.
+        config: what `resolve` makes of it.
+        recorded: configuration in the newest checkpoint of the run's folder.
+
+    Returns:
+        `config` with the recorded values; `config` itself where there are none to take over.
+    """
+    same = all(recorded["run"].get(name) == getattr(config.run, name) for name in ("method", "recipe"))
+    if not same or _first_pass(argv)["config"]:
+        return config
+    # An option that the recorded run did not have counts at its default, as in `changed_fields`.
+    known, values = _with_defaults(recorded)
+    kept = {
+        name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+        for name, leaf in known.items()
+        if not leaf.option.free_on_resume
+    }
+    return _apply_flags(argv, unflatten(config, kept), show_model=True)
 
 
 def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

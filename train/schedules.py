@@ -5,6 +5,7 @@ epoch. Every published schedule of the trainer is one setting of `ScheduleConfig
 
 | method | warmup_epochs | warmup_start | warmup_offset | decay | cosine_origin | final |
 |---|---|---|---|---|---|---|
+| MoCo v1 | 0 | | | steps (milestones 120, 160) | | |
 | MoCo v2, DenseCL, SimSiam, RegionCL-M | 0 | | | cosine-epoch | | 0 |
 | MoCo v3, BYOL | 10 | 0 | 0 | cosine-step | warmup-end | 0 |
 | CARE | 10 | 1e-6 | 0 | cosine-step | warmup-end | 0 |
@@ -64,6 +65,8 @@ def lr_at(
         return start + (peak_lr - start) * (step + config.warmup_offset) / warmup_steps
     if config.decay == "constant":
         return peak_lr
+    if config.decay == "steps":
+        return float(peak_lr * 0.1 ** sum(step // steps_per_epoch >= milestone for milestone in config.milestones))
     final = config.final * ends_scale
     origin = config.warmup_epochs if config.cosine_origin == "warmup-end" else 0.0
     epoch = float(step // steps_per_epoch) if config.decay == "cosine-epoch" else step / steps_per_epoch

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from ..heads import global_pool
 
 
 @dataclass
@@ -16,7 +18,7 @@ class StepInputs:
 
     Attributes:
         view1: (B, 3, S, S) normalised, channels-last.
-        view2: likewise.
+        view2: (B, 3, S, S), the other view of the same images.
         seed: run seed, for draws made inside a method.
         step: number of this pass, 0-based, for the same: optimizer step * micro_batches + micro-batch.
         mixed: "view1" / "view2" -> (B, 3, S, S): canvas of image i with the region of its partner pasted in.
@@ -58,6 +60,13 @@ class StepOutput:
     keys: dict[str, Tensor] = field(default_factory=dict)
 
 
+class CompileTarget(Protocol):
+    """A module, or a part of one, that compiles in place."""
+
+    def compile(self) -> None:
+        """Compile for the shapes of the run."""
+
+
 class Method(nn.Module, ABC):
     """A self-supervised method: encoders, heads, memory, and the order of events in a step.
 
@@ -72,8 +81,6 @@ class Method(nn.Module, ABC):
     ema_index_offset: ClassVar[int] = 0
     """The EMA after optimizer step t uses coefficient number t + offset: 1 where the paper's code updates at the start
     of the next step (MoCo, DenseCL, MoBY, MoCo v3, CARE), 0 where it updates after the optimizer step (BYOL, LEWEL)."""
-
-    has_momentum_network: ClassVar[bool] = True
 
     encoder: nn.Module
 
@@ -96,8 +103,10 @@ class Method(nn.Module, ABC):
         """EMA of the momentum network and enqueueing of keys; called once after each optimizer step."""
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(online, momentum) module pairs whose parameters are averaged."""
-        return []
+        """(online, momentum) modules whose parameters are averaged: each child `momentum_<name>` follows `<name>`."""
+        prefix = "momentum_"
+        momentum = {name: child for name, child in self.named_children() if name.startswith(prefix)}
+        return [(self.get_submodule(name.removeprefix(prefix)), child) for name, child in momentum.items()]
 
     def fixed_lr_modules(self) -> list[nn.Module]:
         """Modules whose learning rate stays constant (SimSiam's predictor)."""
@@ -115,11 +124,11 @@ class Method(nn.Module, ABC):
         for online, momentum in self.momentum_pairs():
             momentum.load_state_dict(online.state_dict())
 
-    def compile_targets(self) -> list[nn.Module]:
-        """Modules that `--compile` compiles in place: heads, whose shapes never change within a run."""
+    def compile_targets(self) -> list[CompileTarget]:
+        """What `--compile` compiles in place: heads, whose shapes never change within a run."""
         return [module for name, module in self.named_children() if "project" in name or "predict" in name]
 
     def features(self, images: Tensor) -> Tensor:
         """Globally average-pooled features (B, C) of the exported trunk, fp32."""
         feature_map: Tensor = self.encoder(images)
-        return feature_map.float().mean(dim=(2, 3))
+        return global_pool(feature_map.float())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads import mlp_head
+from ..heads import global_pool, mlp_head
 from ..losses import byol_regression
 from ..norm import convert_batch_norm
 from ..options import option
@@ -58,13 +58,14 @@ class Byol(RegressionMethod):
         sizes = (self.encoder.feature_dim, config.hidden_dim, config.dim)
         self.projector = mlp_head(sizes, biases=biases, hidden_norm=True)
         self.predictor = mlp_head((config.dim, config.hidden_dim, config.dim), biases=biases, hidden_norm=True)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.copy_online_networks()
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Sum over both directions."""
         views = (inputs.view1, inputs.view2)
-        predictions = [self.predictor(self.projector(_global_pool(self.encoder(view)))) for view in views]
+        predictions = [self.predictor(self.projector(global_pool(self.encoder(view)))) for view in views]
         targets = [self.target(view) for view in views]
         first = byol_regression(predictions[0], targets[1]).mean()
         second = byol_regression(predictions[1], targets[0]).mean()
@@ -73,10 +74,5 @@ class Byol(RegressionMethod):
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
         """Momentum embeddings (B, D) of images (B, 3, S, S)."""
-        projected: Tensor = self.momentum_projector(_global_pool(self.momentum_encoder(images)))
+        projected: Tensor = self.momentum_projector(global_pool(self.momentum_encoder(images)))
         return projected
-
-
-def _global_pool(feature_map: Tensor) -> Tensor:
-    """Mean over positions: (B, C, H, W) -> (B, C)."""
-    return feature_map.mean(dim=(2, 3))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention_stream import AttentionStream, Position
-from ..heads import mlp_head
+from ..heads import global_pool, mlp_head
 from ..losses import unit
 from ..momentum import copy_and_freeze, follow
 from ..norm import convert_batch_norm
 from ..options import option
 from ..resnet import ConvInit, ResNetTrunk, build_backbone
-from .base import Method, StepInputs, StepOutput
+from .base import CompileTarget, Method, StepInputs, StepOutput
 
 AttentionLoss = Literal["mse_mean", "l2norm"]
 
@@ -25,8 +26,9 @@ AttentionLoss = Literal["mse_mean", "l2norm"]
 class CareConfig:
     """Hyper-parameters of CARE."""
 
-    design: Literal["parallel", "sequential"] = option(
-        "parallel", "two streams side by side, or the CNN followed by the attention blocks and one head"
+    design: Literal["parallel", "sequential", "conv"] = option(
+        "parallel",
+        "two streams side by side; the CNN followed by the attention blocks and one head; or the CNN stream alone",
     )
     t_input: Literal["layer3", "layer4"] = option(
         "layer3",
@@ -34,7 +36,9 @@ class CareConfig:
     )
     n_blocks: int = option(5, "attention blocks (n)", above=0)
     heads: int = option(4, "attention heads", above=0)
-    pos: Position = option("absolute", "position encoding of the attention blocks")
+    pos: Position = option(
+        "relative", "position encoding of the attention blocks; the released code has absolute, its Table 8 both"
+    )
     lambda_att: float = option(100.0, "weight of the attention loss (lambda)")
     att_loss: AttentionLoss = option(
         "mse_mean",
@@ -53,11 +57,33 @@ class CareConfig:
     zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
 
 
+STREAMS = {"parallel": ("conv", "attn"), "sequential": ("attn",), "conv": ("conv",)}
+"""The heads of each design."""
+_BETWEEN_STREAMS = ("lambda_att", "att_loss", "att_teacher_terms", "t_input")
+_OF_ATTENTION = ("n_blocks", "heads", "pos", "t_zero_init")
+_WITHOUT_MEANING = {"parallel": (), "sequential": _BETWEEN_STREAMS, "conv": (*_BETWEEN_STREAMS, *_OF_ATTENTION)}
+
+
+def check_design(config: CareConfig) -> None:
+    """Refuse settings that the design has no use for, so that no run is taken for an ablation that it is not.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    default = CareConfig()
+    for name in _WITHOUT_MEANING[config.design]:
+        value = getattr(config, name)
+        if value != getattr(default, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} has no meaning with --design {config.design}; leave it out"
+            )
+
+
 class Streams(NamedTuple):
-    """Unit embeddings (B, D) of the CNN stream (None in the sequential design) and of the transformer stream."""
+    """Unit embeddings (B, D) of the CNN stream and of the transformer stream, None where the design has it not."""
 
     conv: Tensor | None
-    attn: Tensor
+    attn: Tensor | None
 
 
 def attention_loss(conv: Tensor, attn: Tensor, form: AttentionLoss) -> Tensor:
@@ -103,7 +129,8 @@ class Care(Method):
     Source: CARE (arXiv 2110.05340) Eq. 1-5, Fig. 2; ChongjianGE/CARE for what the text leaves open.
     Differs: T-stream statistics over `t_bn_group_size` images instead of a device's; any image size and ResNet; EMA
     after the optimizer step, which gives the same weights as at the start of the next. The sequential design is ours to
-    define: attention blocks follow layer4 and feed the only head, so that L_t alone remains.
+    define: attention blocks follow layer4 and feed the only head, so that L_t alone remains. The design "conv" is the
+    CNN stream alone, L = L_c, which the paper's section 3.4 and Fig. 4 compare with.
     """
 
     Config = CareConfig
@@ -113,13 +140,31 @@ class Care(Method):
         self, config: CareConfig, *, arch: str, image_size: int, bn_mode: str = "sync", bn_group_size: int = 0
     ) -> None:
         super().__init__()
+        check_design(config)
         self.config = config
         trunk = build_backbone(arch, config.conv_init, config.zero_init_residual)
         if not isinstance(trunk, ResNetTrunk):
             raise ValueError(f"--arch {arch} has no layer3 for CARE's transformer stream; choose a ResNet")
         self.encoder = trunk
+        _, last = trunk.stage_dims
+        if "attn" in self.streams:
+            self.attention_stream = self._new_attention_stream(trunk, image_size)
+        for stream in self.streams:
+            sizes = (last, config.hidden_dim, config.dim)
+            setattr(self, f"{stream}_projector", mlp_head(sizes, biases=(True, True), hidden_norm=True))
+            sizes = (config.dim, config.hidden_dim, config.dim)
+            setattr(self, f"{stream}_predictor", mlp_head(sizes, biases=(True, True), hidden_norm=True))
+        # The transformer stream's batch norms have groups of their own size, whatever the recipe's mode.
+        for name, child in self.named_children():
+            own = name == "attention_stream"
+            convert_batch_norm(child, "group" if own else bn_mode, config.t_bn_group_size if own else bn_group_size)
+        for name in self._averaged:
+            setattr(self, f"momentum_{name}", copy_and_freeze(getattr(self, name)))
+
+    def _new_attention_stream(self, trunk: ResNetTrunk, image_size: int) -> AttentionStream:
+        config = self.config
         middle, last = trunk.stage_dims
-        self.attention_stream = AttentionStream(
+        return AttentionStream(
             last if self._from_last_stage else middle,
             last,
             _cells(image_size, trunk.stride if self._from_last_stage else trunk.stride // 2),
@@ -129,41 +174,26 @@ class Care(Method):
             downsample=not self._from_last_stage,
             zero_init=config.t_zero_init,
         )
-        streams = ("conv", "attn") if self.two_streams else ("attn",)
-        for stream in streams:
-            sizes = (last, config.hidden_dim, config.dim)
-            setattr(self, f"{stream}_projector", mlp_head(sizes, biases=(True, True), hidden_norm=True))
-            sizes = (config.dim, config.hidden_dim, config.dim)
-            setattr(self, f"{stream}_predictor", mlp_head(sizes, biases=(True, True), hidden_norm=True))
-        for name, child in self.named_children():
-            own = name == "attention_stream"
-            convert_batch_norm(child, "group" if own else bn_mode, config.t_bn_group_size if own else bn_group_size)
-        for name in self._averaged:
-            setattr(self, f"momentum_{name}", copy_and_freeze(getattr(self, name)))
 
     @property
-    def two_streams(self) -> bool:
-        """Whether the CNN stream has a head of its own."""
-        return self.config.design == "parallel"
+    def streams(self) -> tuple[str, ...]:
+        """The streams that have a head, "conv" before "attn"."""
+        return STREAMS[self.config.design]
 
     @property
     def _from_last_stage(self) -> bool:
-        return self.config.t_input == "layer4" or not self.two_streams
+        return self.config.t_input == "layer4" or self.config.design == "sequential"
 
     @property
     def _averaged(self) -> tuple[str, ...]:
         """Modules with a momentum copy: all but the predictors."""
-        heads = ("conv_projector", "attn_projector") if self.two_streams else ("attn_projector",)
-        return ("encoder", "attention_stream", *heads)
+        blocks = ("attention_stream",) if "attn" in self.streams else ()
+        return ("encoder", *blocks, *(f"{stream}_projector" for stream in self.streams))
 
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """CNN, transformer stream and projectors with their momentum copies."""
-        return [(getattr(self, name), getattr(self, f"momentum_{name}")) for name in self._averaged]
-
-    def compile_targets(self) -> list[nn.Module]:
+    def compile_targets(self) -> list[CompileTarget]:
         """Heads and transformer streams."""
-        streams: list[nn.Module] = [getattr(self, f"{prefix}attention_stream") for prefix in ("", "momentum_")]
-        return super().compile_targets() + streams
+        prefixes = ("", "momentum_") if "attn" in self.streams else ()
+        return [*super().compile_targets(), *(getattr(self, f"{prefix}attention_stream") for prefix in prefixes)]
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """L_c + L_t + lambda L_att with its three parts as metrics."""
@@ -171,33 +201,41 @@ class Care(Method):
         online = [self.embed(view) for view in views]
         with torch.no_grad():
             momentum = [self.embed(view, momentum=True) for view in views]
+        # In float32: lambda would multiply the rounding of a bfloat16 distance by a hundred.
         with torch.autocast(inputs.view1.device.type, enabled=False):
-            loss = cross_view_loss([s.attn for s in online], [s.attn for s in momentum])
-            metrics = {"attn": loss.detach()}
-            if self.two_streams:
-                conv = cross_view_loss(_conv(online), _conv(momentum))
-                supervision = self.config.lambda_att * self._supervision(online, momentum)
-                metrics |= {"conv": conv.detach(), "att": supervision.detach()}
-                loss = loss + conv + supervision
-        return StepOutput(loss, metrics)
+            # Attention first: the order of the sum is that of the golden curves.
+            terms: dict[str, Tensor] = {
+                stream: cross_view_loss(_of(stream, online), _of(stream, momentum))
+                for stream in ("attn", "conv")
+                if stream in self.streams
+            }
+            if len(self.streams) == 2:
+                terms["att"] = self.config.lambda_att * self._supervision(online, momentum)
+        return StepOutput(
+            functools.reduce(torch.add, terms.values()), {name: term.detach() for name, term in terms.items()}
+        )
 
     def embed(self, images: Tensor, momentum: bool = False) -> Streams:
         """Both streams' unit embeddings of images (B, 3, S, S): predictions, or projections of the momentum network."""
         prefix = "momentum_" if momentum else ""
 
         def head(stream: str, feature_map: Tensor) -> Tensor:
-            projected = getattr(self, f"{prefix}{stream}_projector")(feature_map.mean(dim=(2, 3)))
+            projected = getattr(self, f"{prefix}{stream}_projector")(global_pool(feature_map))
             return unit(projected if momentum else getattr(self, f"{stream}_predictor")(projected))
 
         middle, last = getattr(self, f"{prefix}encoder").forward_stages(images)
-        stream = getattr(self, f"{prefix}attention_stream")(last if self._from_last_stage else middle)
-        return Streams(head("conv", last) if self.two_streams else None, head("attn", stream))
+        conv = head("conv", last) if "conv" in self.streams else None
+        if "attn" not in self.streams:
+            return Streams(conv, None)
+        attended = getattr(self, f"{prefix}attention_stream")(last if self._from_last_stage else middle)
+        return Streams(conv, head("attn", attended))
 
     def _supervision(self, online: list[Streams], momentum: list[Streams]) -> Tensor:
         """L_att: the online network's two views, and the momentum network's where they are reported."""
         pairs = online + (momentum if self.config.att_teacher_terms else [])
         terms = [
-            attention_loss(conv, s.attn, self.config.att_loss) for conv, s in zip(_conv(pairs), pairs, strict=True)
+            attention_loss(conv, attn, self.config.att_loss)
+            for conv, attn in zip(_of("conv", pairs), _of("attn", pairs), strict=True)
         ]
         return torch.stack(terms).sum()
 
@@ -212,5 +250,5 @@ def _cells(image_size: int, stride: int) -> int:
     return -(-image_size // stride)
 
 
-def _conv(streams: list[Streams]) -> list[Tensor]:
-    return [stream.conv for stream in streams if stream.conv is not None]
+def _of(stream: str, embeddings: list[Streams]) -> list[Tensor]:
+    return [getattr(each, stream) for each in embeddings]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..heads import HeadInit, dense_head
+from ..heads import HeadInit, dense_head, global_pool
 from ..key_queue import KeyQueue
 from ..losses import best_matches, info_nce, unit
 from ..momentum import copy_and_freeze
 from ..options import option
 from ..resnet import ConvInit
 from .base import StepInputs
-from .moco_v2 import Keys, MoCoV2, MoCoV2Config, global_pool
+from .moco_v2 import Keys, MoCoV2, MoCoV2Config
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,6 @@ class DenseCL(MoCoV2):
         self.dense_projector = dense_head(self.encoder.feature_dim, config.hidden_dim, config.dim)
         self.momentum_dense_projector = copy_and_freeze(self.dense_projector)
         self.dense_queue = KeyQueue(config.queue_size, config.dim)
-
-    def momentum_pairs(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
-        """Online and momentum networks, the dense head among them."""
-        return [*super().momentum_pairs(), (self.dense_projector, self.momentum_dense_projector)]
 
     def queues(self) -> dict[str, KeyQueue]:
         """The global and the dense key memory."""

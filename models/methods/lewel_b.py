@@ -23,7 +23,7 @@ class LewelBConfig:
 
     hidden_dim: int = option(4096, "width of the hidden layers of projectors and predictors", above=0)
     dim: int = option(256, "width of the projector's output (d); there are d / h maps", above=0)
-    c: int = option(256, "width of an aligned embedding", above=0)
+    c: int = option(0, "width of an aligned embedding; 0: that of the projector's output, the paper's d = c", least=0)
     h: int = option(4, "channel groups, each pooled by maps of its own", above=0)
     beta: float = option(0.5, "weight of the aligned loss; the global loss has 1 - beta (the paper's meaning)")
     coupled: bool = option(True, "the global projector also makes the maps; false gives them a head of their own")
@@ -49,6 +49,19 @@ def loss_weights(beta: float, global_loss: bool, aligned_loss: bool) -> tuple[fl
     if not (global_loss and aligned_loss):
         return (1.0, 0.0) if global_loss else (0.0, 1.0)
     return 1.0 - beta, beta
+
+
+def aligned_dim(c: int, dim: int) -> int:
+    """Width of an aligned embedding: `c`, or that of the projector's output where it is 0.
+
+    Raises:
+        ValueError: a negative width.
+
+    Source: LEWEL (arXiv 2203.14898) section 3.3, "d = c by default"; its code has one width for both.
+    """
+    if c < 0:
+        raise ValueError(f"--c {c} must not be negative; 0 follows --dim")
+    return c or dim
 
 
 class LewelB(RegressionMethod):
@@ -82,7 +95,7 @@ class LewelB(RegressionMethod):
             self.encoder.feature_dim,
             config.hidden_dim,
             config.dim,
-            config.c,
+            aligned_dim(config.c, config.dim),
             config.h,
             coupled=config.coupled,
             grouping=config.grouping,
@@ -93,7 +106,9 @@ class LewelB(RegressionMethod):
         if config.global_loss:
             self.predictor = ColumnMlp(config.dim, config.hidden_dim, config.dim)
         if config.aligned_loss:
-            self.aligned_predictor = ColumnMlp(config.c, config.hidden_dim, config.c)
+            width = aligned_dim(config.c, config.dim)
+            self.aligned_predictor = ColumnMlp(width, config.hidden_dim, width)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.copy_online_networks()
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..alignment import AlignmentHead, Grouping, HeadOutput
@@ -19,7 +19,7 @@ from ..norm import convert_batch_norm
 from ..options import option
 from ..resnet import ConvInit, build_backbone
 from .base import StepInputs, StepOutput
-from .lewel_b import draw_random, loss_weights
+from .lewel_b import aligned_dim, draw_random, loss_weights
 from .queue_method import QueueMethod
 
 Negatives = Literal["all_maps", "same_map"]
@@ -48,7 +48,7 @@ class LewelMConfig:
     temperature: float = option(0.2, "softmax temperature (tau) of both losses", above=0)
     hidden_dim: int = option(2048, "width of the projectors' hidden layers", above=0)
     dim: int = option(128, "width of the global embedding (d); there are d / h maps", above=0)
-    c: int = option(128, "width of an aligned embedding", above=0)
+    c: int = option(0, "width of an aligned embedding; 0: that of the projector's output, the paper's d = c", least=0)
     h: int = option(4, "channel groups, each pooled by maps of its own", above=0)
     beta: float = option(0.5, "weight of the aligned loss; the global loss has 1 - beta")
     coupled: bool = option(True, "the global projector also makes the maps; false gives them a head of their own")
@@ -155,7 +155,7 @@ class LewelM(QueueMethod):
             self.encoder.feature_dim,
             config.hidden_dim,
             config.dim,
-            config.c,
+            aligned_dim(config.c, config.dim),
             config.h,
             coupled=config.coupled,
             grouping=config.grouping,
@@ -163,6 +163,7 @@ class LewelM(QueueMethod):
             global_loss=config.global_loss,
             aligned_loss=config.aligned_loss,
         )
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)
@@ -173,10 +174,6 @@ class LewelM(QueueMethod):
     def key_directions(self) -> int:
         """One ShuffleBN permutation."""
         return 1 if self.config.shuffle_bn else 0
-
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Online and momentum networks."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Weighted sum of the losses that are on; metrics are unweighted."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..heads import mlp_head
+from ..heads import global_pool, mlp_head
 from ..key_queue import KeyQueue
 from ..losses import info_nce, unit
 from ..momentum import copy_and_freeze
@@ -16,7 +16,6 @@ from ..options import option
 from ..resnet import ConvInit, Trunk, build_backbone
 from ..swin import SwinTrunk, draw_branch_scale
 from .base import StepInputs, StepOutput
-from .moco_v2 import global_pool
 from .queue_method import QueueMethod
 from .simsiam import VIEWS
 
@@ -65,15 +64,12 @@ class MoBY(QueueMethod):
         sizes = (config.hidden_dim, config.dim)
         self.projector = mlp_head((self.encoder.feature_dim, *sizes), biases=(True, True), hidden_norm=True)
         self.predictor = mlp_head((config.dim, *sizes), biases=(True, True), hidden_norm=True)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)
         self.queue1 = KeyQueue(config.queue_size, config.dim)
         self.queue2 = KeyQueue(config.queue_size, config.dim)
-
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Online and momentum networks; the predictor has none."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
 
     def queues(self) -> dict[str, KeyQueue]:
         """Keys of view 1 and of view 2."""

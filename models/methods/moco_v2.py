@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..collectives import shuffle_rows, unshuffle_rows
-from ..heads import HeadInit, initialise_linear, mlp_head
+from ..heads import HeadInit, global_pool, initialise_linear, mlp_head
 from ..key_queue import KeyQueue
 from ..losses import info_nce, unit
 from ..momentum import copy_and_freeze
@@ -41,6 +41,9 @@ class MoCoV2Config:
     dim: int = option(128, "width of the embeddings", above=0)
     hidden_dim: int = option(2048, "width of the projector's hidden layer", above=0)
     mlp: bool = option(True, "two-layer projector; false is MoCo v1's single linear layer")
+    extra_head: bool = option(
+        False, "moco-v2 alone: a second projector with a queue and a loss of its own, each loss with half the weight"
+    )
     shuffle_bn: bool = option(True, "compute keys in shuffled order, away from their queries' batch-norm groups")
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     head_init: HeadInit = option("torch", "how the projector starts: as in PyTorch or Kaiming-normal")
@@ -58,10 +61,19 @@ class Keys:
     key: Tensor
 
 
+@dataclass
+class ExtraKeys(Keys):
+    """Keys of both projectors, of the extra one in `extra`: (B, D) unit embeddings."""
+
+    extra: Tensor
+
+
 class MoCoV2(QueueMethod):
     """Momentum contrast with an MLP head and a queue.
 
-    Per direction: q = n(g(GAP f(x_q))), k = sg n(g'(GAP f'(x_k))), L = CE([q.k, q.Q] / temperature, 0).
+    Per direction: q = n(g(GAP f(x_q))), k = sg n(g'(GAP f'(x_k))), L = CE([q.k, q.Q] / temperature, 0). With
+    `extra_head` L is the mean of this loss and that of a second projector on the same pooled features: the control of
+    LEWEL (arXiv 2203.14898) Table 6 for its second projector; how the paper joins the losses it does not say.
 
     Args:
         config: hyper-parameters.
@@ -78,7 +90,7 @@ class MoCoV2(QueueMethod):
     Config = MoCoV2Config
     ema_index_offset = 1
 
-    keys_type: ClassVar[type[Keys]] = Keys
+    keys_type: type[Keys] = Keys
     """What `momentum_forward` returns, field by field."""
 
     config: MoCoV2Config
@@ -91,13 +103,30 @@ class MoCoV2(QueueMethod):
         self.config = config
         self.encoder = build_backbone(arch, config.conv_init, config.zero_init_residual)
         feature_dim = self.encoder.feature_dim
-        sizes = (feature_dim, config.hidden_dim, config.dim) if config.mlp else (feature_dim, config.dim)
-        self.projector = mlp_head(sizes, biases=[True] * (len(sizes) - 1), hidden_norm=False)
-        initialise_linear(self.projector, config.head_init)
+        self.projector = self._new_projector(feature_dim)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self.encoder, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)
         self.queue = KeyQueue(config.queue_size, config.dim)
+        if config.extra_head:
+            self._add_extra_head(feature_dim)
+
+    def _new_projector(self, feature_dim: int) -> torch.nn.Sequential:
+        config = self.config
+        sizes = (feature_dim, config.hidden_dim, config.dim) if config.mlp else (feature_dim, config.dim)
+        projector = mlp_head(sizes, biases=[True] * (len(sizes) - 1), hidden_norm=False)
+        initialise_linear(projector, config.head_init)
+        return projector
+
+    def _add_extra_head(self, feature_dim: int) -> None:
+        if type(self) is not MoCoV2:
+            # Their losses read the first head alone: the second would be carried along untrained.
+            raise ValueError("--extra-head true is for --method moco-v2 alone; leave it out")
+        self.keys_type = ExtraKeys
+        self.extra_projector = self._new_projector(feature_dim)
+        self.momentum_extra_projector = copy_and_freeze(self.extra_projector)
+        self.extra_queue = KeyQueue(self.config.queue_size, self.config.dim)
 
     @property
     def directions(self) -> tuple[tuple[str, str], ...]:
@@ -109,13 +138,9 @@ class MoCoV2(QueueMethod):
         """One ShuffleBN permutation for each direction."""
         return len(self.directions) if self.config.shuffle_bn else 0
 
-    def momentum_pairs(self) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
-        """Online and momentum networks."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
-
     def queues(self) -> dict[str, KeyQueue]:
         """Key memories by the name under which `forward` returns their keys."""
-        return {"queue": self.queue}
+        return {"queue": self.queue} | ({"extra_queue": self.extra_queue} if self.config.extra_head else {})
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Loss of one or two directions against the queue before this step's keys."""
@@ -129,16 +154,21 @@ class MoCoV2(QueueMethod):
             losses.append(share * loss)
             for name, term in terms.items():
                 metrics[name] = metrics[name] + share * term if name in metrics else share * term
+            # Collected, not enqueued: the second direction must meet the queue that the first one met.
             if direction == 0 or self.config.symmetric.enqueue == "both":
                 new_keys |= self.keys_to_enqueue(keys, key_view)
         return StepOutput(torch.stack(losses).sum(), metrics, new_keys)
 
     def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of one direction and its detached terms."""
-        feature_map = self.encoder(getattr(inputs, query_view))
-        query = unit(self.projector(global_pool(feature_map)))  # (B, D)
+        pooled = global_pool(self.encoder(getattr(inputs, query_view)))
+        query = unit(self.projector(pooled))  # (B, D)
         loss = info_nce(query, keys.key, self.queue.rows, self.config.temperature).mean()
-        return loss, {"ins": loss.detach()}
+        if not isinstance(keys, ExtraKeys):
+            return loss, {"ins": loss.detach()}
+        query = unit(self.extra_projector(pooled))
+        extra = info_nce(query, keys.extra, self.extra_queue.rows, self.config.temperature).mean()
+        return 0.5 * (loss + extra), {"ins": loss.detach(), "extra": extra.detach()}
 
     @torch.no_grad()
     def encode_keys(self, inputs: StepInputs, view: str, direction: int) -> Keys:
@@ -146,19 +176,18 @@ class MoCoV2(QueueMethod):
         images = getattr(inputs, view)
         if not self.config.shuffle_bn:
             return self.keys_type(*self.momentum_forward(images))
+        # A query and its key in one batch-norm group would recognise each other by the group's statistics.
         permutation = inputs.key_permutation[direction]
         shuffled = self.momentum_forward(shuffle_rows(images, permutation))
         return self.keys_type(*(unshuffle_rows(rows, permutation) for rows in shuffled))
 
     def momentum_forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The fields of `Keys` for images (B, 3, S, S) in any order."""
-        return (unit(self.momentum_projector(global_pool(self.momentum_encoder(images)))),)
+        pooled = global_pool(self.momentum_encoder(images))
+        heads = [self.momentum_projector] + ([self.momentum_extra_projector] if self.config.extra_head else [])
+        return tuple(unit(head(pooled)) for head in heads)
 
     def keys_to_enqueue(self, keys: Keys, key_view: str) -> dict[str, Tensor]:
         """This rank's new keys as "<queue>/<view>"."""
-        return {f"queue/{key_view}": keys.key}
-
-
-def global_pool(feature_map: Tensor) -> Tensor:
-    """Mean over positions: (B, C, H, W) -> (B, C)."""
-    return feature_map.mean(dim=(2, 3))
+        extra = {f"extra_queue/{key_view}": keys.extra} if isinstance(keys, ExtraKeys) else {}
+        return {f"queue/{key_view}": keys.key, **extra}

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..collectives import all_gather_rows
-from ..heads import mlp_head
+from ..heads import global_pool, mlp_head
 from ..losses import batch_contrast, unit
 from ..momentum import copy_and_freeze, ema_update
 from ..norm import convert_batch_norm
 from ..options import option
 from ..resnet import ConvInit, Trunk, build_backbone
 from .base import Method, StepInputs, StepOutput
-from .moco_v2 import global_pool
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,10 @@ class MoCoV3(Method):
             output_norm="fixed",
         )
         self.predictor = mlp_head((config.dim, config.hidden_dim, config.dim), biases=(False, False), hidden_norm=True)
+        # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)
-
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Online and momentum networks; the predictor has none."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Both directions against the gathered keys."""

@@ -24,6 +24,7 @@ class QueueMethod(Method):
     def after_step(self, output: StepOutput, ema_momentum: float) -> None:
         """Enqueue the keys of all ranks in the order of the global batch, then update the momentum network."""
         queues = self.queues()
+        # All ranks gather in the order in which `forward` filled the dictionary, so the collectives match.
         for name, rows in output.keys.items():
             queues[name.partition("/")[0]].enqueue(all_gather_rows(rows))
         ema_update(self.momentum_pairs(), ema_momentum)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..region_branch import RegionConfig, RegionHeads
-from .base import StepInputs
+from ..heads import global_pool
+from .base import CompileTarget, StepInputs
 from .densecl import DenseCL, DenseCLConfig
-from .moco_v2 import Keys, global_pool
-from .regioncl_m import region_contrast, swapped_maps
+from .moco_v2 import Keys
+from .region_method import CompiledMethod, RegionConfig, RegionMixin
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class RegionCLDConfig(DenseCLConfig):
     region: RegionConfig = field(default_factory=RegionConfig)
 
 
-class RegionCLD(DenseCL):
+class RegionCLD(RegionMixin, DenseCL):
     """DenseCL with RegionCL-M's region loss on the global head and the global queue.
 
     L = (1 - lambda) L_global + lambda L_dense + weight * L_reg; the dense loss sees un-swapped views only.
@@ -33,28 +32,22 @@ class RegionCLD(DenseCL):
     config: RegionCLDConfig
 
     @property
-    def mixed_views(self) -> tuple[str, ...]:
-        """Query views, where the region loss is on."""
-        return self.config.region.mixed_views(tuple(query for query, _ in self.directions))
+    def query_views(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The query view of each direction."""
+        return tuple(query for query, _ in self.directions)
 
-    @cached_property
-    def heads(self) -> RegionHeads:
-        """What follows the trunks on the global branch; it has no weights of its own."""
-        return RegionHeads()
-
-    def compile_targets(self) -> list[nn.Module]:
+    def compile_targets(self) -> list[CompileTarget]:
         """One graph for the global branch in place of its projector, and the heads that remain."""
-        return [self.heads, *(target for target in super().compile_targets() if target is not self.projector)]
+        remaining = [target for target in super().compile_targets() if target is not self.projector]
+        return [CompiledMethod(self, "queue_losses"), *remaining]
 
     def direction_loss(self, inputs: StepInputs, query_view: str, keys: Keys) -> tuple[Tensor, dict[str, Tensor]]:
         """Global, dense and region loss of one direction."""
-        feature_map, mixed_map = swapped_maps(self, inputs, query_view, self.config.region)
-        instance, terms = region_contrast(
-            self, self.heads, inputs, query_view, global_pool(feature_map), mixed_map, keys.key, self.config.region
+        feature_map, composites = self.swapped_maps(inputs, query_view)
+        paste_key = self.paste_keys(keys.key, composites)
+        instance, terms = self.queue_losses(
+            (self.projector,), global_pool(feature_map), composites, keys.key, paste_key, self.queue.rows
         )
         dense = self.dense_loss(feature_map, keys)
-        loss = self.weigh(instance, dense, inputs)
         metrics = {"ins": instance.detach(), "dense": dense.detach()}
-        if terms is None:
-            return loss, metrics
-        return loss + self.config.region.weight * terms.total(), metrics | terms.metrics()
+        return self.joined(self.weigh(instance, dense, inputs), terms, metrics)

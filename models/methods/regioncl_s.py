@@ -7,18 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..heads import global_pool
 from ..losses import negative_cosine
-from ..region_branch import (
-    RegionConfig,
-    Regions,
-    RegionTerms,
-    embed_with_regions,
-    paste_sources,
-    pool_regions,
-)
 from .base import StepInputs, StepOutput
-from .moco_v2 import global_pool
-from .regioncl_m import swapped_maps
+from .region_method import RegionConfig, RegionMixin, Regions, RegionTerms, paste_sources
 from .simsiam import VIEWS, SimSiam, SimSiamConfig, instance_loss
 
 
@@ -29,7 +21,7 @@ class RegionCLSConfig(SimSiamConfig):
     region: RegionConfig = field(default_factory=lambda: RegionConfig(intra_negative=False))
 
 
-class RegionCLS(SimSiam):
+class RegionCLS(RegionMixin, SimSiam):
     """SimSiam whose canvases and pastes also predict the projection of their own image's other view.
 
     L = L_simsiam + weight * L_reg, L_reg the mean over swapped views of (D(canvas, z) + D(paste, z)) / 2 with z the
@@ -49,11 +41,6 @@ class RegionCLS(SimSiam):
             raise ValueError("regioncl-s has no negatives; pass --region.intra-negative false")
         super().__init__(config, arch=arch, image_size=image_size, bn_mode=bn_mode, bn_group_size=bn_group_size)
 
-    @property
-    def mixed_views(self) -> tuple[str, ...]:
-        """Both views or the first, where the region loss is on."""
-        return self.config.region.mixed_views(VIEWS)
-
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Symmetric instance loss and the region losses of the swapped views."""
         encoded = [self._encode(inputs, view) for view in VIEWS]
@@ -71,13 +58,9 @@ class RegionCLS(SimSiam):
 
     def _encode(self, inputs: StepInputs, view: str) -> tuple[Tensor, Tensor, Regions | None]:
         """Projection and prediction (B, D) of a view, and predictions of its composites' regions."""
-        feature_map, mixed_map = swapped_maps(self, inputs, view, self.config.region)
-        pooled, regions = global_pool(feature_map), None
-        if mixed_map is not None:
-            regions = pool_regions(mixed_map, inputs.box_cells[view], self.config.region)
-        batching = self.config.region.head_batching
-        projection, regions = embed_with_regions(self.projector, pooled, regions, batching)
-        prediction, regions = embed_with_regions(self.predictor, projection, regions, batching)
+        feature_map, composites = self.swapped_maps(inputs, view)
+        projection, regions = self.embed(self.projector, global_pool(feature_map), self.pool(composites))
+        prediction, regions = self.embed(self.predictor, projection, regions)
         return projection, prediction, regions
 
     def _region_terms(self, regions: Regions, target: Tensor, partner: Tensor) -> RegionTerms:

@@ -39,10 +39,6 @@ class RegressionMethod(Method):
                 momentum.eval()
         return self
 
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Online and momentum networks."""
-        return [(self.encoder, self.momentum_encoder), (self.projector, self.momentum_projector)]
-
     @torch.no_grad()
     def after_step(self, output: StepOutput, ema_momentum: float) -> None:
         """EMA of parameters, and of running statistics with averaged batch norms."""

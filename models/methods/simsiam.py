@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..heads import mlp_head
+from ..heads import global_pool, mlp_head
 from ..losses import negative_cosine
 from ..norm import convert_batch_norm
 from ..options import option
 from ..resnet import ConvInit, Trunk, build_backbone
 from .base import Method, StepInputs, StepOutput
-from .moco_v2 import global_pool
 
 VIEWS = ("view1", "view2")
 
@@ -45,7 +44,6 @@ class SimSiam(Method):
     """
 
     Config = SimSiamConfig
-    has_momentum_network = False
 
     config: SimSiamConfig
 

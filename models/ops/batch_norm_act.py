@@ -94,6 +94,7 @@ def batch_norm_act_definition(
     """
     with torch.autocast(x.device.type, enabled=False):
         parts = _grouped(x, groups)
+        # One pass with deviations from the mean; a mean of squares would cancel for a channel far from zero.
         variance, mean = torch.var_mean(parts, (1, 3, 4), correction=0)
         values = _normalise(parts, mean, variance, weight, bias, eps).flatten(0, 1)
         if residual is not None:
@@ -225,6 +226,7 @@ def _setup_context(ctx, inputs, output) -> None:
     x, residual, weight, bias, _, ctx.eps, ctx.relu, keep_mask = inputs
     _, mean, variance, mask = output
     ctx.residual = residual is not None
+    # The mask was left out because nothing required a gradient then; a gradient now would be silently wrong.
     ctx.maskless = ctx.relu and ctx.residual and not keep_mask
     ctx.mark_non_differentiable(mean, variance, mask)
     ctx.save_for_backward(x, weight, bias, mean, variance, mask)
@@ -234,6 +236,7 @@ def _gradients(backward, ctx, grad: Tensor, *_: object) -> tuple[Tensor | None, 
     if ctx.maskless:
         raise RuntimeError("batch_norm_act: a ReLU behind a residual sum needs keep_mask for its gradient")
     x, weight, bias, mean, variance, mask = ctx.saved_tensors
+    # Without a ReLU the residual's gradient is that of y itself, so no second map is written.
     wants_residual = ctx.residual and ctx.needs_input_grad[1]
     grad_x, grad_residual, grad_weight, grad_bias = backward(
         grad, x, weight, bias, mean, variance, mask, ctx.eps, ctx.relu, wants_residual and ctx.relu
@@ -290,6 +293,7 @@ def batch_norm_act(
         ValueError: shapes that do not fit each other, or groups of a single value.
     """
     check_batch_norm_act(x, residual, groups)
+    # A pass without gradients (the momentum network, evaluation) need not write the mask.
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     y, mean, variance, _ = _batch_norm_act(x, residual, weight, bias, groups, eps, relu, wanted)
     return y, mean, variance
@@ -307,7 +311,7 @@ def move_running_definition(
 ) -> None:
     """The mathematics of `move_running_statistics` in plain PyTorch."""
     batches.add_(views)
-    unbiased = variance * (count / (count - 1))
+    unbiased = variance * (count / (count - 1))  # PyTorch's running variance is the unbiased one
     for running, new in ((running_mean, mean), (running_variance, unbiased)):
         for groups in new.chunk(views):
             running.lerp_(groups.mean(0).to(running.dtype), momentum)

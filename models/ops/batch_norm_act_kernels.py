@@ -213,7 +213,7 @@ class _Launch:
         x: (N, C, H, W), channels-last.
         groups: of images.
         blocks: as for `BatchNormActKernels`.
-        min_rows: likewise.
+        min_rows: as for `BatchNormActKernels`.
     """
 
     def __init__(
@@ -225,6 +225,7 @@ class _Launch:
         packs, rows = -(-self.channels // self.pack), x.numel() // (self.channels * groups)
         self.lanes = min(32, 1 << (packs - 1).bit_length())
         self.slices, self.columns = THREADS // self.lanes, -(-packs // self.lanes)
+        # Blocks enough to fill a GPU, but each thread with rows enough to pay for joining the blocks' sums.
         wanted = min(blocks // (self.columns * groups), rows // (self.slices * min_rows))
         each = -(-rows // max(wanted, 1))
         self.splits = -(-rows // each)  # none of them empty

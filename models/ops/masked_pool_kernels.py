@@ -75,6 +75,7 @@ class MaskedPoolKernels:
 
     def _variant(self, vector: int, feature: torch.dtype, weight: torch.dtype, masks: int) -> tuple[Launcher, int]:
         """The launcher for these types, and how many maps it sums together."""
+        # Each number of maps is a variant of its own, since a thread keeps their sums in registers.
         maps = next(size for size in (1, 2, 4, 8) if size >= min(masks, 8))
         macros = {"FEATURE": STORAGE[feature], "WEIGHT": STORAGE[weight], "VECTOR": vector, "MAPS": maps}
         return self._load(tuple(f"-D{name}={value}" for name, value in macros.items())), maps

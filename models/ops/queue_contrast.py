@@ -130,7 +130,7 @@ def queue_contrast(
 def queue_contrast_definition(
     rows: Tensor, queue: Tensor, positives: Tensor, temperature: float, extra: Tensor | None = None
 ) -> Tensor:
-    """The same loss from one materialised matrix of all logits; arguments and result as for `queue_contrast`."""
+    """The loss from one materialised matrix of all logits; arguments and result as for `queue_contrast`."""
     logits = [positives[:, None], *([] if extra is None else [extra]), rows @ queue.detach().to(rows.dtype).T]
     scaled = torch.cat([part.to(accumulation_dtype(rows.dtype)) for part in logits], dim=1) / temperature
     return torch.logsumexp(scaled, dim=1) - scaled[:, 0]

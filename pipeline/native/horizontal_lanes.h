@@ -99,21 +99,58 @@ REGATTA_INLINE Words load_halves(const int16_t* low, const int16_t* high) {
                                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
 }
 
-inline void horizontal(const int16_t* row, const Filter& filter, int outputs, int16_t* out) {
+REGATTA_INLINE Words load_order(const Filter& filter, int window, int x) {
+  const uint8_t* pick = filter.shuffle.data() + (static_cast<size_t>(window) * filter.stride + x) * 2;
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pick));
+}
+
+// `kWindows` is the number of windows. The shuffles are the same for all taps, so they stay in registers.
+template <int kWindows>
+void horizontal_windows(const int16_t* row, const Filter& filter, int outputs, int16_t* out) {
+  for (int x = 0; x < outputs; x += kWords) {
+    const int16_t* low = row + filter.base[x / 8];
+    const int16_t* high = row + filter.base[x / 8 + 1];
+    __m256i order[kWindows];
+    for (int window = 0; window < kWindows; ++window) order[window] = load_order(filter, window, x);
+    const Words sum = weighted_sum(filter, x, [&](int k) {
+      __m256i value = _mm256_shuffle_epi8(load_halves(low + k, high + k), order[0]);
+      for (int window = 1; window < kWindows; ++window) {
+        const Words words = load_halves(low + k + window * 8, high + k + window * 8);
+        value = _mm256_or_si256(value, _mm256_shuffle_epi8(words, order[window]));
+      }
+      return Words(value);
+    });
+    store_words(out + x, sum);
+  }
+}
+
+// For reductions by more than about 3.4, with as many windows as they need.
+inline void horizontal_far(const int16_t* row, const Filter& filter, int outputs, int16_t* out) {
   for (int x = 0; x < outputs; x += kWords) {
     const int16_t* low = row + filter.base[x / 8];
     const int16_t* high = row + filter.base[x / 8 + 1];
     const Words sum = weighted_sum(filter, x, [&](int k) {
-      Words value = _mm256_setzero_si256();
+      __m256i value = _mm256_setzero_si256();
       for (int window = 0; window < filter.windows; ++window) {
         const Words words = load_halves(low + k + window * 8, high + k + window * 8);
-        const uint8_t* pick = filter.shuffle.data() + (static_cast<size_t>(window) * filter.stride + x) * 2;
-        const Words order = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pick));
-        value = _mm256_or_si256(value, _mm256_shuffle_epi8(words, order));
+        value = _mm256_or_si256(value, _mm256_shuffle_epi8(words, load_order(filter, window, x)));
       }
-      return value;
+      return Words(value);
     });
     store_words(out + x, sum);
+  }
+}
+
+inline void horizontal(const int16_t* row, const Filter& filter, int outputs, int16_t* out) {
+  switch (filter.windows) {
+    case 1:
+      return horizontal_windows<1>(row, filter, outputs, out);
+    case 2:
+      return horizontal_windows<2>(row, filter, outputs, out);
+    case 3:
+      return horizontal_windows<3>(row, filter, outputs, out);
+    default:
+      return horizontal_far(row, filter, outputs, out);
   }
 }
 

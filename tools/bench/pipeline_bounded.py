@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 from pipeline import read_ahead
 from pipeline.interface import Pipeline, PipelineConfig
@@ -25,6 +25,17 @@ _EXPLAINED = {
     "stock-ffcv-quasi-random": "stock FFCV, quasi-random order, its own cache",
 }
 _BLOCK = 64
+
+
+@contextmanager
+def memory_of(size: int) -> Iterator[None]:
+    """Within the block the read-ahead takes the machine to have `size` bytes of memory, as in a smaller container."""
+    original = read_ahead.memory_bytes
+    read_ahead.memory_bytes = lambda: size
+    try:
+        yield
+    finally:
+        read_ahead.memory_bytes = original
 
 
 def bounded_config(config: PipelineConfig, images: int, share: float) -> PipelineConfig:
@@ -101,7 +112,7 @@ def measure_bounded(
             print(f"left out: {name} ({error})", file=sys.stderr)
     figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in calls}
     memory = int(size * share)
-    with PageLimit(data, memory) as limit, mock.patch.object(read_ahead, "memory_bytes", lambda: memory):
+    with PageLimit(data, memory) as limit, memory_of(memory):
         for turn in range(rounds + 1):
             for name, epoch in calls.items():
                 limit.empty()

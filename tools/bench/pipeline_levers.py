@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline import augment
-from pipeline.decoder import CHECK_CRC, JOB, LIBJPEG_ONLY, MAX_PIXELS, WHOLE_IMAGE, native_library, view_array
+from pipeline.augmenter import BatchAugmenter
+from pipeline.decoder import native_library
 from pipeline.interface import Pipeline, PipelineConfig
+from pipeline.layouts import CHECK_CRC, JOB, LIBJPEG_ONLY, WHOLE_IMAGE, view_array
 from pipeline.loaders import build_pipeline
+from pipeline.refusal import MAX_PIXELS
 from pipeline.stores import PackedStore
 from tools.bench.rows import Report, Summary
 from tools.bench.timing import time_interleaved
@@ -166,11 +168,11 @@ def _augmented_calls(config: PipelineConfig, count: int) -> tuple[dict[str, Call
 
     crops = build_pipeline("folder", config)
     opened.append(crops)
+    second_pass = BatchAugmenter(replace(config, augment="mocov2"))
 
     def two_passes() -> None:
         for batch in crops:
-            for number, view in enumerate(batch.views.values()):
-                augment.apply(view, augment.draw("mocov2", config.seed, 0, batch.index.numpy(), number))
+            second_pass(batch, 0)
 
     return {
         "augmented": loader(augment="mocov2"),

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.jpeg import ImageRefused
 from pipeline.listing import IMAGE_SUFFIXES, common_folder_removed, label_by_folder, list_images
 from pipeline.manifest import Manifest, data_hash, pack_sources
 from pipeline.records import Record, make_record
+from pipeline.refusal import ImageRefused
 from pipeline.shards import expand_braces
 
 MAX_FILE_BYTES = 1 << 29

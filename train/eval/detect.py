@@ -21,7 +21,7 @@ from .detection.coco_ap import METRICS, coco_ap, coco_results
 from .detection.data import format_of, read_data
 from .detection.feed import TrainingFeed
 from .detection.inference import Detections, detect
-from .detection.models import ANCHOR_SIZES, DetectorConfig, DetectorName, build_detector
+from .detection.models import ANCHOR_SIZES, DetectorConfig, DetectorName, MaskNorm, build_detector
 from .detection.proof import prove_images
 from .detection.records import DetectionData, Format, check_same_classes, trainable
 from .detection.schedule import DEFAULT_SCHEDULE, SIZES, Schedule, Sizes, schedule_of
@@ -50,6 +50,7 @@ _NO_SETTING = (
     "log_every",
     "precise_bn_steps",
     "test_side",
+    "test_longest_side",
 )
 
 
@@ -73,6 +74,10 @@ class DetectConfig(ProtocolConfig):
         "backbone and none elsewhere",
     )
     box_head: Literal["2fc", "4conv1fc"] = option("2fc", "box head of the FPN detectors; 4conv1fc is LEWEL's")
+    mask_norm: MaskNorm = option(
+        "protocol",
+        "batch norm in mask-rcnn-fpn's mask head; protocol: with LEWEL's 4conv1fc box head, none with 2fc (RegionCL)",
+    )
     steps: int = option(0, "optimizer steps, milestones and warm-up move in proportion; 0: the schedule's", least=0)
     global_batch: int = option(0, "images of a step over all ranks; 0: the schedule's", least=0)
     lr: float = option(0.0, "peak learning rate at this batch; 0: the schedule's, in proportion to the batch", least=0)
@@ -85,8 +90,12 @@ class DetectConfig(ProtocolConfig):
     test_side: int = option(0, "short edge of validation images in pixels; 0: the data's published one", least=0)
     longest_side: int = option(
         0,
-        "the most a long edge may have, in pixels; 0: the data's published one; RegionCL's C4 detectors have 1200",
+        "the most a long edge may have in training, in pixels; 0: the data's published one; RegionCL's C4 detectors "
+        "have 1200",
         least=0,
+    )
+    test_longest_side: int = option(
+        0, "the most a long edge may have at test, in pixels; 0: the data's published one", least=0
     )
     anchor_sizes: tuple[float, ...] = option(
         ANCHOR_SIZES, "sides of anchors in pixels, one a level of a pyramid", least=1
@@ -126,6 +135,8 @@ def check(config: DetectConfig) -> None:
     check_fields(config)
     if config.box_head != "2fc" and config.detector not in ("faster-rcnn-fpn", "mask-rcnn-fpn"):
         raise UserMistake(f"--box-head {config.box_head} is for FPN detectors with regions, not {config.detector}")
+    if config.mask_norm != "protocol" and config.detector != "mask-rcnn-fpn":
+        raise UserMistake(f"--mask-norm {config.mask_norm} is for mask-rcnn-fpn, not {config.detector}")
     if config.detector == "retinanet" and config.regions != 512:
         raise UserMistake("--regions: RetinaNet has none; leave it out")
 
@@ -137,7 +148,8 @@ def plan_of(config: DetectConfig, kind: Format) -> Plan:
     schedule = published.scaled_to(config.steps) if config.steps else published
     batch = config.global_batch or published.batch
     longest = config.longest_side or SIZES[kind].longest
-    sizes = Sizes(config.train_sides or SIZES[kind].train, config.test_side or SIZES[kind].test, longest)
+    test_longest = config.test_longest_side or SIZES[kind].test_longest
+    sizes = Sizes(config.train_sides or SIZES[kind].train, config.test_side or SIZES[kind].test, longest, test_longest)
     peak = config.lr or published.lr * batch / published.batch
     return Plan(task_name(config, kind, name), schedule, batch, peak, sizes)
 
@@ -237,6 +249,7 @@ def fine_tune(
             len(data.names),
             config.norm,
             config.box_head,
+            config.mask_norm,
             config.anchor_sizes,
             config.regions,
             config.seed,

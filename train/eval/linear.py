@@ -29,7 +29,6 @@ from .session import (
     EvalConfig,
     Session,
     class_count,
-    linear_images,
     linear_views,
     open_session,
     parse_config,
@@ -342,7 +341,7 @@ def epoch_features(session: Session, pipeline: Pipeline) -> Callable[[int], Iter
     def deliver(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         pipeline.set_epoch(epoch)
         for batch in pipeline:
-            images = linear_images(batch, session.config.seed, epoch, device)
+            (images,) = batch.views.values()
             with torch.no_grad(), evaluation_mode(encoder), session.runtime.autocast():
                 features = pool(encoder(images))
             yield features, batch.label.to(device, non_blocking=True)
@@ -398,13 +397,13 @@ def _train_by_steps(
     val: Features,
     val_hash: str,
 ) -> tuple[list[HeadRecord], dict[str, Any]]:
-    runtime, views = session.runtime, linear_views(session.image_size)
+    runtime = session.runtime
     if population is None:
-        counted = session.open(config.data, views)
+        counted = session.open(config.data, linear_views(session.image_size))
         population = np.arange(counted.num_samples)
         counted.close()
     batch = batch_for(recipe.global_batch, config.global_batch, len(population), runtime.world_size)
-    pipeline = session.open(config.data, views, batch, order="global", drop_last=True, population=population)
+    pipeline = session.open_training(config.data, batch, population)
     try:
         classes = class_count(pipeline.labels[population], val.labels.numpy())
         real = _real_labels(config, val, classes)

@@ -26,8 +26,6 @@ from .session import (
     EvalConfig,
     Session,
     class_count,
-    linear_images,
-    linear_views,
     open_session,
     parse_config,
     percent,
@@ -103,7 +101,7 @@ def fine_tune_epoch(
     model.train()
     pipeline.set_epoch(epoch)
     for batch in pipeline:
-        images = linear_images(batch, session.config.seed, epoch, device)
+        (images,) = batch.views.values()
         with session.runtime.autocast():
             logits = model(images)
         loss = F.cross_entropy(logits.float(), batch.label.to(device, non_blocking=True))
@@ -128,9 +126,7 @@ def _validate(session: Session, model: Classifier, val: Pipeline) -> Accuracy:
 def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> tuple[HeadRecord, dict[str, Any]]:
     """Fine-tune on the images `population` and validate."""
     batch = batch_for(256, config.global_batch, len(population), session.runtime.world_size)
-    train = session.open(
-        config.data, linear_views(session.image_size), batch, order="global", drop_last=True, population=population
-    )
+    train = session.open_training(config.data, batch, population)
     val = session.open(config.val_data, (center_view(session.image_size),))
     try:
         classes = class_count(train.labels[population], val.labels)

@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.options import option
 from pipeline import augment
 from pipeline.atomic import write_atomically
-from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
+from pipeline.interface import Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 
 from ..backbone_io import BackboneSource, build_encoder, load
@@ -183,8 +183,11 @@ class Session(ProtocolSession):
         order: str = "sequential",
         drop_last: bool = False,
         population: np.ndarray | None = None,
+        augment: str = "",
     ) -> Pipeline:
         """A pipeline over labelled images; a global batch of 0 is a size that suits feature extraction.
+
+        With the name of an augmentation profile it delivers finished views in fp32, otherwise uint8 crops.
 
         Raises:
             UserMistake: the data cannot be read, or an image that would be used has no label.
@@ -202,6 +205,7 @@ class Session(ProtocolSession):
             order=order,
             drop_last=drop_last,
             population=population,
+            augment=augment,
         )
         try:
             pipeline = build_pipeline(self.config.loader, settings, quiet=True)
@@ -215,6 +219,15 @@ class Session(ProtocolSession):
                 "sub-folder a class, or a file packed from one"
             )
         return pipeline
+
+    def open_training(self, data: str, global_batch: int, population: np.ndarray) -> Pipeline:
+        """What a probe or fine-tuning trains on: random crops flipped at random and normalised, fp32, channels-last.
+
+        Raises:
+            UserMistake: as `open`.
+        """
+        views = linear_views(self.image_size)
+        return self.open(data, views, global_batch, "global", drop_last=True, population=population, augment="linear")
 
     def features_of(self, data: str, population: np.ndarray | None = None) -> tuple[Features, str]:
         """(features of the centre view of each image, data hash); with several ranks all of them get all rows."""
@@ -324,13 +337,6 @@ def linear_views(image_size: int) -> tuple[ViewSpec, ...]:
     return augment.view_specs("linear", image_size)
 
 
-def linear_images(batch: Batch, seed: int, epoch: int, device: torch.device) -> Tensor:
-    """The batch's one view flipped at random and normalised, (B, 3, S, S) fp32 channels-last."""
-    params = augment.draw("linear", seed, epoch, batch.index.numpy(), 0)
-    pixels = next(iter(batch.views.values())).to(device, non_blocking=True)
-    return augment.apply(pixels, params.to(device, non_blocking=True), torch.float32)
-
-
 def class_count(train_labels: np.ndarray, val_labels: np.ndarray) -> int:
     """Number of classes.
 
@@ -363,7 +369,6 @@ __all__ = [
     "ProtocolSession",
     "Session",
     "class_count",
-    "linear_images",
     "linear_views",
     "open_protocol",
     "open_session",

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.beton import BetonReader
+from pipeline.listing import list_images
 from pipeline.manifest import manifest_of
 from pipeline.rng import permutation
-from pipeline.stores import list_images
 
 from ..errors import UserMistake
 
@@ -45,7 +45,7 @@ def source_names(data: str) -> list[str] | None:
         manifest = manifest_of(BetonReader(path))
         return None if manifest is None else manifest.sources
     if path.is_dir() and not any(path.glob("*.tar")):
-        return [file.relative_to(path).as_posix() for file in list_images(path)[0]]
+        return [file.relative_to(path).as_posix() for file in list_images(path).files]
     return None
 
 

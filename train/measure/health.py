@@ -60,7 +60,7 @@ def view_retrieval(features1: Tensor, features2: Tensor) -> float:
     """Share of images whose second augmented view is nearest, by cosine, to their first among all second views.
 
     Args:
-        features1: (N, C) features of the first views of up to 500 held-out images, the backbone in eval mode; more
+        features1: (N, C) features of the first views of up to 500 images, the backbone in eval mode; more
             rows than 500 are left out, so that figures of different runs compare.
         features2: (N, C) features of the second views, same rows.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from models.methods.base import Method
-from pipeline import augment
 
 from ..config import Config
 from ..data import RunData
@@ -20,28 +19,29 @@ KNN_NEIGHBOURS = 20
 
 
 @torch.no_grad()
-def health_figures(method: Method, data: RunData, config: Config, runtime: Runtime) -> dict[str, float]:
-    """Label-free figures of the backbone on held-out images, the same two views of each every time.
+def health_figures(method: Method, data: RunData, config: Config, runtime: Runtime) -> dict[str, float | str]:
+    """Label-free figures of the backbone on images of `data.health`, the same two views of each every time.
+
+    Returns:
+        The three figures, and as `source` where their images are from.
 
     Raises:
         NonFinite: when the features are not finite, which no figure could tell.
     """
     features: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS}
-    data.held_out.set_epoch(0)
+    data.health.set_epoch(0)
     with evaluation_mode(method.encoder):
-        for batch in data.held_out:
-            for number, name in enumerate(VIEWS):
-                params = augment.draw(config.recipe.augment.profile, config.run.seed, 0, batch.index.numpy(), number)
-                images = augment.apply(batch.views[name], params.to(runtime.device), torch.float32)
+        for batch in data.health:
+            for name in VIEWS:
                 with runtime.autocast():
-                    features[name].append(method.features(images).float().cpu())
+                    features[name].append(method.features(batch.views[name]).float().cpu())
     first, second = (torch.cat(features[name]) for name in VIEWS)
     if not (first.isfinite().all() and second.isfinite().all()):
         raise NonFinite(
-            "features of held-out images are not finite: the backbone has diverged; lower --optim.lr, or use "
+            "features are not finite: the backbone has diverged; lower --optim.lr, or use "
             "--precision bf16 or fp32, and go on from the last checkpoint or start over with --resume never"
         )
-    return health(first, second)
+    return {**health(first, second), "source": data.health_source}
 
 
 def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, float | int]:

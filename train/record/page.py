@@ -179,8 +179,8 @@ def _charts(runs: Sequence[Run]) -> str:
         ),
         line_chart(
             "View retrieval, percent",
-            "Share of held-out images whose second view is nearest to their first; needs no "
-            "labels, and rises while the backbone learns.",
+            "Share of images whose second view is nearest to their first; needs no labels, and rises while the "
+            "backbone learns. The images are trained on, unless there are --val-data or a --holdout.",
             _per_run(runs, "health", "view_retrieval", percent),
             zero=True,
         ),

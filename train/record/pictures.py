@@ -56,7 +56,7 @@ def run_pictures(run_dir: Path) -> list[Picture]:
     """
     config = resolve(["--config", str(run_dir / "config.json")])
     batch = _some_images(config)
-    views = [_augmented(config, batch, number) for number in range(len(VIEWS))]
+    views = [_grey_levels(batch.views[name]) for name in VIEWS]
     cell = _cell_px(config.recipe.image_size)
     pictures = [
         _picture(
@@ -92,7 +92,14 @@ def _some_images(config: Config) -> Batch:
     run = config.run
     # Our own reader opens a packed file at once; FFCV's would first compile its pipeline.
     loader = "folder" if run.data.endswith(".beton") else run.loader
-    settings = PipelineConfig(data=run.data, views=train_views(config), global_batch=_IMAGES, seed=run.seed, workers=1)
+    settings = PipelineConfig(
+        data=run.data,
+        views=train_views(config),
+        global_batch=_IMAGES,
+        seed=run.seed,
+        workers=1,
+        augment=config.recipe.augment.profile,
+    )
     try:
         pipeline = build_pipeline(loader, settings, quiet=True)
         try:
@@ -103,10 +110,8 @@ def _some_images(config: Config) -> Batch:
         raise UserMistake(f"{run.data or 'no data'}: {reason}") from None
 
 
-def _augmented(config: Config, batch: Batch, number: int) -> torch.Tensor:
-    """uint8 (B, S, S, 3) of one view after augmentation."""
-    params = augment.draw(config.recipe.augment.profile, config.run.seed, 0, batch.index.numpy(), number)
-    images = augment.apply(batch.views[VIEWS[number]], params)
+def _grey_levels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, S, S, 3) of a finished view."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.MEAN, augment.STD))
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.images import ImageRefused, open_rgb
+from pipeline.images import open_rgb
+from pipeline.refusal import ImageRefused
 
 from ...errors import UserMistake
 from . import rle

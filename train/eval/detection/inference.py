@@ -87,7 +87,7 @@ def _ahead(records: Sequence[ImageRecord], sizes: Sizes, workers: int) -> Iterat
     """Each record with its resized image, a few of them prepared by threads meanwhile."""
 
     def prepare(record: ImageRecord) -> Tensor:
-        return resize_image(read_image(record), *resized(record.height, record.width, sizes.test, sizes.longest))
+        return resize_image(read_image(record), *resized(record.height, record.width, sizes.test, sizes.test_longest))
 
     with ThreadPoolExecutor(workers) as pool:
         waiting = [pool.submit(prepare, record) for record in records[: 2 * workers]]

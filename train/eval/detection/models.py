@@ -34,6 +34,7 @@ from .feed import Sample
 from .losses import focal_losses, mean_over_ranks
 from .regions import AlignedPool, BoxPredictor, MaskPredictor, Proposals, RegionHeads
 
+MaskNorm = Literal["protocol", "batch", "none"]
 DetectorName = Literal["faster-rcnn-c4", "mask-rcnn-c4", "faster-rcnn-fpn", "mask-rcnn-fpn", "retinanet"]
 ANCHOR_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
 POSITIVES_MOMENTUM = 0.9
@@ -49,6 +50,7 @@ class DetectorConfig:
         classes: K, without background.
         norm: "sync" or "plain" batch norm everywhere but in RetinaNet's heads, or "frozen" in the backbone alone.
         box_head: of the FPN detectors: two linear layers, or four convolutions and one.
+        mask_norm: batch norm in Mask R-CNN FPN's mask head: "batch", "none", or "protocol": as the box head has it.
         anchor_sizes: one for each level of the pyramid; all of them at C4's one.
         regions: proposals that an image is trained on.
         seed: of new weights and of what is drawn in training.
@@ -58,6 +60,7 @@ class DetectorConfig:
     classes: int
     norm: Norm = "sync"
     box_head: Literal["2fc", "4conv1fc"] = "2fc"
+    mask_norm: MaskNorm = "protocol"
     anchor_sizes: tuple[float, ...] = ANCHOR_SIZES
     regions: int = 512
     seed: int = 0
@@ -220,6 +223,16 @@ def _box_head(config: DetectorConfig, norm_layer: NormLayer) -> nn.Module:
     return head
 
 
+def _mask_head(config: DetectorConfig, norm_layer: NormLayer) -> nn.Module:
+    """Four convolutions on maps of 14 x 14.
+
+    Source: in RegionCL's released configuration and log both heads have no norm (NORM ''), in LEWEL's, whose box head
+    is 4conv1fc, both have one; so the norm follows the box head unless it is set.
+    """
+    normed = config.mask_norm == "batch" or (config.mask_norm == "protocol" and config.box_head == "4conv1fc")
+    return MaskRCNNHeads(PYRAMID_WIDTH, [PYRAMID_WIDTH] * 4, 1, norm_layer if normed else None)
+
+
 def _fpn(config: DetectorConfig, trunk: ResNetTrunk, norm_layer: NormLayer) -> TwoStage:
     """Faster or Mask R-CNN on a feature pyramid."""
     backbone = Pyramid(trunk, ("c2", "c3", "c4", "c5"), HalvedTop(), norm_layer)
@@ -227,7 +240,7 @@ def _fpn(config: DetectorConfig, trunk: ResNetTrunk, norm_layer: NormLayer) -> T
     anchors = Anchors(tuple((size,) for size in config.anchor_sizes), (*strides, 64))
     masks: tuple[AlignedPool | None, nn.Module, nn.Module | None] = (None, nn.Identity(), None)
     if config.masks:
-        head = MaskRCNNHeads(PYRAMID_WIDTH, [PYRAMID_WIDTH] * 4, 1, norm_layer)
+        head = _mask_head(config, norm_layer)
         masks = (AlignedPool(14, strides), head, MaskPredictor(PYRAMID_WIDTH, config.classes))
     heads = RegionHeads(
         AlignedPool(7, strides),
@@ -289,4 +302,4 @@ def weight_decay_groups(detector: nn.Module, weight_decay: float) -> list[dict[s
     ]
 
 
-__all__ = ["Detector", "DetectorConfig", "DetectorName", "build_detector", "weight_decay_groups"]
+__all__ = ["Detector", "DetectorConfig", "DetectorName", "MaskNorm", "build_detector", "weight_decay_groups"]

@@ -68,17 +68,25 @@ def schedule_of(name: str, kind: Format, detector: str) -> Schedule:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sides of the short edge in training, that at test, and the most the long edge may have, in pixels."""
+    """Sides of images in pixels.
+
+    Attributes:
+        train: of the short edge in training, one drawn for each image.
+        test: of the short edge at test.
+        longest: the most the long edge may have in training.
+        test_longest: the most it may have at test.
+    """
 
     train: tuple[int, ...]
     test: int
     longest: int
+    test_longest: int
 
 
 SIZES: dict[Format, Sizes] = {
-    "coco": Sizes(tuple(range(640, 801, 32)), 800, 1333),
-    "voc": Sizes(tuple(range(480, 801, 32)), 800, 1333),
-    "cityscapes": Sizes(tuple(range(800, 1025, 32)), 1024, 2048),
+    "coco": Sizes(tuple(range(640, 801, 32)), 800, 1333, 1333),
+    "voc": Sizes(tuple(range(480, 801, 32)), 800, 1333, 1333),
+    "cityscapes": Sizes(tuple(range(800, 1025, 32)), 1024, 2048, 2048),
 }
 
 

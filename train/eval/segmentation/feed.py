@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.images import ImageRefused, decode_rgb
+from pipeline.images import decode_rgb
+from pipeline.refusal import ImageRefused
 from pipeline.sampling import global_order
 
 from ...errors import UserMistake

@@ -1,4 +1,7 @@
-"""What every RegionCL method shares: region options, pooling of paste and canvas, and whose key each of them meets.
+"""What the five RegionCL methods share: region options, rows of paste and canvas, and the arithmetic of their losses.
+
+A method inherits `RegionMixin` and calls `swapped_maps`, then `queue_losses` (RegionCL-M, -D, MoBY) or `embed` and the
+loss that fits it (RegionCL-M3, -S). The arithmetic is in `queue_terms` and `batch_terms` of this file.
 
 All region embeddings are kept in composite order: row i comes from the composite whose canvas is image i and whose
 pasted region is from image partner[i]. Its canvas row therefore meets key i, its paste row key partner[i], and the two
@@ -18,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .collectives import all_gather_rows
-from .losses import batch_contrast, info_nce, row_dots, unit
-from .norm import GroupBatchNorm, stacked_views
-from .ops.box_pool import box_pool
-from .options import option
+from ..collectives import all_gather_rows
+from ..losses import batch_contrast, info_nce, row_dots, unit
+from ..norm import GroupBatchNorm, stacked_views
+from ..ops.box_pool import box_pool
+from ..options import option
+from .base import Method, StepInputs
 
 PASTE, CANVAS = 0, 1  # rows of box_pool's result
 
@@ -92,7 +96,7 @@ class Regions:
         return [rows for rows in (self.canvas, self.paste) if rows is not None]
 
     def replaced(self, rows: list[Tensor]) -> Regions:
-        """The same with other rows for what there is, canvas first."""
+        """Regions with other rows in place of those that there are, canvas first."""
         remaining = iter(rows)
         return Regions(*(None if old is None else next(remaining) for old in (self.canvas, self.paste)))
 
@@ -117,22 +121,6 @@ def pool_regions(feature_map: Tensor, box_cells: Tensor, config: RegionConfig) -
         canvas=pooled[:, CANVAS] if config.needs_canvas else None,
         paste=pooled[:, PASTE] if config.needs_paste else None,
     )
-
-
-def encode_swapped(
-    encoder: nn.Module, images: Tensor, composites: Tensor | None, config: RegionConfig
-) -> tuple[Tensor, Tensor | None]:
-    """Feature maps (B, C, H, W) of a view (B, 3, S, S) and of its composites, where there are any.
-
-    Composites have batch statistics of their own, in two passes of the encoder or in one.
-    """
-    if composites is None:
-        return encoder(images), None
-    if not config.shared_forward:
-        return encoder(images), encoder(composites)
-    with stacked_views(encoder, 2):
-        feature_map, mixed_map = encoder(torch.cat([images, composites])).chunk(2)
-    return feature_map, mixed_map
 
 
 @contextmanager
@@ -183,6 +171,7 @@ def paste_sources(rows: Tensor, partner: Tensor, config: RegionConfig) -> Tensor
 
     With pairs over the global batch the rows of all ranks are gathered first.
     """
+    # Detached in both cases: a key is a target, and for RegionCL-S so is the other view's projection.
     pool = all_gather_rows(rows) if config.pairing_scope == "global" else rows.detach()
     return pool.index_select(0, partner)
 
@@ -195,12 +184,27 @@ def source_positions(partner: Tensor, rank: int, config: RegionConfig) -> tuple[
 
 
 @dataclass
+class Composites:
+    """What a swapped view adds to a step: B composites, each with the region of another image.
+
+    Attributes:
+        feature_map: (B, C, H, W) by the online encoder.
+        box_cells: (B, 4) int64 top, left, height, width of each region in cells.
+        partner: (B,) int64, whose region each composite holds; see `StepInputs.partner`.
+    """
+
+    feature_map: Tensor
+    box_cells: Tensor
+    partner: Tensor
+
+
+@dataclass
 class RegionTerms:
     """Means of the region losses over this rank's composites.
 
     Attributes:
         canvas: scalar, or None where it is switched off.
-        paste: likewise.
+        paste: scalar, or None where it is switched off.
     """
 
     canvas: Tensor | None
@@ -250,6 +254,7 @@ def queue_terms(
 
     Source: RegionCL Eq. 2, 4 and 5; K + 1 logits for the instance, K + 2 for paste and canvas.
     """
+    # Instance rows have no other region: -inf adds nothing to their sum, and all rows share one matrix product.
     rows, keys, extra = [query], [key], [query.new_full((query.shape[0], 1), -torch.inf)]
     if regions is not None and config.use_canvas:
         assert regions.canvas is not None
@@ -266,52 +271,6 @@ def queue_terms(
     return means[0], _named_terms(means[1:], config) if regions is not None else None
 
 
-class RegionHeads(nn.Module):
-    """All that follows the trunks of a step against a queue: pooling, projection, normalisation, logits and losses.
-
-    It holds no parameters; being a module, it can be compiled in place. Then it is one graph for all branches, with the
-    box pooling and one blockwise product of all rows with the queue as opaque operators inside.
-    """
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile in place as one whole graph for the shapes of the run; a break in the graph is an error."""
-        super().compile(*args, **{"fullgraph": True, "dynamic": False, **options})
-
-    def forward(
-        self,
-        projector: nn.Module,
-        pooled: Tensor,
-        mixed_map: Tensor | None,
-        box_cells: Tensor | None,
-        key: Tensor,
-        partner_key: Tensor | None,
-        queue: Tensor,
-        temperature: float,
-        config: RegionConfig,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Mean instance, canvas and paste losses; None for what is switched off.
-
-        Args:
-            projector: pooled features -> embeddings.
-            pooled: (B, C) pooled features of the view itself.
-            mixed_map: (B, C, H, W) feature map of its composites, or None for the instance loss alone.
-            box_cells: (B, 4) int64 regions of the composites.
-            key: (B, D) unit keys of the same images.
-            partner_key: (B, D) unit keys of the images that the pastes are from.
-            queue: (K, D) unit rows.
-            temperature: positive.
-            config: region options.
-        """
-        regions = None
-        if mixed_map is not None:
-            assert box_cells is not None
-            regions = pool_regions(mixed_map, box_cells, config)
-        query, regions = embed_with_regions(projector, pooled, regions, config.head_batching)
-        regions = None if regions is None else regions.map(unit)
-        instance, terms = queue_terms(unit(query), key, regions, partner_key, queue, temperature, config)
-        return instance, None if terms is None else terms.canvas, None if terms is None else terms.paste
-
-
 def batch_terms(
     regions: Regions,
     keys: Tensor,
@@ -326,7 +285,7 @@ def batch_terms(
         regions: unit rows in composite order.
         keys: (G, D) unit keys of all ranks.
         canvas_target: (B,) int64 position of each canvas' image in the global batch.
-        paste_target: likewise for the pastes.
+        paste_target: (B,) int64 position of the image that each paste is from.
         temperature: positive.
         config: which terms and negatives.
 
@@ -349,3 +308,110 @@ def _named_terms(means: Any, config: RegionConfig) -> RegionTerms:
     remaining = iter(means)
     canvas = next(remaining) if config.use_canvas else None
     return RegionTerms(canvas, next(remaining) if config.use_paste else None)
+
+
+class CompiledMethod:
+    """A method of a module as a target of `--compile`: one whole graph for the shapes of the run.
+
+    Args:
+        owner: the module.
+        name: of its method, which is replaced in this instance alone; the owner's state keeps its names.
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def compile(self, **options: Any) -> None:
+        """Compile in place; a break in the graph is an error, for then each branch would be read and written apart."""
+        compiled = torch.compile(getattr(self.owner, self.name), **{"fullgraph": True, "dynamic": False, **options})
+        setattr(self.owner, self.name, compiled)
+
+
+class RegionMixin(Method):
+    """The region branch of a method: which views are swapped, and what their composites go through.
+
+    It stands before the method that it extends, whose `encoder` it uses, and reads `config.region`.
+    """
+
+    config: Any
+    query_views: tuple[str, ...] = ("view1", "view2")
+    """Views in the role of the query."""
+
+    @property
+    def mixed_views(self) -> tuple[str, ...]:
+        """Both query views or the first, where the region loss is on."""
+        return self.config.region.mixed_views(self.query_views)
+
+    def swapped_maps(self, inputs: StepInputs, view: str) -> tuple[Tensor, Composites | None]:
+        """Online feature map (B, C, H, W) of a view, and its composites where the method swaps it.
+
+        Composites have batch statistics of their own, in two passes of the encoder or in one.
+        """
+        images = getattr(inputs, view)
+        if view not in self.mixed_views:
+            return self.encode_online(images, inputs, (view,)), None
+        mixed = inputs.mixed[view]
+        if self.config.region.shared_forward:
+            with stacked_views(self.encoder, 2):
+                both = self.encode_online(torch.cat([images, mixed]), inputs, (view, f"mixed {view}"))
+            feature_map, mixed_map = both.chunk(2)
+        else:
+            feature_map = self.encode_online(images, inputs, (view,))
+            mixed_map = self.encode_online(mixed, inputs, (f"mixed {view}",))
+        return feature_map, Composites(mixed_map, inputs.box_cells[view], inputs.partner[view])
+
+    def encode_online(self, images: Tensor, inputs: StepInputs, passes: tuple[str, ...]) -> Tensor:
+        """Feature maps of stacked batches, one for each of `passes`, the names of what they show."""
+        feature_map: Tensor = self.encoder(images)
+        return feature_map
+
+    def embed(self, head: nn.Module, rows: Tensor, regions: Regions | None) -> tuple[Tensor, Regions | None]:
+        """Instance and region rows through a head, together or apart as `region.head_batching` says."""
+        return embed_with_regions(head, rows, regions, self.config.region.head_batching)
+
+    def pool(self, composites: Composites | None) -> Regions | None:
+        """Pooled paste and canvas of the composites, where there are any."""
+        if composites is None:
+            return None
+        return pool_regions(composites.feature_map, composites.box_cells, self.config.region)
+
+    def paste_keys(self, key: Tensor, composites: Composites | None) -> Tensor | None:
+        """Keys (B, D) of the images that the pastes are from, given those of this rank's images."""
+        return None if composites is None else paste_sources(key, composites.partner, self.config.region)
+
+    def queue_losses(
+        self,
+        heads: tuple[nn.Module, ...],
+        pooled: Tensor,
+        composites: Composites | None,
+        key: Tensor,
+        paste_key: Tensor | None,
+        queue: Tensor,
+    ) -> tuple[Tensor, RegionTerms | None]:
+        """Instance loss and region terms of one direction against one queue, in one product with the queue.
+
+        `--compile` makes one graph of it, with box pooling and the blockwise product as opaque operators inside.
+        `paste_keys` stays outside, since it may gather over ranks.
+
+        Args:
+            heads: projector, and predictor where there is one.
+            pooled: (B, C) pooled features of the view itself.
+            composites: of the view, or None for the instance loss alone.
+            key: (B, D) unit keys of the same images.
+            paste_key: (B, D) unit keys of the images that the pastes are from.
+            queue: (K, D) unit rows.
+        """
+        query, regions = pooled, self.pool(composites)
+        # Projector and predictor alike see instance and region rows together, so that batch norm treats them alike.
+        for head in heads:
+            query, regions = self.embed(head, query, regions)
+        regions = None if regions is None else regions.map(unit)
+        return queue_terms(unit(query), key, regions, paste_key, queue, self.config.temperature, self.config.region)
+
+    def joined(
+        self, loss: Tensor, terms: RegionTerms | None, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A direction's loss with the weighted region loss, and its metrics with the region terms."""
+        if terms is None:
+            return loss, metrics
+        return loss + self.config.region.weight * terms.total(), metrics | terms.metrics()

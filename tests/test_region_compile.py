@@ -1,4 +1,4 @@
-"""The fused heads of the RegionCL methods: one graph, compiled once, equal to the uncompiled heads."""
+"""What follows the trunks of a RegionCL method: one graph, compiled once, equal to the uncompiled method."""
 
 import copy
 
@@ -7,9 +7,17 @@ import torch
 
 from models.methods import METHODS
 from models.methods.base import StepInputs
-from models.region_branch import RegionConfig, RegionHeads
+from models.methods.region_method import CompiledMethod, Composites, RegionConfig
 
 BATCH, DIM, QUEUE = 4, 8, 64
+
+
+def region_method(config, projector):
+    """RegionCL-M with a projector of 16 features; its trunk is not used."""
+    cls = METHODS["regioncl-m"]
+    method = cls(cls.Config(queue_size=QUEUE, dim=DIM, region=config), arch="resnet18", image_size=64)
+    method.projector = projector
+    return method
 
 
 def tail_inputs(step, requires_grad=True):
@@ -21,31 +29,31 @@ def tail_inputs(step, requires_grad=True):
     rows = [unit(make(count, DIM)) for count in (BATCH, BATCH, QUEUE)]
     if requires_grad:
         pooled.requires_grad_(), mixed_map.requires_grad_()
-    return pooled, mixed_map, boxes, *rows
+    return pooled, Composites(mixed_map, boxes, torch.arange(BATCH).flip(0)), *rows
 
 
-def losses_and_gradients(heads, projector, config, step):
-    pooled, mixed_map, boxes, key, partner_key, queue = tail_inputs(step)
-    losses = heads(projector, pooled, mixed_map, boxes, key, partner_key, queue, 0.2, config)
-    total = sum(loss for loss in losses if loss is not None)
-    wanted = [pooled, mixed_map, *projector.parameters()]
-    return [loss for loss in losses if loss is not None], torch.autograd.grad(total, wanted)
+def losses_and_gradients(method, step):
+    pooled, composites, *rows = tail_inputs(step)
+    instance, terms = method.queue_losses((method.projector,), pooled, composites, *rows)
+    losses = [loss for loss in (instance, terms.canvas, terms.paste) if loss is not None]
+    wanted = [pooled, composites.feature_map, *method.projector.parameters()]
+    return losses, torch.autograd.grad(sum(losses), wanted)
 
 
 @pytest.mark.parametrize("config", [RegionConfig(), RegionConfig(use_paste=False, intra_negative=False)])
 def test_compiled_heads_are_one_graph_for_all_steps(config):
     projector = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, DIM))
-    eager, compiled, graphs = RegionHeads(), RegionHeads(), []
+    eager, compiled, graphs = region_method(config, projector), region_method(config, projector), []
 
     def count(graph, example_inputs):
         graphs.append(graph)
         return graph.forward
 
     torch._dynamo.reset()
-    compiled.compile(backend=count)
+    compiled.compile_targets()[0].compile(backend=count)
     for step in range(3):
-        expected_losses, expected_gradients = losses_and_gradients(eager, projector, config, step)
-        losses, gradients = losses_and_gradients(compiled, projector, config, step)
+        expected_losses, expected_gradients = losses_and_gradients(eager, step)
+        losses, gradients = losses_and_gradients(compiled, step)
         torch.testing.assert_close(losses, expected_losses)
         torch.testing.assert_close(gradients, expected_gradients)
     assert len(graphs) == 1, "a second graph means a break or a recompilation"
@@ -60,11 +68,12 @@ def test_methods_hand_their_heads_to_the_compiler(name):
     method = cls(cls.Config(queue_size=16), arch="resnet18", image_size=64)
     plain = copy.deepcopy(method)
     targets = method.compile_targets()
-    assert method.heads in targets and method.projector not in targets
-    assert not any("heads" in key for key in method.state_dict())
+    whole = [target for target in targets if isinstance(target, CompiledMethod)]
+    assert [target.name for target in whole] == ["queue_losses"] and method.projector not in targets
     torch._dynamo.reset()
     for target in targets:
         target.compile(backend="eager")
+    assert method.state_dict().keys() == plain.state_dict().keys()
     images = torch.randn(3, BATCH, 3, 64, 64)
     inputs = StepInputs(
         view1=images[0],
@@ -83,9 +92,8 @@ def test_a_graph_break_is_an_error():
             torch._dynamo.graph_break()
             return rows[:, :DIM]
 
-    heads = RegionHeads()
+    method = region_method(RegionConfig(), Breaking())
     torch._dynamo.reset()
-    heads.compile(backend="eager")
-    pooled, mixed_map, boxes, key, partner_key, queue = tail_inputs(0, requires_grad=False)
+    method.compile_targets()[0].compile(backend="eager")
     with pytest.raises(Exception, match="graph_break"):
-        heads(Breaking(), pooled, mixed_map, boxes, key, partner_key, queue, 0.2, RegionConfig())
+        method.queue_losses((method.projector,), *tail_inputs(0, requires_grad=False))

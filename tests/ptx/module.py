@@ -60,11 +60,15 @@ def watched_tensors() -> Iterator[None]:
         _extents.clear()
 
 
+class DoesNotCompile(Exception):
+    """NVRTC refuses the source; the message is its log. Never taken for a result that a test compares."""
+
+
 def make_ptx(source: str, name: str, capability: tuple[int, int], options: Sequence[str]) -> str:
     """What NVRTC makes of a source before it makes machine code of it.
 
     Raises:
-        RuntimeError: the source does not compile; the message is the compiler's.
+        DoesNotCompile: NVRTC refuses it.
     """
     nvrtc, program = find_nvrtc(), ctypes.c_void_p()
     nvrtc._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
@@ -73,7 +77,7 @@ def make_ptx(source: str, name: str, capability: tuple[int, int], options: Seque
     try:
         nvrtc._call("nvrtcCompileProgram", program, len(flags), encoded)
     except RuntimeError:
-        raise RuntimeError(nvrtc._text("nvrtcGetProgramLog", program).decode(errors="replace")) from None
+        raise DoesNotCompile(nvrtc._text("nvrtcGetProgramLog", program).decode(errors="replace")) from None
     return nvrtc._text("nvrtcGetPTX", program).rstrip(b"\0").decode()
 
 
@@ -167,9 +171,7 @@ class PtxModule:
 
     def _register(self, arguments: ctypes.Structure) -> list[tuple[int, int]]:
         """Tell the runtime the tensors of the launch: (address, bytes) of each."""
-        fields = [name for name, kind, *_ in arguments._fields_ if kind is ctypes.c_void_p]
-        addresses = {getattr(arguments, name) for name in fields} - {None, 0}
-        tensors = [(address, _extents[address]) for address in sorted(addresses)]
+        tensors = tensors_of(arguments)
         self.library.clear_tensors()
         for address, size in tensors:
             self.library.add_tensor(ctypes.c_uint64(address), ctypes.c_uint64(size))
@@ -201,6 +203,13 @@ class PtxModule:
             self.library.read_counts(values)
             self.library.start_counting(0)
             counted.update(zip(COUNTS, values, strict=True))
+
+
+def tensors_of(arguments: ctypes.Structure) -> list[tuple[int, int]]:
+    """(Address, bytes) of each tensor whose address the arguments hold, by the last tensor that gave that address."""
+    fields = [name for name, kind, *_ in arguments._fields_ if kind is ctypes.c_void_p]
+    addresses = {getattr(arguments, name) for name in fields} - {None, 0}
+    return [(address, _extents[address]) for address in sorted(addresses)]
 
 
 def contents(tensors: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -1,0 +1,126 @@
+"""The kernels' own sources on real threads under the sanitizers.
+
+A case is recorded on the shim of the ordinary tests: each launch with the bytes of its tensors before and after. Then a
+program of the same source, with one thread for each CUDA thread, repeats the launches; its results must have the same
+bits. It sees races within a block, by another method than the PTX run, and access outside a tensor or a static array.
+It sees no race between blocks, which run one after another, and nothing that only the GPU's compiler makes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.ops.nvrtc import read_source
+from pipeline.kernels import fused_augment
+from tests.cuda_host import HostModule
+
+from .cases import Case
+from .module import HERE, contents, tensors_of, watched_tensors
+
+SANITIZERS = {"threads": ["-fsanitize=thread"], "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover"]}
+FLAGS = ["-std=c++17", "-O1", "-g", "-w", "-ffp-contract=off", "-pthread"]
+
+
+def threaded_source(text: str) -> str:
+    """A source as the program includes it: the augmentation in its GPU form, its one instruction by hand."""
+    text = re.sub(r'asm\("cvt\.rn\.f16\.f32 .*', "result = shim_float_to_half(value);", text)
+    text = text.replace("extern __shared__ float name[]", "float* name = dynamic_shared")
+    return "#define ON_GPU\n" + text.replace("#define ON_GPU", "") if "ON_GPU" in text else text
+
+
+class Recorder:
+    """A launcher that keeps what each launch was given and what it left."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+        self.launches: list[bytes] = []
+
+    def __call__(self, kernel: str, grid: Any, block: Any, arguments: ctypes.Structure) -> None:
+        tensors = tensors_of(arguments)
+        given, before = bytes(arguments), contents(tensors)
+        self.launcher(kernel, grid, block, arguments)
+        record = packed(kernel.encode()) + struct.pack("<6q", *grid, *block) + packed(given)
+        record += struct.pack("<q", len(tensors))
+        for (address, _), old, new in zip(tensors, before, contents(tensors), strict=True):
+            fields = [place for place in range(0, len(given) - 7, 8) if given[place : place + 8] == as_bytes(address)]
+            record += struct.pack(f"<q{len(fields)}q", len(fields), *fields) + packed(old) + packed(new)
+        self.launches.append(record)
+
+
+def packed(data: bytes) -> bytes:
+    """Bytes behind their length."""
+    return struct.pack("<q", len(data)) + data
+
+
+def as_bytes(address: int) -> bytes:
+    """An address as it stands in memory."""
+    return struct.pack("<Q", address)
+
+
+def host_augment(folder: Path) -> Any:
+    """The augmentation's host form as a launcher."""
+    library = folder / "augment.so"
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-w"]
+    subprocess.run([*command, "-x", "c++", str(fused_augment.SOURCE), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    return lambda name, grid, block, arguments: getattr(loaded, f"host_{name}")(ctypes.byref(arguments), *grid[:2])
+
+
+def record(case: Case, folder: Path) -> list[tuple[Path, tuple[str, ...], Recorder]]:
+    """Run a case on the shim: source, options and launches of each variant that it loads."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++, whose sanitizers are used")
+    variants: list[tuple[Path, tuple[str, ...], Recorder]] = []
+
+    def make(source: Path, options: tuple[str, ...], shared: Mapping[str, int]) -> Recorder:
+        plain = host_augment(folder) if source == fused_augment.SOURCE else HostModule(source, options, folder)
+        variants.append((source, options, Recorder(plain)))
+        return variants[-1][2]
+
+    with watched_tensors():
+        case(make)
+    return variants
+
+
+def build_program(text: str, options: tuple[str, ...], sanitizer: str, folder: Path) -> Path:
+    """The program that repeats launches of one source."""
+    names = re.findall(r"__global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const Arguments", text)
+    find = "".join(f'if (!strcmp(name, "{name}")) return (void*)&{name};\n' for name in names)
+    code, program = folder / f"{sanitizer}.cpp", folder / sanitizer
+    code.write_text(
+        f'#include "{HERE / "threads.h"}"\n{threaded_source(text)}\n'
+        f"static void* find_kernel(const char* name) {{\n{find}abort();\n}}\n"
+        "int main(int, char** given) { return replay<Arguments>(given[1], find_kernel) ? 4 : 0; }\n"
+    )
+    subprocess.run(
+        ["g++", *FLAGS, *SANITIZERS[sanitizer], *options, str(code), "-o", str(program)], check=True, timeout=300
+    )
+    return program
+
+
+def complaints(case: Case, sanitizer: str, folder: Path, plant: Any = None) -> str:
+    """What a sanitizer says of a case, "" for nothing; `plant` changes the source's text first."""
+    said = ""
+    for source, options, recorder in record(case, folder):
+        text = read_source(source)
+        program = build_program(plant(text) if plant else text, options, sanitizer, folder)
+        launches = folder / "launches"
+        launches.write_bytes(struct.pack("<q", len(recorder.launches)) + b"".join(recorder.launches))
+        environment = {"TSAN_OPTIONS": "exitcode=5 report_signal_unsafe=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+        # Without a fixed layout of the address space: some kernels' randomisation is beyond what TSan can map.
+        command = ["setarch", "-R", str(program), str(launches)] if shutil.which("setarch") else [program, launches]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+        if run.returncode == 4:
+            said += "value: tensors differ from the recording\n"
+        elif run.returncode:
+            said += f"exit {run.returncode}: {run.stderr[:2000]}\n"
+    return said

@@ -55,6 +55,7 @@ class Fault:
 NORM, SOFT, BOX, AUGMENT = "batch_norm_act.cu", "masked_pool.cu", "box_pool.cu", "augment.cu"
 odd_norm = norm((4, 7, 3, 3, 2), F32)
 packed_norm = norm((6, 48, 5, 3, 3), BF16)
+split_norm, long_norm = norm((2, 64, 8, 8, 1), BF16, 4), norm((2, 64, 8, 8, 1), BF16, 1)
 odd_soft = soft((3, 7, 1, 2, 3, 3), F32)
 many_soft = soft((2, 36, 12, 11, 3, 3), BF16)
 odd_box = box((6, 7, 3, 5), F16)
@@ -68,7 +69,7 @@ FAULTS: dict[str, Fault] = {
         f"    }}\n    {BARRIER}\n    const int column",
         "    }\n    const int column",
         odd_norm,
-        ("race", "uninit"),
+        ("race", "uninitialised"),
     ),
     "no barrier before a join reuses its memory": Fault(
         NORM, f"    {BARRIER}\n    shared[threadIdx.y", "    shared[threadIdx.y", odd_norm, ("race",)
@@ -80,7 +81,7 @@ FAULTS: dict[str, Fault] = {
         NORM, f"        {BARRIER}\n        // Nobody", "        // Nobody", odd_norm, ("race", "uninitialised")
     ),
     "partial results of all blocks in one place": Fault(
-        NORM, "a.splits + blockIdx.y) * a.channels + c;", "a.splits) * a.channels + c;", packed_norm, ("race",)
+        NORM, "a.splits + blockIdx.y) * a.channels + c;", "a.splits) * a.channels + c;", split_norm, ("race",)
     ),
     "return before a barrier": Fault(
         NORM,
@@ -93,7 +94,7 @@ FAULTS: dict[str, Fault] = {
         NORM, "float means[VECTOR * PLANE]", "float means[VECTOR * 200]", odd_norm, ("bounds",)
     ),
     "vector load at an odd offset": Fault(
-        NORM, "load_pack(a.x, p.offset(a, row))", "load_pack(a.x, p.offset(a, row) + 1)", packed_norm, ("alignment",)
+        NORM, "load_pack(a.x, p.offset(a, row))", "load_pack(a.x, p.offset(a, row) + 1)", long_norm, ("alignment",)
     ),
     "a slice counts a row too few": Fault(
         NORM, "(count - slice - 1) / slices + 1", "(count - slice - 1) / slices", odd_norm, ("value",)
@@ -103,7 +104,7 @@ FAULTS: dict[str, Fault] = {
         NORM, "start < p.count; start += AHEAD", "start < p.count - 1; start += AHEAD", odd_norm, ("value",)
     ),
     "splits counted from one too many": Fault(
-        NORM, "a.splits - 1 - blockIdx.y", "a.splits - blockIdx.y", packed_norm, ("bounds",)
+        NORM, "a.splits - 1 - blockIdx.y", "a.splits - blockIdx.y", packed_norm, ("value", "bounds")
     ),
     "running statistics past the channels": Fault(NORM, "    if (c >= a.channels) return;", "", running, ("bounds",)),
     "every thread counts the batch": Fault(NORM, "if (c == 0) *a.batches", "*a.batches", running, ("race",)),
@@ -118,7 +119,12 @@ FAULTS: dict[str, Fault] = {
         SOFT, f"        {BARRIER}\n        share(", "        share(", odd_soft, ("race",), by_default=True
     ),
     "no barrier before a mask's sums are read": Fault(
-        SOFT, f"= weight_sums[m];\n        {BARRIER}", "= weight_sums[m];", odd_soft, ("race",), by_default=True
+        SOFT,
+        f"= weight_sums[m];\n        {BARRIER}",
+        "= weight_sums[m];",
+        odd_soft,
+        ("race", "uninitialised"),
+        by_default=True,
     ),
     "shuffle in divergent code": Fault(
         SOFT, "        sum = warp_sum(sum);", "        if (lane < 16) sum = warp_sum(sum);", odd_soft, ("divergence",)

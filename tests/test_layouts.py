@@ -89,16 +89,18 @@ def test_numbers_are_those_of_cpp():
     assert numbers("Kind") == {f"k{name.capitalize()}": number for name, number in layouts.KINDS.items()}
     interpolations = {f"k{name.capitalize()}": number for name, number in layouts.INTERPOLATIONS.items()}
     assert numbers("Interpolation") == interpolations
-    outputs = {"AS_FLOAT": torch.float32, "AS_BFLOAT16": torch.bfloat16, "AS_UINT8": torch.uint8, "AS_HALF": torch.half}
+    outputs = {"kAsFloat": torch.float32, "kAsBfloat16": torch.bfloat16, "kAsUint8": torch.uint8, "kAsHalf": torch.half}
     assert numbers("Output") == {name: layouts.OUTPUTS[dtype] for name, dtype in outputs.items()}
 
 
 def test_columns_of_the_parameters_are_those_of_cpp():
     columns = numbers("Column")
-    assert columns.pop("COLUMNS") == layouts.PARAMETERS == len(augment.COLUMNS)
-    order = columns.pop("ORDER")
+    assert columns.pop("kColumns") == layouts.PARAMETERS == len(augment.COLUMNS)
+    order = columns.pop("kOrder")
     assert order == augment.COLUMN["order0"]
-    assert columns == {name.upper(): augment.COLUMN[name] for name in augment.COLUMNS if not name.startswith("order")}
+    assert columns == {
+        f"k{name.capitalize()}": augment.COLUMN[name] for name in augment.COLUMNS if not name.startswith("order")
+    }
 
 
 def test_loaded_libraries_have_these_sizes():

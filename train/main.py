@@ -260,7 +260,7 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
 def _evaluator(config: Config, runtime: Runtime, method: Method, data: run_data.RunData, metrics: Metrics) -> Any:
     def evaluate(step: int, epoch: int) -> float | None:
         if runtime.is_main:
-            metrics.row("health", step, epoch, **health_figures(method, data, config, runtime))
+            metrics.row("health", step, epoch, **health_figures(method, data, runtime))
         if data.queries is None:
             return None
         figures = knn_figures(method, data, runtime)

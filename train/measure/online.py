@@ -6,7 +6,6 @@ import torch
 
 from models.methods.base import Method
 
-from ..config import Config
 from ..data import RunData
 from ..errors import NonFinite
 from ..inputs import VIEWS
@@ -19,7 +18,7 @@ KNN_NEIGHBOURS = 20
 
 
 @torch.no_grad()
-def health_figures(method: Method, data: RunData, config: Config, runtime: Runtime) -> dict[str, float | str]:
+def health_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, float | str]:
     """Label-free figures of the backbone on images of `data.health`, the same two views of each every time.
 
     Returns:

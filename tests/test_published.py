@@ -1,0 +1,47 @@
+"""Published figures stand beside runs of the very setting that they were measured in, and beside no other."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from train.record.published import PUBLISHED, candidates
+from train.resolve import resolve
+
+
+def shown(flags: str, protocol: str = "linear", data_images: int = 1_281_167, task: str = "") -> set[float]:
+    config: dict[str, Any] = json.loads(json.dumps(resolve(flags.split()).to_json()))
+    rows = candidates({**config, "data_images": data_images}, protocol, task)
+    return {next(iter(row.figures.values())) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("flags", "figures"),
+    [
+        ("--method care", {72.06}),
+        ("--method care --pos absolute", {72.01, 72.02}),
+        ("--method care --lambda-att 0", {70.52}),
+        ("--method care --design sequential", {69.32}),
+        ("--method care --recipe care-conv", set()),
+        ("--method care --recipe care-400ep", {74.68}),
+        ("--method moco-v2 --recipe moco-v1", set()),
+        ("--method moco-v2 --extra-head", set()),
+        ("--method lewel-b --aligned-loss false", set()),
+        ("--method lewel-b --c 32", set()),
+    ],
+)
+def test_the_figures_are_those_of_the_setting(flags: str, figures: set[float]) -> None:
+    assert shown(flags) == figures
+
+
+def test_rows_of_lewels_table_7_are_those_of_dim_alone() -> None:
+    run = "--method lewel-b --recipe lewel-b-in100 --dim 512"
+    assert shown(run, data_images=126_689) == {84.6}
+    assert shown(f"{run} --c 256", data_images=126_689) == set()
+
+
+def test_every_row_is_there_once() -> None:
+    rows = [(row.method, row.arch, row.epochs, row.protocol, row.task, str(row.flags), row.source) for row in PUBLISHED]
+    assert len(rows) == len(set(rows)) == 298

@@ -174,7 +174,7 @@ FAULTS: dict[str, Fault] = {
         AUGMENT, "sums[t] += sums[t + half];\n        END_PHASE;", "sums[t] += sums[t + half];", tile, ("race",)
     ),
     "groups of four where two align": Fault(
-        AUGMENT, "a.width % 4 == 0", "a.width % 2 == 0", augmented((8, 66), F16, batch=1), ("alignment",)
+        AUGMENT, "a.width % 4 == 0", "a.width % 2 == 0", augmented((8, 66), F16, batch=1), ("alignment", "value")
     ),
     "rows of a tile too short": Fault(
         AUGMENT, "STRIDE = HALO_W + 1,", "STRIDE = HALO_W - 20,", tiles, ("race", "value")

@@ -91,16 +91,47 @@ def machine() -> dict[str, str]:
     return {"cpu": cpu, "torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
 
 
+def exact_losses(name: str) -> list[float]:
+    """Losses of the golden steps in float64."""
+    method = build(name).double()
+    optimizer = make_optimizer(method)
+    losses = []
+    for step in range(STEPS):
+        output = method(to_double(make_inputs(method, step)))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        method.after_step(output, 0.9)
+        losses.append(output.loss.item())
+    return losses
+
+
+def golden(name: str, **found: object) -> dict[str, Any]:
+    """The golden file of a method; with REGATTA_GOLDEN=record it takes over what was found."""
+    path = GOLDEN / f"{name}.json"
+    if os.environ.get("REGATTA_GOLDEN") == "record":
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        path.write_text(json.dumps({**before, **found}, indent=1) + "\n")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
 @pytest.mark.smoke
 @each_method
 def test_golden_curve(name):
-    losses, path = golden_run(name).losses, GOLDEN / f"{name}.json"
-    if os.environ.get("REGATTA_GOLDEN") == "record":
-        path.write_text(json.dumps({"machine": machine(), "losses": losses}, indent=1) + "\n")
-    golden = json.loads(path.read_text())
-    if golden["machine"] == machine():
-        assert losses == golden["losses"]
-    assert losses[:5] == pytest.approx(golden["losses"][:5], abs=1e-4)
+    losses = golden_run(name).losses
+    recorded = golden(name, machine=machine(), losses=losses)
+    if recorded["machine"] == machine():
+        assert losses == recorded["losses"]
+    # Other processors sum in another order. In fp32 that grows from 1e-7 to 5e-3 by BYOL's third step, so beyond the
+    # second step only the float64 curve below says the same on every machine.
+    assert losses[:2] == pytest.approx(recorded["losses"][:2], abs=1e-4)
+
+
+@each_method
+def test_golden_curve_in_float64_on_any_machine(name):
+    losses = exact_losses(name)
+    assert losses == pytest.approx(golden(name, losses_float64=losses)["losses_float64"], abs=1e-6)
 
 
 @each_method

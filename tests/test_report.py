@@ -10,17 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from models.methods import METHODS
 from tests.runs import last_wins
 from tools import report
+from train.data import open_data
 from train.errors import UserMistake
+from train.inputs import InputBuilder, InputStream
+from train.main import build_method, feature_grid
 from train.record import charts
 from train.record.evaluations import NAMES, PROTOCOLS
 from train.record.page import build_report, render
 from train.record.published import DATA_IMAGES, PUBLISHED, candidates, differences, nearest_task
 from train.record.run import read_run
+from train.record.seen import first_views, mixed_steps
 from train.resolve import resolve
+from train.runtime import Runtime
 
 
 def write_run(folder: Path, method: str = "regioncl-m", steps: int = 300, seed: int = 0, **recipe: object) -> Path:
@@ -304,3 +310,37 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(errors) == 3
     assert "config.json" in errors[0]
     assert "--out" in errors[2], "the nearest valid flag is named"
+
+
+def test_the_mixed_views_are_those_of_training() -> None:
+    flags = "--method regioncl-m --loader synthetic --data 96 --arch resnet18 --image-size 64 --global-batch 16"
+    more = "--holdout 8 --bn.group-size 0 --region.sampling official --region.pairing randperm --micro-batch 8"
+    config = resolve([*flags.split(), *more.split(), "--device", "cpu"])
+    runtime = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
+    method = build_method(config, runtime)
+    data = open_data(config, runtime)
+    builder = InputBuilder(config, method, runtime, feature_grid(method, 64))
+    shown = mixed_steps(config, 1, 8, 3)
+    assert len(shown) == 3
+    for (_, trained), step in zip(InputStream(builder, data.train).epoch(0, 0, 0), shown, strict=False):
+        torch.testing.assert_close(step.images, trained[0].mixed["view1"], rtol=0, atol=1e-6)
+        assert trained[0].box_cells["view1"][0].tolist() == list(step.region.box_cells)
+    first = next(InputStream(builder, data.train).epoch(0, 0, 0))[1][0]
+    for name, view in first_views(config, 8).items():
+        torch.testing.assert_close(view, getattr(first, name), rtol=0, atol=1e-6)
+    data.close()
+
+
+def test_a_partner_on_another_rank_is_found() -> None:
+    flags = "--method regioncl-m --loader synthetic --data 96 --arch resnet18 --image-size 64 --global-batch 16"
+    config = resolve([*flags.split(), "--holdout", "0", "--bn.group-size", "0", "--region.pairing-scope", "global"])
+    alone, of_two = (mixed_steps(config, world_size, 8, 1)[0] for world_size in (1, 2))
+    # Pairs over the whole batch do not depend on how it is shared out.
+    torch.testing.assert_close(alone.images, of_two.images, rtol=0, atol=0)
+    apart = resolve([*flags.split(), "--holdout", "0", "--bn.group-size", "0", "--region.pairing-scope", "group"])
+    assert not torch.equal(mixed_steps(apart, 1, 8, 1)[0].images, mixed_steps(apart, 2, 8, 1)[0].images)
+
+
+def test_no_mixed_view_is_shown_where_none_is_trained_on() -> None:
+    config = resolve(["--method", "moco-v2", "--loader", "synthetic", "--data", "512"])
+    assert mixed_steps(config, 1, 8, 3) == []

@@ -44,7 +44,7 @@ from train.eval.splits import balanced_subset, class_names
 from train.inputs import InputBuilder
 from train.main import build_method, feature_grid
 from train.measure.features import center_view, extract_features, normalise
-from train.record.run import read_run
+from train.record.run import CONFIG, read_config, read_run
 from train.resolve import resolve
 from train.runtime import Runtime
 
@@ -244,9 +244,9 @@ def _tsne(features: Tensor, seed: int) -> np.ndarray:
 
 
 def _run_config(folder: str) -> Config:
-    if not (Path(folder) / "config.json").is_file():
+    if not (Path(folder) / CONFIG).is_file():
         raise UserMistake(f"{folder} is not a run's folder; this analysis needs the method, not only its backbone")
-    config = resolve(["--config", str(Path(folder) / "config.json")])
+    config = resolve(["--config", str(Path(folder) / CONFIG)])
     # A handful of images must do: they share one set of batch-norm statistics.
     recipe = dataclasses.replace(config.recipe, bn=dataclasses.replace(config.recipe.bn, group_size=0))
     return dataclasses.replace(config, recipe=recipe, run=dataclasses.replace(config.run, init="", micro_batch=0))
@@ -320,9 +320,7 @@ def boxes(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _knn_curve(folder: str) -> tuple[list[int], list[float]]:
     """Steps and percents of a run's online k-NN; empty where it had no validation images."""
-    if not (Path(folder) / "metrics.jsonl").is_file():
-        return [], []
-    steps, shares = read_run(Path(folder)).values("knn", "top1")
+    steps, shares = read_run(Path(folder), partial=True).values("knn", "top1")
     return [int(step) for step in steps], [100 * share for share in shares]
 
 
@@ -437,10 +435,7 @@ def _default_out(name: str, checkpoint: str) -> Path:
 
 def _own_image_size(checkpoint: str) -> int:
     """The image size that a run was trained at; 224 for a file."""
-    try:
-        return int(json.loads((Path(checkpoint) / "config.json").read_text())["recipe"]["image_size"])
-    except (OSError, ValueError, KeyError):
-        return 224
+    return int(read_config(Path(checkpoint)).get("recipe", {}).get("image_size", 224))
 
 
 def _write(out: Path, figure: Any, arguments: argparse.Namespace, figures: dict[str, Any]) -> None:

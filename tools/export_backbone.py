@@ -28,6 +28,7 @@ from tools.support.cli import make_parser, parse
 from train.backbone_io import LoadedBackbone, backbone_state, load, torchvision_to_swin
 from train.errors import UserMistake, run_to_exit_code
 from train.record.model_card import model_card
+from train.record.run import read_config
 
 TORCHVISION_NAMES = {
     "resnet18": "resnet18",
@@ -436,10 +437,7 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
 def _image_size(loaded: LoadedBackbone, wanted: int) -> int:
     if wanted or loaded.source.folder is None:
         return wanted or 224
-    try:
-        return int(json.loads((loaded.source.folder / "config.json").read_text())["recipe"]["image_size"])
-    except (OSError, ValueError, KeyError):
-        return 224
+    return int(read_config(loaded.source.folder).get("recipe", {}).get("image_size", 224))
 
 
 def run(argv: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from tools.bench.rows import Report, Summary
 from tools.support.cli import make_parser, parse, run_main
 from train.record.evaluations import measurements
-from train.record.run import read_results
+from train.record.run import read_run
 from train.resolve import changed_fields, resolve
 
 
@@ -41,13 +41,10 @@ def record(report: Report, run_dir: Path) -> None:
     """Add the rows of one run.
 
     Raises:
-        ValueError: when the folder holds no run.
+        UserMistake: when the folder holds no run.
     """
-    try:
-        config = json.loads((run_dir / "config.json").read_text())
-        rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as reason:
-        raise ValueError(f"{run_dir} is no run: {reason}; give a folder that train/main.py wrote") from None
+    recorded = read_run(run_dir)
+    config, rows = recorded.config, recorded.rows
     recipe, run = config["recipe"], config["run"]
     setting = (
         f"{run['recipe']}, {recipe['arch']}, {recipe['image_size']} px, batch {recipe['global_batch']}, "
@@ -64,7 +61,9 @@ def record(report: Report, run_dir: Path) -> None:
     speeds = [row["images_per_s"] for row in rows if row["kind"] == "train"]
     if speeds:
         report.add(run["method"], "training rate", "images/s", speeds, setting)
-    for file, facts in read_results(run_dir.glob("eval-*.json")).items():
+    for file, facts in recorded.scores.items():
+        if not file.startswith("eval-"):
+            continue  # a result that was written to another place on purpose
         contender = "untrained" if facts["untrained"] else run["method"]
         for measured in measurements(file, facts):
             name = " ".join(part for part in (measured.protocol, facts.get("recipe", ""), measured.task) if part)

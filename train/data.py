@@ -70,6 +70,17 @@ class RunData:
                 each.close()
 
 
+def training_population(config: Config, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of the images that a run trains on, and of those it holds out, among the `total` of `--data`.
+
+    With `--val-data` none are held out.
+    """
+    count = 0 if config.run.val_data else min(config.run.holdout, total // 20)
+    if count < 2:
+        count = 0  # the figures compare images with one another
+    return hold_out(total, config.run.seed, count)
+
+
 def open_data(config: Config, runtime: Runtime) -> RunData:
     """Open every pipeline that the run needs.
 
@@ -80,10 +91,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     whole = _build(config, dataclasses.replace(base, views=(center_view(config.recipe.image_size),)))
     total = whole.num_samples
     health_from = config.run.val_data or config.run.data
-    count = 0 if config.run.val_data else min(config.run.holdout, total // 20)
-    if count < 2:
-        count = 0  # the figures compare images with one another
-    population, held_out = hold_out(total, config.run.seed, count)
+    population, held_out = training_population(config, total)
     if len(population) < config.recipe.global_batch:
         raise UserMistake(
             f"--data {config.run.data}: {len(population)} images to train on are fewer than --global-batch "

@@ -96,6 +96,11 @@ def pairing_group_size(config: Config) -> int:
     return config.recipe.bn.group_size if region is not None and region.pairing_scope == "group" else 0
 
 
+def grid_cells(stride: int, image_size: int) -> int:
+    """Cells a side of the last feature map of an encoder with `stride` pixels a cell."""
+    return max(image_size // stride, 1)
+
+
 def region_sampler(config: Config, grid: int) -> RegionSampler:
     """What draws the run's regions and pairs, on a feature map of `grid` cells a side.
 

@@ -27,7 +27,7 @@ from train.checkpoint import recorded_config, run_checkpoints
 from train.config import Config
 from train.cuda_graph import GraphedForwardBackward
 from train.errors import UserMistake, run_to_exit_code
-from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size, region_sampler
+from train.inputs import InputBuilder, InputStream, batch_per_device, bn_group_size, grid_cells, region_sampler
 from train.loop import Job, train
 from train.measure.online import health_figures, knn_figures
 from train.optim import build_optimizer
@@ -68,7 +68,7 @@ def build_method(config: Config, runtime: Runtime) -> Method:
 def feature_grid(method: Method, image_size: int) -> int:
     """Cells a side of the encoder's last feature map."""
     stride: int = method.encoder.stride  # type: ignore[assignment]
-    return max(image_size // stride, 1)
+    return grid_cells(stride, image_size)
 
 
 def check_regions(config: Config, runtime: Runtime, method: Method) -> None:

@@ -27,6 +27,7 @@ from ..errors import UserMistake
 from ..fields import check, flatten, unflatten
 from ..flags import OneLineParser, add_leaf, parse_fields
 from ..measure.features import Features, center_view, extract_features
+from ..record.run import read_config
 from ..runtime import Runtime, start
 from ..versions import versions
 from .splits import check_classes
@@ -264,16 +265,6 @@ def warn_of_bad(session: Session, data: str, pipeline: Pipeline) -> None:
         session.say(f"{data}: {len(bad)} damaged records were replaced, for example {next(iter(bad.items()))}")
 
 
-def _run_config(folder: Path | None) -> dict[str, Any]:
-    if folder is None or not (folder / "config.json").is_file():
-        return {}
-    try:
-        loaded = json.loads((folder / "config.json").read_text())
-    except ValueError as reason:
-        raise UserMistake(f"{folder}/config.json is damaged: {reason}; give backbone.safetensors instead") from None
-    return loaded if isinstance(loaded, dict) else {}
-
-
 def _check_exists(name: str, data: str) -> None:
     if not ("://" in data or "{" in data or Path(data).exists()):
         raise UserMistake(f"--{name.replace('_', '-')} {data} does not exist; give a packed file, folder or shards")
@@ -302,7 +293,7 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
             if runtime.is_main:
                 print(f"--untrained: a fresh {loaded.arch} takes its place")
         encoder = encoder.to(runtime.device).to(memory_format=torch.channels_last)
-        run = _run_config(loaded.source.folder)
+        run = {} if loaded.source.folder is None else read_config(loaded.source.folder)
         yield ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run, variant)
 
 

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from train.backbone_io import LoadedBackbone, version
 from train.record.evaluations import Measurement, describe, measurements
-from train.record.run import read_results
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
+from train.record.run import Run, read_results, read_run
 
 
 def evaluations(loaded: LoadedBackbone) -> list[Measurement]:
@@ -29,20 +20,6 @@ def evaluations(loaded: LoadedBackbone) -> list[Measurement]:
     return [each for name, facts in results.items() for each in measurements(name, facts)]
 
 
-def last_rows(folder: Path | None) -> dict[str, dict[str, Any]]:
-    """The last row of each kind in a run's `metrics.jsonl`."""
-    rows: dict[str, dict[str, Any]] = {}
-    if folder is None or not (folder / "metrics.jsonl").is_file():
-        return rows
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line of a run that was killed while writing it
-            continue
-        rows[row.get("kind", "")] = row
-    return rows
-
-
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, value in values.items():
@@ -53,7 +30,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _score_lines(loaded: LoadedBackbone) -> list[str]:
+def _score_lines(loaded: LoadedBackbone, run: Run | None) -> list[str]:
     lines = []
     for each in evaluations(loaded):
         facts = each.facts
@@ -64,12 +41,9 @@ def _score_lines(loaded: LoadedBackbone) -> list[str]:
             f"| {name}{recipe} | {describe(each.figures) or f'see {each.file}'} | {where}data "
             f"{str(facts.get('val_data_hash', '?'))[:12]} |"
         )
-    rows = last_rows(loaded.source.folder)
-    if "knn" in rows:
-        row = rows["knn"]
+    if run is not None and (row := run.last("knn")) is not None:
         lines.append(f"| {row['k']}-NN during training | top-1 {100 * row['top1']:.2f}% | {row['val_images']} images |")
-    if "health" in rows:
-        row = rows["health"]
+    if run is not None and (row := run.last("health")) is not None:
         figures = ", ".join(f"{name} {row[name]:.3f}" for name in ("feature_std", "effective_rank", "view_retrieval"))
         lines.append(f"| label-free health at step {row['step']} | {figures} | |")
     return lines
@@ -85,7 +59,8 @@ def model_card(loaded: LoadedBackbone, target: str, usage: str, images: str, par
         images: what images it takes.
         parameters: trainable parameters of the backbone.
     """
-    run = _json(loaded.source.folder / "config.json") if loaded.source.folder is not None else {}
+    recorded = None if loaded.source.folder is None else read_run(loaded.source.folder, partial=True)
+    run = {} if recorded is None else recorded.config
     method = run.get("run", {}).get("method") or loaded.source.metadata.get("method") or "not known"
     facts = [
         ("method", method),
@@ -96,10 +71,10 @@ def model_card(loaded: LoadedBackbone, target: str, usage: str, images: str, par
         ("commit", run.get("versions", {}).get("commit") or "not known"),
         ("exported with", f"regatta {version()}"),
     ]
-    step = last_rows(loaded.source.folder).get("checkpoint", {}).get("step")
-    if step is not None:
-        facts.append(("optimizer steps taken", step))
-    scores = _score_lines(loaded)
+    saved = None if recorded is None else recorded.last("checkpoint")
+    if saved is not None:
+        facts.append(("optimizer steps taken", saved["step"]))
+    scores = _score_lines(loaded, recorded)
     settings = _flat(run.get("recipe", {})) + _flat(run.get("model", {}))
     parts = [
         f"# {loaded.arch} backbone, {method}",

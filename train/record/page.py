@@ -229,7 +229,7 @@ def _pictures(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
         try:
-            pictures = run_pictures(run.folder)
+            pictures = run_pictures(run)
         except UserMistake as reason:
             parts.append(f'<p class="note">{_text(run.name)}: no images to show ({_text(reason)})</p>')
             continue

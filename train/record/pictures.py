@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import math
@@ -14,12 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from pipeline import augment, regions
-from pipeline.interface import Batch, PipelineConfig
-from pipeline.loaders import build_pipeline
-from train.config import Config
-from train.errors import UserMistake
-from train.inputs import VIEWS, region_sampler, train_views
+from pipeline import augment
+from pipeline.regions import Region
+from train.record.run import CONFIG, Run
+from train.record.seen import MixedStep, first_views, mixed_steps
 from train.resolve import resolve
 
 _IMAGES = 8
@@ -46,27 +43,24 @@ class Picture:
     width_px: int
 
 
-def run_pictures(run_dir: Path) -> list[Picture]:
-    """Augmented views of a few of the run's images, and mixed views where its method makes them.
-
-    The draws are those of epoch 0 and of the first steps, so the pictures are what the training saw for these images.
+def run_pictures(run: Run) -> list[Picture]:
+    """Views of a few of the run's images, and mixed views where its method makes them, as training saw them.
 
     Raises:
         UserMistake: when the configuration or the data of the run cannot be read, with the reason.
     """
-    config = resolve(["--config", str(run_dir / "config.json")])
-    batch = _some_images(config)
-    views = [_grey_levels(batch.views[name]) for name in VIEWS]
+    config = resolve(["--config", str(run.folder / CONFIG)])
     cell = _cell_px(config.recipe.image_size)
     pictures = [
         _picture(
             "Augmented views",
             "One column an image; the two rows are the two views that the method compares, as it sees them.",
-            [_resized(view, cell) for view in views],
+            [_resized(_pixels(view), cell) for view in first_views(config, _IMAGES).values()],
         )
     ]
-    if hasattr(config.model, "region"):
-        pictures.append(_mixed_picture(config, views[0], cell))
+    steps = mixed_steps(config, run.config.get("world_size", 1), _IMAGES, _MIXED_STEPS)
+    if steps:
+        pictures.append(_mixed_picture(steps, cell))
     return pictures
 
 
@@ -88,46 +82,15 @@ def analysis_pictures(run_dir: Path) -> list[Picture]:
     return found
 
 
-def _some_images(config: Config) -> Batch:
-    run = config.run
-    # Our own reader opens a packed file at once; FFCV's would first compile its pipeline.
-    loader = "folder" if run.data.endswith(".beton") else run.loader
-    settings = PipelineConfig(
-        data=run.data,
-        views=train_views(config),
-        global_batch=_IMAGES,
-        seed=run.seed,
-        workers=1,
-        augment=config.recipe.augment.profile,
-    )
-    try:
-        pipeline = build_pipeline(loader, settings, quiet=True)
-        try:
-            return next(iter(pipeline))
-        finally:
-            pipeline.close()
-    except (ValueError, OSError, ImportError, StopIteration) as reason:
-        raise UserMistake(f"{run.data or 'no data'}: {reason}") from None
-
-
-def _grey_levels(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, S, S, 3) of a finished view."""
+def _pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, S, S, 3) of normalised images (B, 3, S, S)."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (augment.MEAN, augment.STD))
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _mixed_picture(config: Config, view: torch.Tensor, cell: int) -> Picture:
-    size = config.recipe.image_size
-    grid = max(size // 32, 1)
-    sampler = region_sampler(config, grid)
-    even = view[: len(view) // 2 * 2]
-    # The few images of the picture are a group of their own, because the run's groups are larger.
-    partner = dataclasses.replace(sampler, scope="group").partners(0, 0, len(even), len(even))
-    rows = []
-    for step in range(_MIXED_STEPS):
-        region = sampler.region(step)
-        mixed = regions.make_mixed(even.permute(0, 3, 1, 2), torch.from_numpy(partner), region).permute(0, 2, 3, 1)
-        rows.append([_boxed(image, region, cell / size) for image in _resized(mixed, cell)])
+def _mixed_picture(steps: list[MixedStep], cell: int) -> Picture:
+    scale, grid = cell / steps[0].images.shape[3], steps[0].grid
+    rows = [[_boxed(image, step.region, scale) for image in _resized(_pixels(step.images), cell)] for step in steps]
     return _picture(
         "Mixed views",
         "Rows are the first steps: each image with the region of another pasted in (solid line). The dashed line is "
@@ -136,7 +99,7 @@ def _mixed_picture(config: Config, view: torch.Tensor, cell: int) -> Picture:
     )
 
 
-def _boxed(image: Image.Image, region: regions.Region, scale: float) -> Image.Image:
+def _boxed(image: Image.Image, region: Region, scale: float) -> Image.Image:
     draw = ImageDraw.Draw(image)
     top, left, height, width = region.box_cells
     stride_px = region.height_px // height

@@ -12,14 +12,16 @@ from typing import Any
 from train.errors import UserMistake
 
 Row = dict[str, Any]
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+"""Names of the files in a run's folder that this module reads."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the page knows of one run.
+    """What one run left behind.
 
     Attributes:
-        name: what it is called on the page.
+        name: what it is called on a page.
         folder: the run's folder.
         config: its `config.json`.
         rows: its `metrics.jsonl`, in order.
@@ -36,34 +38,68 @@ class Run:
         """The rows of one kind."""
         return [row for row in self.rows if row["kind"] == kind]
 
+    def last(self, kind: str) -> Row | None:
+        """The newest row of one kind, None where there is none."""
+        return next((row for row in reversed(self.rows) if row["kind"] == kind), None)
+
     def values(self, kind: str, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of one figure."""
         rows = [row for row in self.of_kind(kind) if isinstance(row.get(name), int | float)]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def read_run(folder: Path, name: str | None = None) -> Run:
+def read_run(folder: Path, name: str | None = None, partial: bool = False) -> Run:
     """The run in a folder.
 
     A last line of the metrics that a kill cut short is left out.
 
+    Args:
+        folder: the run's folder.
+        name: what to call it; the folder's name when not given.
+        partial: take a missing file for an empty one, as beside a backbone that was copied without its run.
+
     Raises:
-        UserMistake: when the folder holds no run.
+        UserMistake: when the folder holds no run, or a file is damaged.
     """
+    absent = [file for file in (CONFIG, METRICS) if not (folder / file).is_file()]
+    if absent and not partial:
+        raise UserMistake(f"{folder} has no {absent[0]}; give a run's folder, with {CONFIG} and {METRICS}")
+    scores = read_results(folder.glob("*.json"))
+    return Run(name or folder.resolve().name, folder, read_config(folder), _read_rows(folder / METRICS), scores)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` in a folder; empty where there is none.
+
+    Raises:
+        UserMistake: when the file is damaged.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return {}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as reason:
-        raise UserMistake(f"{folder}: {reason}; give a run's folder, with config.json and metrics.jsonl") from None
+        raise UserMistake(f"{path} is damaged: {reason}; restore it, or give backbone.safetensors instead") from None
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _read_rows(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as reason:
+        raise UserMistake(f"{path}: {reason}; restore the file") from None
     rows: list[Row] = []
     for position, line in enumerate(lines):
         try:
             rows.append(json.loads(line))
         except ValueError:
+            # Only the last line can be one that a kill cut short; any other is damage that would falsify a curve.
             if position != len(lines) - 1:
-                where = f"{folder / 'metrics.jsonl'}: line {position + 1}"
-                raise UserMistake(f"{where} is no JSON; restore the file") from None
-    return Run(name or folder.resolve().name, folder, config, rows, read_results(folder.glob("*.json")))
+                raise UserMistake(f"{path}: line {position + 1} is no JSON; restore the file") from None
+    return rows
 
 
 def chance_level(run: Run) -> float | None:

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +72,20 @@ def module_level(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
             yield node
 
 
+def everywhere(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
+    """All imports that can run: those in functions too, but not those under `if TYPE_CHECKING`."""
+
+    def walk(node: ast.AST) -> Iterator[ast.AST]:
+        for child in ast.iter_child_nodes(node):
+            if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+                yield child
+                yield from walk(child)
+
+    for node in walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+
+
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -104,12 +118,17 @@ def module_name(path: Path) -> str:
 
 def import_time_graph() -> dict[str, set[str]]:
     """Module -> the modules and packages that importing it imports, ours by full name, others by their top name."""
+    return import_graph(module_level)
+
+
+def import_graph(chosen: Callable[[ast.Module], Iterator[ast.Import | ast.ImportFrom]]) -> dict[str, set[str]]:
+    """Module -> what its chosen imports and the import of its package reach, ours by full name, others by their top."""
     paths = {module_name(path): path for path in sources(*LIBRARIES, *APPLICATIONS)}
     graph: dict[str, set[str]] = {}
     for module, path in paths.items():
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         reached = {package} if package and package != module else set()
-        for node in module_level(ast.parse(path.read_text())):
+        for node in chosen(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names]
             if isinstance(node, ast.Import):
                 found = names
@@ -135,6 +154,57 @@ def test_what_is_optional_is_imported_only_where_it_is_used() -> None:
                 if name not in seen:
                     seen.add(name)
                     waiting.append((name, f"{way} -> {name}"))
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that lie on a circle of imports, or between two of them.
+
+    Importing a module imports its package first; that is no decision of the module, so it closes no circle.
+    """
+    left = {
+        name: {to for to in reached if to in graph and not f"{name}.".startswith(f"{to}.")}
+        for name, reached in graph.items()
+    }
+    while True:
+        reached = set().union(*left.values())
+        kept = {name: to & left.keys() for name, to in left.items() if to & left.keys() and name in reached}
+        if kept == left:
+            return set(kept)
+        left = kept
+
+
+def test_arrows_between_applications_point_one_way() -> None:
+    wrong = []
+    for folder, later in (("train", ("tools", "tests")), ("tools", ("tests",))):
+        for path in sources(folder):
+            found = imports(ast.parse(path.read_text()))
+            wrong += [f"{relative(path)} imports {name}" for name, _ in found if name.partition(".")[0] in later]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert not circles(import_time_graph())
+
+
+def test_no_function_hides_a_circle_of_imports() -> None:
+    assert not circles(import_graph(everywhere))
+
+
+def test_one_module_knows_the_files_of_a_run() -> None:
+    # The other `config.json` is the one that transformers wants beside an exported model.
+    allowed = {"train/record/run.py", "tools/export_backbone.py"}
+    wrong = []
+    for path in sources(*APPLICATIONS):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and node.value in ("config.json", "metrics.jsonl"):
+                wrong.append(f"{relative(path)}:{node.lineno} names {node.value}")
+    assert not [line for line in wrong if line.partition(":")[0] not in allowed], "\n".join(wrong)
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"c"}, "e": set()}) == {"b", "c"}
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": {"numpy"}})
+    assert not circles({"p": {"p.a"}, "p.a": {"p"}})
 
 
 def entry_files() -> list[Path]:

@@ -19,7 +19,7 @@ from tools.support.machine import check_environment
 from tools.support.packed import check_packed
 from train.errors import UserMistake, run_to_exit_code
 from train.record.diagnosis import Finding, diagnose
-from train.record.run import read_run
+from train.record.run import CONFIG, read_run
 
 _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 
@@ -31,12 +31,12 @@ def examine(target: str, decode: int) -> Iterable[Finding]:
         UserMistake: it is neither.
     """
     path = Path(target)
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         return diagnose(read_run(path))
     if path.is_file():
         return check_packed(path, decode)
     if path.is_dir():
-        raise UserMistake(f"{path} has no config.json; give a run's folder or a packed file")
+        raise UserMistake(f"{path} has no {CONFIG}; give a run's folder or a packed file")
     raise UserMistake(f"{path} does not exist; give a run's folder or a packed file")
 
 

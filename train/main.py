@@ -32,6 +32,7 @@ from train.loop import Job, train
 from train.measure.online import health_figures, knn_figures
 from train.optim import build_optimizer
 from train.record.metrics import Metrics
+from train.record.run import CONFIG
 from train.resolve import changed_fields, continued, resolve
 from train.retry import persistently
 from train.runtime import Runtime, SignalWatch, start, wrap_distributed
@@ -233,7 +234,7 @@ def _train_on(config: Config, runtime: Runtime, method: Method) -> int:
         checkpoints.check_space(state)
         if run_dir is not None:
             document = json.dumps(config_json, indent=1).encode()
-            persistently("config.json", lambda: write_atomically(run_dir / "config.json", document))
+            persistently(CONFIG, lambda: write_atomically(run_dir / CONFIG, document))
         if runtime.compile:
             _compile_heads(method)
         metrics = Metrics(run_dir, last, state.metrics_bytes, state.step)

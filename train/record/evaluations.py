@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from train.record.published import Published
-from train.record.run import Run
+from train.record.run import METRICS, Run
 
 NAMES = {
     "top1": "top-1",
@@ -73,7 +73,7 @@ def results(run: Run) -> list[Measurement]:
             task = f"{row['k']}-NN"
             if (task, untrained) not in again and (row["step"] == 0) == untrained:
                 facts = {**row, "protocol": "knn", "untrained": untrained}
-                found.append(Measurement("knn", task, {"top1": 100 * row["top1"]}, facts, "metrics.jsonl"))
+                found.append(Measurement("knn", task, {"top1": 100 * row["top1"]}, facts, METRICS))
     return found
 
 

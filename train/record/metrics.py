@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from train.record.run import METRICS
 from train.retry import persistently
 
 _CONSOLE_EVERY_S = 5.0
@@ -35,7 +36,7 @@ class Metrics:
         self._last_console = 0.0
         if run_dir is None:
             return
-        path = run_dir / "metrics.jsonl"
+        path = run_dir / METRICS
         path.touch()
         with path.open("r+b") as stream:
             stream.truncate(min(keep_bytes, path.stat().st_size))
@@ -74,7 +75,7 @@ class Metrics:
             while waiting:
                 waiting = waiting[self._stream.write(waiting) :]  # type: ignore[union-attr]
 
-        persistently("metrics.jsonl", write)
+        persistently(METRICS, write)
 
     def _show(self, kind: str, row: dict[str, Any]) -> None:
         shown = {name: value for name, value in row.items() if name not in ("kind", "step", "epoch", "time_s")}

@@ -104,9 +104,13 @@ def test_every_flag_changes_the_configuration() -> None:
         for leaf in flatten(getattr(base, part)).values():
             if leaf.name in ("method", "recipe", "arch"):
                 continue
-            text = "byol" if leaf.flag == "--augment.profile" else other_value(leaf, samples)
-            config = resolve(["--method", "regioncl-m", leaf.flag, text])
+            given = {"--augment.profile": "byol", "--schedule.milestones": "3,5"}
+            text = given.get(leaf.flag) or other_value(leaf, samples)
+            # Milestones are refused with another decay.
+            also = ["--schedule.decay", "steps"] if leaf.flag == "--schedule.milestones" else []
+            config = resolve(["--method", "regioncl-m", *also, leaf.flag, text])
             assert config != base, leaf.flag
+            assert flatten(getattr(config, part))[leaf.name].value != leaf.value, leaf.flag
 
 
 def other_value(leaf, samples: dict[type, str]) -> str:

@@ -103,8 +103,8 @@ def steps_on_disk(root: Path) -> list[Path]:
     """
     try:
         names = [entry.name for entry in root.iterdir()]
-    except FileNotFoundError:
-        return []
+    except (FileNotFoundError, NotADirectoryError):
+        return []  # below a file there is no folder either; --run-dir is refused by name when it is made
     except OSError as reason:
         raise UserMistake(
             f"checkpoints {root} cannot be listed: {reason.strerror}; give this user the right to read them, or choose "

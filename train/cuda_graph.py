@@ -22,6 +22,7 @@ from .runtime import Runtime
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], None]], Replay]
+# As in PyTorch's example of whole-network capture.
 WARMUP = 3
 
 
@@ -35,7 +36,7 @@ def capture_cuda(function: Callable[[], None]) -> Replay:
 
 
 class _FixedInputs(StepInputs):
-    """Inputs of a graph: tensors whose contents change; numbers, which a graph would keep for good, cannot be read."""
+    """Inputs of a graph: the contents of tensors may change; reading a number is refused, as it would be frozen."""
 
     def __getattribute__(self, name: str) -> object:
         if name in ("step", "seed"):
@@ -66,8 +67,10 @@ class GraphedForwardBackward:
     """
 
     def __init__(self, method: Method, runtime: Runtime, capture: Capture = capture_cuda) -> None:
+        # Tests pass a capture of their own, which works on the CPU.
         if capture is capture_cuda and runtime.device.type != "cuda":
             raise UserMistake("--cuda-graph needs a CUDA device; leave it out on the CPU")
+        # DDP's exchange of gradients is not captured here, and the loss scale is a number that changes between steps.
         if runtime.world_size > 1 or runtime.dtype is torch.float16:
             raise UserMistake("--cuda-graph works with one process and without fp16's loss scale; leave it out")
         self.method, self.runtime, self.capture = method, runtime, capture
@@ -77,6 +80,7 @@ class GraphedForwardBackward:
         """Loss, metrics and keys of the step, detached, valid until the next call; gradients are in `.grad`."""
         if self._replay is None:
             self._record(inputs)
+        # After recording as well: warm-up and capture have not computed this step's result.
         self._load(inputs)
         assert self._replay is not None
         self._replay()
@@ -87,24 +91,29 @@ class GraphedForwardBackward:
 
     def _record(self, inputs: StepInputs) -> None:
         device = self.runtime.device
+        # The graph reads these addresses at each replay, so the tensors are its own: a loader uses its buffers again.
         copied = {
             name: {key: tensor.to(device).clone() for key, tensor in getattr(inputs, name).items()}
             for name in ("mixed", "box_cells", "partner")
         }
         values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)} | copied
         for name in ("view1", "view2"):
+            # In the layout of the views: another one would choose other convolutions.
             values[name] = getattr(inputs, name).clone(memory_format=torch.preserve_format)
         values["key_permutation"] = tuple(tensor.to(device).clone() for tensor in inputs.key_permutation)
         self._inputs = _FixedInputs(**values)
         self._slots = _tensors(self._inputs)
+        # Before the capture: at first use libraries allocate memory and time their algorithms, which a capture forbids.
         self._warm_up()
         self._replay = self.capture(self._forward_backward)
+        # Kept here, because the optimizer drops its references after each step.
         self._gradients = [(p, p.grad) for p in self.method.parameters() if p.grad is not None]
 
     def _warm_up(self) -> None:
         """Let libraries choose and compile, then put back the running statistics that this has moved."""
         before = [buffer.clone() for buffer in self.method.buffers()]
         if self.runtime.device.type == "cuda":
+            # PyTorch asks for warm-up on a side stream, ordered by hand with the current one.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -126,10 +135,12 @@ class GraphedForwardBackward:
         with self.runtime.autocast():
             output: StepOutput = self.method(self._inputs)
         output.loss.backward()
+        # Detached: the graph's own autograd nodes must not be kept alive between steps.
         self._output = StepOutput(output.loss.detach(), output.metrics, output.keys)
 
     def _load(self, inputs: StepInputs) -> None:
         given = _tensors(inputs)
+        # `copy_` would broadcast a batch of one without a word.
         if [tensor.shape for tensor in given] != [slot.shape for slot in self._slots]:
             raise UserMistake("--cuda-graph: the inputs changed their shapes; every step needs a whole batch")
         for slot, tensor in zip(self._slots, given, strict=True):

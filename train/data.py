@@ -88,6 +88,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
         UserMistake: when the data cannot be read, or are too few for one batch.
     """
     base = _base_config(config, runtime, config.run.data)
+    # Opened first: the number of images decides the split, and it serves as the bank of k-NN later.
     whole = _build(config, dataclasses.replace(base, views=(center_view(config.recipe.image_size),)))
     total = whole.num_samples
     health_from = config.run.val_data or config.run.data
@@ -106,6 +107,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
             drop_last=True,
             population=population,
         ),
+        # The training loader alone tells how it was chosen; the others would repeat it.
         quiet=False,
     )
     bank = queries = None
@@ -114,6 +116,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
             config, dataclasses.replace(base, data=config.run.val_data, views=(center_view(config.recipe.image_size),))
         )
         bank = whole
+        # At the start: k-NN looks at labels only after the first epochs have been paid for.
         if not (bank.labels >= 0).all() or not (queries.labels >= 0).all():
             raise UserMistake(
                 f"--val-data {config.run.val_data}: k-NN needs labels for every image of --data and --val-data; "
@@ -121,11 +124,13 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
             )
         held_out = np.arange(queries.num_samples)
     else:
+        # Without k-NN nobody reads it again.
         whole.close()
     source = "validation" if config.run.val_data else "held out"
     if len(held_out) < 2:
         # The published runs train on every image, so by default none is kept out: those that are trained on serve.
         held_out, health_from, source = population, config.run.data, "training"
+    # Spread, not the first ones: listings stand class by class.
     chosen = held_out[np.linspace(0, len(held_out) - 1, min(len(held_out), MAX_RETRIEVAL_IMAGES)).astype(np.int64)]
     views = _build(
         config,
@@ -135,6 +140,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
             views=train_views(config),
             augment=config.recipe.augment.profile,
             population=chosen,
+            # Rank 0 alone measures these images, so its pipeline delivers all of them.
             rank=0,
             world_size=1,
         ),

@@ -28,6 +28,7 @@ def _exclusion(method: nn.Module, rule: str) -> Callable[[str, nn.Parameter], bo
         return lambda name, p: p.ndim <= 1 or "relative_position_bias_table" in name or name.split(".")[-1] in _TABLES
     if rule not in ("bias_bn", "bias_bn_encoder"):
         raise ValueError(f"optim.exclude {rule!r} is unknown; choose none, 1d, bias_bn, bias_bn_encoder or 1d_tables")
+    # "bias_bn_encoder" decays the batch-norm scales of the heads and leaves out those of the backbone alone.
     scope = method if rule == "bias_bn" else getattr(method, "encoder", method)
     norms = _batch_norm_parameters(scope)
     return lambda name, p: p in norms or name.split(".")[-1].endswith("bias")
@@ -44,9 +45,11 @@ def parameter_groups(method: nn.Module, config: OptimConfig, global_batch: int) 
     """
     excluded = _exclusion(method, config.exclude)
     fixed_modules: Iterable[nn.Module] = getattr(method, "fixed_lr_modules", list)()
+    # Such as SimSiam's predictor, which its paper trains without a schedule.
     fixed = {p for module in fixed_modules for p in module.parameters()}
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
+        # The momentum network has no gradients; it follows by EMA.
         if parameter.requires_grad:
             members.setdefault((excluded(name, parameter), parameter in fixed), []).append(parameter)
     return [
@@ -117,11 +120,13 @@ def clip_or_measure(optimizer: torch.optim.Optimizer, config: OptimConfig) -> Te
     Returns:
         Scalar tensor on the gradients' device; reading it is the caller's decision, here nothing waits for it.
     """
+    # Of all groups at once: the norm that is clipped is that of the whole network.
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     if config.clip_grad_norm > 0:
+        # A factor of at most 1, because a comparison would wait for the device; 1e-6 as in PyTorch's own clipping.
         torch._foreach_mul_(gradients, (config.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
@@ -182,9 +187,11 @@ class Lars(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         gradients = [w.grad for w in weights if w.grad is not None]
+        # The gradient scaler sets these attributes before a step and deletes them after it, so they may be missing.
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             torch._foreach_div_(gradients, scale.reshape(()))
+        # Copies: the steps below work in place and must not change `.grad`.
         updates = _adapted(weights, gradients, group) if group["adapt"] else [g.clone() for g in gradients]
         if group["lr_in_buffer"]:
             torch._foreach_mul_(updates, group["lr"])
@@ -195,6 +202,7 @@ class Lars(torch.optim.Optimizer):
             torch._foreach_add_(buffers, updates)
             torch._foreach_add_(weights, buffers, alpha=-1.0 if group["lr_in_buffer"] else -group["lr"])
             return
+        # The host does not know whether this step counts: every line below must change nothing where `bad`.
         bad = found_inf.reshape(()) > 0
         keep = torch.where(bad, 1.0, group["momentum"])
         rate = torch.where(bad, 0.0, 1.0 if group["lr_in_buffer"] else group["lr"])
@@ -202,6 +210,7 @@ class Lars(torch.optim.Optimizer):
             update.masked_fill_(bad, 0.0)  # a product with zero would keep NaN
         torch._foreach_mul_(buffers, keep)
         torch._foreach_add_(buffers, updates)
+        # `alpha` of the form above must be a number on the host, which would have to wait for `bad`.
         torch._foreach_sub_(weights, torch._foreach_mul(buffers, rate))
 
     def _buffers(self, weights: list[Tensor]) -> list[Tensor]:

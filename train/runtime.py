@@ -48,6 +48,7 @@ class Runtime:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast in the run's precision; does nothing in fp32."""
+        # The weights are fp32 already, so there is nothing to cast.
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -56,6 +57,7 @@ class Runtime:
         """Whether any process says so; every process must call it at the same step."""
         if self.host_group is None:
             return flag
+        # A tensor on the host over gloo: on the device the answer would wait for all queued work.
         said = torch.tensor([int(flag)])
         dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(said.item())
@@ -73,6 +75,7 @@ class Runtime:
         if self.host_group is None:
             return [value]
         gathered: list[Any] = [None] * self.world_size
+        # Over gloo as well: NCCL would move the pickled bytes through the device and wait for it.
         dist.all_gather_object(gathered, value, group=self.host_group)
         return gathered
 
@@ -140,6 +143,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         if device.type == "cpu":
             return torch.float32
+        # Compute capability 8 is Ampere, the first with bf16 tensor cores.
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
@@ -158,6 +162,7 @@ def bind_to_numa_node(device: torch.device) -> None:
         for part in Path(f"/sys/bus/pci/devices/{address}/local_cpulist").read_text().strip().split(","):
             low, _, high = part.partition("-")
             cores.update(range(int(low), int(high or low) + 1))
+        # Within the cores that the scheduler gave to this job; an empty set would be refused by the system.
         near = cores & os.sched_getaffinity(0)
         if near:
             os.sched_setaffinity(0, near)
@@ -167,6 +172,7 @@ def compiles(wanted: bool | None, device: torch.device) -> bool:
     """Whether heads and losses are compiled: as `wanted`, or by default on a GPU where Triton has what it needs."""
     if wanted is not None or device.type != "cuda":
         return bool(wanted)
+    # Triton builds its launcher with a C compiler; without one the first step would fail.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return compiler is not None and importlib.util.find_spec("triton") is not None
 
@@ -176,19 +182,24 @@ def start(run: RunConfig) -> Iterator[Runtime]:
     """Set the process up as the run's flags say, and take the process group down after it."""
     rank, world_size, local_rank = _launch_environment()
     device = _choose_device(run.device, local_rank)
+    # fp16 needs the loss scale, and the scaler here is CUDA's.
     if run.precision == "fp16" and device.type == "cpu":
         raise UserMistake("--precision fp16 needs a CUDA device; use bf16 or fp32 on the CPU")
     if world_size > 1:
         bind_to_numa_node(device)
     if run.deterministic:
+        # cuBLAS reads it when it starts, and with it sums in one fixed order; a user's own choice stands.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # An algorithm chosen by a stopwatch may differ from run to run.
         torch.backends.cudnn.benchmark = False
     else:
+        # Training has fixed shapes, so timing the convolutions once pays.
         torch.backends.cudnn.benchmark = True
     host_group = None
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        # Decisions of the host go over a group of their own, which never waits for the device.
         host_group = dist.new_group(backend="gloo")
     dtype, compiled = choose_dtype(run.precision, device), compiles(run.compile, device)
     try:
@@ -229,5 +240,6 @@ class SignalWatch:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
+            # The default action, not `exit`: the parent then sees which signal ended the process.
             os.kill(os.getpid(), number)
         self.asked = signal.Signals(number).name

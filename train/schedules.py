@@ -60,16 +60,21 @@ def lr_at(
     peak_lr = scaled_lr(optim, global_batch)
     ends_scale = batch_scale(optim, global_batch) if config.scale_ends else 1.0
     warmup_steps = config.warmup_epochs * steps_per_epoch
+    # The offset is 1 for LEWEL, whose code counts its warm-up steps from 1.
     if step < warmup_steps:
+        # MoBY's end points are given for its reference batch and grow with the batch like the peak.
         start = config.warmup_start * ends_scale
         return start + (peak_lr - start) * (step + config.warmup_offset) / warmup_steps
     if config.decay == "constant":
         return peak_lr
     if config.decay == "steps":
+        # Milestones are whole epochs, so the rate falls at the first step of an epoch.
         return float(peak_lr * 0.1 ** sum(step // steps_per_epoch >= milestone for milestone in config.milestones))
     final = config.final * ends_scale
     origin = config.warmup_epochs if config.cosine_origin == "warmup-end" else 0.0
+    # "cosine-epoch" holds the rate within an epoch, as the codes do that set it once an epoch.
     epoch = float(step // steps_per_epoch) if config.decay == "cosine-epoch" else step / steps_per_epoch
+    # The lower bound serves a run that ends with its warm-up: its cosine has no length.
     return final + (peak_lr - final) * _cosine((epoch - origin) / max(epochs - origin, 1e-12))
 
 

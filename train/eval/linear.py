@@ -137,6 +137,7 @@ class LinearHeads(nn.Module):
     def __init__(self, features: int, classes: int, count: int, batch_norm: bool, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
+        # One start for all heads, so that their results differ by the learning rate alone.
         start = torch.randn(classes, features, generator=generator) * 0.01
         self.heads = nn.ModuleList()
         for _ in range(count):
@@ -156,12 +157,14 @@ class LinearHeads(nn.Module):
 def lr_factor(recipe: LinearRecipe, epochs: int, step: int, steps_per_epoch: int) -> float:
     """Learning rate of 0-based step `step` relative to its peak; milestones move with `epochs` over the recipe's."""
     if recipe.schedule == "steps":
+        # Whole epochs, as the published scripts count: they set the rate at the start of each epoch.
         epoch = step // steps_per_epoch
         return 0.1 ** sum(epoch >= milestone * epochs / recipe.epochs for milestone in recipe.milestones)
     total = epochs * steps_per_epoch
     warmup = total * recipe.warmup_epochs / recipe.epochs
     if step < warmup:
         return step / warmup
+    # "cosine-epoch" keeps the rate of the epoch's first step, as MoCo v3 and SimSiam do for their linear probe.
     at = step if recipe.schedule == "cosine-step" else step // steps_per_epoch * steps_per_epoch
     return 0.5 * (1 + math.cos(math.pi * (at - warmup) / (total - warmup)))
 
@@ -204,6 +207,7 @@ def train_heads(
         optimizer: that of a run which goes on, from `head_optimizer`; None makes a fresh one.
         first_epoch: epochs already done.
     """
+    # A run that goes on brings an optimizer whose momentum has been restored; a fresh one would change its next steps.
     optimizer = optimizer or head_optimizer(heads, recipe, lrs)
     step = first_epoch * steps_per_epoch
     for epoch in range(first_epoch, epochs):
@@ -216,6 +220,7 @@ def train_heads(
             loss = torch.stack([F.cross_entropy(logits, labels) for logits in heads(features)]).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            # The heads are in no DDP wrapper, so the ranks' gradients are averaged here.
             average_buffers([p.grad for p in heads.parameters() if p.grad is not None])
             optimizer.step()
             step += 1
@@ -230,12 +235,15 @@ def fit_logistic(
     Minimises mean cross-entropy + l2 / 2 * |weight|^2 with the bias left free, by L-BFGS in fp64. scikit-learn's
     `LogisticRegression(C=1 / (l2 * N))` has the same optimum.
     """
+    # fp32 has too few digits for a gradient tolerance of 1e-7: the line search would stall before it.
     x, y = features.double(), labels.to(features.device)
+    # The problem is convex, so the start decides only how many iterations it takes.
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, device=x.device, requires_grad=True)
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=iterations,
+        # The line search evaluates more than once an iteration; PyTorch's default of 1.25 would end the search early.
         max_eval=2 * iterations,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -266,6 +274,7 @@ class HeadRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Last and best epoch."""
+        # Of equal figures the earliest epoch counts.
         best_epoch, best = max(self.history, key=lambda item: (item[1].top1, -item[0]))
         return {
             "lr": self.lr,
@@ -288,6 +297,7 @@ def choose_recipe(config: LinearConfig, method: str) -> tuple[str, LinearRecipe]
     if name not in LINEAR_RECIPES:
         raise UserMistake(f"--recipe {name}: choose from {', '.join(LINEAR_RECIPES)}")
     recipe = LINEAR_RECIPES[name]
+    # The solver knows neither steps nor batches: taking the flags and ignoring them would mislead.
     if recipe.optimizer == "lbfgs" and (config.epochs or config.global_batch or config.head_bn == "yes"):
         raise UserMistake("--recipe logistic is solved exactly: leave out --epochs, --global-batch and --head-bn")
     if config.weight_decay >= 0:
@@ -339,11 +349,14 @@ def epoch_features(session: Session, pipeline: Pipeline) -> Callable[[int], Iter
     device, encoder = session.runtime.device, session.encoder
 
     def deliver(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # Crops and flips follow from (seed, epoch, image), so an epoch can be repeated after a stop.
         pipeline.set_epoch(epoch)
         for batch in pipeline:
             (images,) = batch.views.values()
+            # In training mode batch norm would move its statistics, and the backbone would no longer be frozen.
             with torch.no_grad(), evaluation_mode(encoder), session.runtime.autocast():
                 features = pool(encoder(images))
+            # Outside the block above: `no_grad` in a suspended generator would also hold in the caller's training step.
             yield features, batch.label.to(device, non_blocking=True)
 
     return deliver
@@ -358,6 +371,7 @@ def probe(
         (one record for each learning rate, what the result file says beside them).
     """
     name, recipe = choose_recipe(config, session.method)
+    # Validation images have one fixed view and the backbone is frozen: their features are computed once for all epochs.
     val, val_hash = session.features_of(config.val_data)
     facts = {"recipe": name, "recipe_source": recipe.source, "val_data_hash": val_hash, "val_images": len(val.labels)}
     if recipe.optimizer == "lbfgs":
@@ -376,6 +390,7 @@ def _real_labels(config: LinearConfig, val: Features, classes: int) -> list[list
 def _solve_exactly(
     session: Session, config: LinearConfig, recipe: LinearRecipe, population: np.ndarray | None, val: Features
 ) -> tuple[list[HeadRecord], dict[str, Any]]:
+    # Without augmentation the training features are a fixed table, which an exact solver can take whole.
     train, train_hash = session.features_of(config.data, population)
     classes = class_count(train.labels.numpy(), val.labels.numpy())
     real = _real_labels(config, val, classes)
@@ -399,16 +414,19 @@ def _train_by_steps(
 ) -> tuple[list[HeadRecord], dict[str, Any]]:
     runtime = session.runtime
     if population is None:
+        # Only for the number of images: the batch and the population are needed before the real pipeline is made.
         counted = session.open(config.data, linear_views(session.image_size))
         population = np.arange(counted.num_samples)
         counted.close()
     batch = batch_for(recipe.global_batch, config.global_batch, len(population), runtime.world_size)
     pipeline = session.open_training(config.data, batch, population)
     try:
+        # Before the first step: other classes in the validation images would be noticed only after an epoch.
         classes = class_count(pipeline.labels[population], val.labels.numpy())
         real = _real_labels(config, val, classes)
         epochs = config.epochs or recipe.epochs
         scale = batch / recipe.global_batch
+        # A rate that the user gives is taken as it is; the recipe's belongs to the recipe's batch and grows with it.
         lrs = [lr * (scale if not config.lrs else 1.0) for lr in config.lrs or (recipe.lr,)]
         session.say(
             f"linear: {recipe.source}; {len(population)} images, {classes} classes, {epochs} epochs of {len(pipeline)} "
@@ -416,7 +434,9 @@ def _train_by_steps(
         )
         width = val.features.shape[1]
         heads = LinearHeads(width, classes, len(lrs), recipe.batch_norm, config.seed).to(runtime.device)
+        # The figures so far are part of the state, so that a continued run still knows its best epoch.
         state = TuningState(heads, head_optimizer(heads, recipe, lrs), record={"history": [[] for _ in lrs]})
+        # Whatever changes the result: a saved state is continued only where all of this is equal.
         settings = {
             "recipe": dataclasses.asdict(recipe),
             "lrs": lrs,
@@ -432,13 +452,17 @@ def _train_by_steps(
         checkpoints.restore(state)
 
         def validate(done: int) -> None:
+            # The last epoch always counts: it is the published figure.
             if done % config.eval_every == 0 or done == epochs:
+                # A head that ends in batch norm must use its running statistics; `train_heads` resets the mode.
                 heads.eval()
                 with torch.no_grad():
                     for history, logits in zip(state.record["history"], heads(val.features), strict=True):
                         history.append([done, dataclasses.asdict(accuracy(logits, val.labels, real))])
+                # The progress line names one head; the result file has them all.
                 best = max(head_records(lrs, state), key=lambda record: record.history[-1][1].top1)
                 session.say(f"epoch {done}/{epochs}: top-1 {percent(best.history[-1][1].top1)} at lr {best.lr:g}")
+            # Saved at the ends of epochs only, so continuing never starts within one.
             state.step = done * len(pipeline)
             checkpoints.save(state)
 
@@ -454,6 +478,7 @@ def _train_by_steps(
             state.step // len(pipeline),
         )
         records = head_records(lrs, state)
+        # After training, because a damaged record is found when it is decoded.
         warn_of_bad(session, config.data, pipeline)
         facts = {
             "data_hash": pipeline.data_hash,
@@ -493,6 +518,7 @@ def report(session: Session, records: list[HeadRecord], facts: dict[str, Any]) -
     )
     if len(rows) > 1:
         session.say("the best row was chosen on the validation images")
+    # Written before the state is dropped: a crash between the two loses nothing.
     session.write({**facts, "results": rows, "best": best, "top1": best["top1"], "top5": best["top5"]})
     discard_state(result_path(session), session.runtime)
 
@@ -500,6 +526,7 @@ def report(session: Session, records: list[HeadRecord], facts: dict[str, Any]) -
 def run(argv: Sequence[str]) -> int:
     """The `linear` command."""
     config = parse_config("linear", "Linear classification on the frozen backbone.", LinearConfig(), argv)
+    # Flags are refused here, before the backbone is loaded and the validation features are computed.
     choose_recipe(config, "")
     with open_session("linear", config) as session:
         report(session, *probe(session, config))

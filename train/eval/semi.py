@@ -69,6 +69,7 @@ class SemiConfig(EvalConfig):
 def learning_rates(config: SemiConfig, images: int, total: int, batch: int) -> tuple[float, float]:
     """Peak rates of (backbone, classifier): the flags', else the recipe's for 1% or 10%, scaled to the batch."""
     share = images / total
+    # Compared as ratios: 4% is nearer to 1% by difference, but nearer to 10% by ratio.
     nearest = min(PUBLISHED_LRS, key=lambda known: abs(np.log(known / share)))
     backbone, head = (lr * batch / 256 for lr in PUBLISHED_LRS[nearest])
     return config.lr_backbone or backbone, config.lr_head or head
@@ -88,6 +89,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits in fp32."""
         features = pool(self.encoder(images))
+        # The pooled features are fp32; under autocast the linear layer would round them to half precision again.
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self.fc(features.float())
         return logits
@@ -98,6 +100,7 @@ def fine_tune_epoch(
 ) -> None:
     """One pass over the labelled images, all parameters moving."""
     device = session.runtime.device
+    # A loaded encoder is in eval mode.
     model.train()
     pipeline.set_epoch(epoch)
     for batch in pipeline:
@@ -105,18 +108,22 @@ def fine_tune_epoch(
         with session.runtime.autocast():
             logits = model(images)
         loss = F.cross_entropy(logits.float(), batch.label.to(device, non_blocking=True))
+        # Dropped, not zeroed: backward then writes gradients instead of adding to zeros.
         optimizer.zero_grad(set_to_none=True)
         (loss if scaler is None else scaler.scale(loss)).backward()
+        # No DDP wrapper: averaged here. Before the scaler looks, so that an overflow on one rank skips the step on all.
         average_buffers([p.grad for p in model.parameters() if p.grad is not None])
         if scaler is None:
             optimizer.step()
         else:
             scaler.step(optimizer)
             scaler.update()
+        # With --bn plain each rank has statistics of its own images; all must validate with, and rank 0 save, the same.
         average_buffers(running_buffers(model))
 
 
 def _validate(session: Session, model: Classifier, val: Pipeline) -> Accuracy:
+    # The centre view draws nothing, but an iteration needs an epoch.
     val.set_epoch(0)
     features = extract_features(model.encoder, val, session.runtime.device, session.autocast_dtype)
     with torch.no_grad():
@@ -127,6 +134,7 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
     """Fine-tune on the images `population` and validate."""
     batch = batch_for(256, config.global_batch, len(population), session.runtime.world_size)
     train = session.open_training(config.data, batch, population)
+    # Opened before training, so that classes which do not fit are refused at once.
     val = session.open(config.val_data, (center_view(session.image_size),))
     try:
         classes = class_count(train.labels[population], val.labels)
@@ -140,9 +148,11 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
             "eval_every": config.eval_every,
             "classes": classes,
             "data": train.data_hash,
+            # Plain batch norm takes statistics from each rank's part, so there the number of ranks changes the result.
             "world_size": session.runtime.world_size if config.bn == "plain" else None,
             **common_settings(session, population, val.data_hash),
         }
+        # Before the optimizer is built: it must hold the parameters of the converted layers.
         encoder = convert_batch_norm(session.encoder, config.bn)
         model = Classifier(encoder, encoder.feature_dim, classes, config.seed).to(session.runtime.device)  # type: ignore
         optimizer = torch.optim.SGD(
@@ -153,6 +163,7 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
             momentum=0.9,
             weight_decay=config.weight_decay,
         )
+        # Of the half-precision types only fp16 has gradients that fall below its range.
         scaler = torch.amp.GradScaler("cuda") if session.runtime.dtype is torch.float16 else None
         session.say(
             f"semi: {len(population)} images, {classes} classes, {config.epochs} epochs of {len(train)} steps of "
@@ -161,13 +172,16 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
         checkpoints = TuningCheckpoints(
             state_folder(result_path(session)), settings, session.runtime, config.resume == "auto"
         )
+        # The figures so far are part of the state, so that a continued run still knows its best epoch.
         state = TuningState(model, optimizer, scaler, record={"history": [[]]})
         checkpoints.restore(state)
+        # States are saved at the ends of epochs only, so the division is exact.
         for epoch in range(state.step // len(train), config.epochs):
             factor = 0.1 ** sum(epoch >= milestone * config.epochs / EPOCHS for milestone in MILESTONES)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             fine_tune_epoch(session, model, optimizer, scaler, train, epoch)
+            # The last epoch always counts: it is the published figure.
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
                 found = _validate(session, model, val)
                 state.record["history"][0].append([epoch + 1, dataclasses.asdict(found)])
@@ -175,6 +189,7 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
             state.step = (epoch + 1) * len(train)
             checkpoints.save(state)
         record = head_records([lrs[1]], state)[0]
+        # After training, because a damaged record is found when it is decoded.
         warn_of_bad(session, config.data, train)
         return record, {
             "data_hash": train.data_hash,
@@ -213,6 +228,7 @@ def run(argv: Sequence[str]) -> int:
                 ],
             )
         )
+        # Written before the state is dropped: a crash between the two loses nothing.
         session.write({**more, **facts, "results": [row], "top1": row["top1"], "top5": row["top5"]})
         discard_state(result_path(session), session.runtime)
     return 0

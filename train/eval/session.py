@@ -84,6 +84,7 @@ def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequen
     for leaf in fields.values():
         add_leaf(parser, leaf)
     config = unflatten(default, parse_fields(parser, argv, fields))
+    # No default can serve for these three, and argparse's own message for a missing flag names no remedy.
     for name, what in (
         ("checkpoint", "a run's folder or a file"),
         ("data", "labelled images"),
@@ -155,6 +156,7 @@ class ProtocolSession:
         """Write the result file and say where it is."""
         if not self.runtime.is_main:
             return
+        # One writer: every rank holds the same result.
         path = result_path(self)
         document = {**self.facts(), **result}
         try:
@@ -197,6 +199,7 @@ class Session(ProtocolSession):
         settings = PipelineConfig(
             data=data,
             views=views,
+            # Each rank takes an equal part of a batch, so the size for feature extraction is rounded to the ranks.
             global_batch=global_batch or max(FEATURE_BATCH // world, 1) * world,
             seed=self.config.seed,
             rank=self.runtime.rank,
@@ -212,6 +215,7 @@ class Session(ProtocolSession):
             pipeline = build_pipeline(self.config.loader, settings, quiet=True)
         except (ValueError, OSError, ImportError) as reason:
             raise UserMistake(str(reason)) from None
+        # Unlabelled images outside the population are harmless: nobody looks at them.
         used = pipeline.labels if population is None else pipeline.labels[population]
         if (used < 0).any():
             pipeline.close()
@@ -242,7 +246,7 @@ class Session(ProtocolSession):
             pipeline.close()
 
     def facts(self) -> dict[str, Any]:
-        """The same and the size of the views."""
+        """The facts of every protocol, and the side of the views in pixels."""
         return {**super().facts(), "image_size": self.image_size}
 
 
@@ -252,6 +256,7 @@ def result_path(session: ProtocolSession) -> Path:
         return Path(session.config.output)
     parts = [session.protocol, session.variant, "untrained" if session.config.untrained else ""]
     name = f"eval-{'-'.join(filter(None, parts))}.json"
+    # Beside the run, where its report looks for results.
     if session.source.folder is not None:
         return session.source.folder / name
     path = Path(session.source.origin)
@@ -266,6 +271,7 @@ def warn_of_bad(session: Session, data: str, pipeline: Pipeline) -> None:
 
 
 def _check_exists(name: str, data: str) -> None:
+    # Addresses and shard patterns are not paths; their loader checks them.
     if not ("://" in data or "{" in data or Path(data).exists()):
         raise UserMistake(f"--{name.replace('_', '-')} {data} does not exist; give a packed file, folder or shards")
 
@@ -277,6 +283,7 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
     Raises:
         UserMistake: as `load`; nothing was computed then.
     """
+    # `compile` is about the heads and losses of pre-training, which no protocol has.
     process = RunConfig(
         device=config.device,
         precision=config.precision,
@@ -285,13 +292,16 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
         compile=False,
     )
     with start(process) as runtime:
+        # With --untrained too: the checkpoint says which architecture is the baseline.
         loaded = load(config.checkpoint, config.arch, print if runtime.is_main else lambda _: None)
         encoder = loaded.encoder
         if config.untrained:
+            # Initial weights come from PyTorch's global generator: with one seed all ranks draw the same.
             torch.manual_seed(config.seed)
             encoder = build_encoder(loaded.arch).eval()
             if runtime.is_main:
                 print(f"--untrained: a fresh {loaded.arch} takes its place")
+        # The pipelines deliver channels-last images; weights in the plain layout would be converted at each call.
         encoder = encoder.to(runtime.device).to(memory_format=torch.channels_last)
         run = {} if loaded.source.folder is None else read_config(loaded.source.folder)
         yield ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run, variant)
@@ -304,11 +314,13 @@ def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
     Raises:
         UserMistake: as `load`, or for data that do not exist or have other classes; nothing was computed then.
     """
+    # Paths and classes are checked before the backbone is loaded, which takes seconds; synthetic data have no path.
     if config.loader != "synthetic":
         for name in ("data", "val_data"):
             _check_exists(name, getattr(config, name))
         check_classes(config.data, config.val_data)
     with open_protocol(protocol, config) as opened:
+        # A run is judged at the size it was trained at; a file does not say its size.
         size = config.image_size or int(opened.run.get("recipe", {}).get("image_size", 0)) or DEFAULT_IMAGE_SIZE
         yield Session(
             protocol,
@@ -334,11 +346,13 @@ def class_count(train_labels: np.ndarray, val_labels: np.ndarray) -> int:
     Raises:
         UserMistake: the validation images have a class that no training image has.
     """
+    # Only this direction: training classes without validation images cost nothing.
     unseen = sorted(set(np.unique(val_labels).tolist()) - set(np.unique(train_labels).tolist()))
     if unseen:
         raise UserMistake(
             f"--val-data has labels {unseen[:5]} that no image of --data has; give both with the same class folders"
         )
+    # Labels index the rows of the classifier, so a gap in their numbers needs a row as well.
     return int(train_labels.max()) + 1
 
 

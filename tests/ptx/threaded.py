@@ -120,7 +120,7 @@ def complaints(case: Case, sanitizer: str, folder: Path, plant: Any = None) -> s
         command = ["setarch", "-R", str(program), str(launches)] if shutil.which("setarch") else [program, launches]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
         if run.returncode == 4:
-            said += "value: tensors differ from the recording\n"
+            said += f"value: tensors differ from the recording\n{run.stderr[:2000]}"
         elif run.returncode:
             said += f"exit {run.returncode}: {run.stderr[:2000]}\n"
     return said

@@ -60,6 +60,7 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise UserMistake("pictures need matplotlib; run: bash tools/setup.sh --retry") from None
+    # Pictures are only written, and a window system may be missing.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -83,6 +84,7 @@ def _pipeline(arguments: argparse.Namespace, data: str, population: np.ndarray |
 
 def _pixels(arguments: argparse.Namespace, data: str, index: np.ndarray) -> Tensor:
     """uint8 (n, 3, S, S) centre views of the samples `index`, in their order, on the CPU."""
+    # A pipeline wants its population sorted; the result is put back into the caller's order below.
     order = np.argsort(index, kind="stable")
     pipeline = _pipeline(arguments, data, index[order])
     try:
@@ -151,6 +153,7 @@ def gradcam(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if (labels < 0).any():
         raise UserMistake(f"--data {arguments.data}: the probe needs a label for every image; give class folders")
     chosen = _spread(len(labels), arguments.images)
+    # The same share of each class, so that a rare class has a score as well.
     fraction = min(1.0, arguments.probe_images / len(labels))
     subset = balanced_subset(labels, fraction, arguments.seed)
     pixels = _pixels(arguments, arguments.data, chosen)
@@ -158,12 +161,14 @@ def gradcam(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     maps = []
     for each in _backbones(arguments):
         features = _features(arguments, each.encoder, arguments.data, subset)
+        # One scale for all features, as in the linear protocol: the penalty would otherwise depend on units.
         mean, std = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
         weight, bias = (
             part.float().to(_device()) for part in fit_logistic((features - mean) / std, targets, classes, PROBE_L2)
         )
         mean, std = mean.to(_device()), std.to(_device())
 
+        # The values are bound as defaults, because the loop rebinds the names before the function's last call.
         def logits_of(
             pooled: Tensor, weight: Tensor = weight, bias: Tensor = bias, mean: Tensor = mean, std: Tensor = std
         ) -> Tensor:
@@ -171,6 +176,7 @@ def gradcam(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
         images = normalise(pixels.to(_device()))
         maps.append(analysis.grad_cam(each.encoder, logits_of, images, torch.from_numpy(labels[chosen]).to(_device())))
+    # One scale over all backbones: a scale for each would make a weak response look as strong as a clear one.
     scaled = analysis.common_scale([each.cpu() for each in maps])
     names, classes_named = _names(arguments.checkpoint), class_names(arguments.data)
     figure, axes = _grid(len(chosen), 1 + len(maps))
@@ -197,6 +203,7 @@ def neighbours(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     names, classes_named = _names(arguments.checkpoint), class_names(arguments.data)
     for block, each in enumerate(backbones):
         features = _features(arguments, each.encoder, arguments.data, everything)
+        # One more than is shown, because an image's nearest neighbour is itself.
         index, cosine = analysis.nearest(features, features[queries], shown + 1)
         agree = []
         for row, query in enumerate(queries):
@@ -217,6 +224,7 @@ def neighbours(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def embedding(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Features in the plane, coloured by class, one panel a backbone."""
     labels = _labels(arguments, arguments.data)
+    # Two axes need three points.
     chosen = _spread(len(labels), max(arguments.images, 3))
     figure, axes = _grid(1, len(arguments.checkpoint))
     figure.set_size_inches(5 * len(arguments.checkpoint), 5)
@@ -236,6 +244,7 @@ def _tsne(features: Tensor, seed: int) -> np.ndarray:
     except ImportError:
         raise UserMistake("--tsne needs scikit-learn; run: bash tools/setup.sh --retry") from None
     rows = torch.nn.functional.normalize(features).numpy()
+    # scikit-learn refuses a perplexity that is not below the number of points.
     points: np.ndarray = TSNE(perplexity=min(30, len(rows) / 4), init="pca", random_state=seed).fit_transform(rows)
     return points
 
@@ -249,6 +258,7 @@ def _run_config(folder: str) -> Config:
     config = resolve(["--config", str(Path(folder) / CONFIG)])
     # A handful of images must do: they share one set of batch-norm statistics.
     recipe = dataclasses.replace(config.recipe, bn=dataclasses.replace(config.recipe.bn, group_size=0))
+    # The checkpoint fills the method, so the file of --init need not exist any more.
     return dataclasses.replace(config, recipe=recipe, run=dataclasses.replace(config.run, init="", micro_batch=0))
 
 
@@ -260,6 +270,7 @@ def _checkpoints(folder: str) -> list[Path]:
 
 
 def _method(config: Config, checkpoint: Path) -> tuple[Method, Runtime]:
+    # fp32, so that gradients of different runs compare whatever each was trained in.
     runtime = Runtime(0, 1, _device(), torch.float32, False)
     method = build_method(config, runtime)
     method.load_state_dict(read_checkpoint(checkpoint).model, strict=True)
@@ -273,6 +284,7 @@ def _boxed_images(arguments: argparse.Namespace) -> tuple[list[Path], list[list[
         images = {image["id"]: image for image in document["images"]}
         boxes: dict[int, list[tuple[float, float, float, float]]] = {}
         for item in document["annotations"]:
+            # A crowd's box covers many objects and what is between them.
             if not item.get("iscrowd"):
                 width, height = images[item["image_id"]]["width"], images[item["image_id"]]["height"]
                 x, y, w, h = item["bbox"]
@@ -292,6 +304,7 @@ def _whole_views(files: Sequence[Path], size: int, seed: int) -> list[Tensor]:
     except OSError as reason:
         raise UserMistake(f"--data: {reason}; give the folder that the annotations belong to") from None
     pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
+    # A flip would move objects out of their boxes.
     profile = dataclasses.replace(augment.get_profile("mocov2"), flip_probability=0.0)
     index = np.arange(len(files))
     return [augment.augment_view(pixels, profile, seed, 0, index, view) for view in (0, 1)]
@@ -302,6 +315,7 @@ def boxes(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if not arguments.annotations:
         raise UserMistake("--annotations is needed: a COCO instances file whose images are in --data")
     files, members = _boxed_images(arguments)
+    # Read before any drawing: the number of panels depends on whether a run has such figures.
     knn = [_knn_curve(folder) for folder in arguments.checkpoint]
     figure, axes = _grid(1, 2 if any(steps for steps, _ in knn) else 1)
     figure.set_size_inches(6 * axes.shape[1], 4)
@@ -333,10 +347,12 @@ def _box_gradients(
     """One row for each checkpoint of a run: step, mean magnitude inside and outside the boxes."""
     config = _run_config(folder)
     size = config.recipe.image_size
+    # Made once, so that every checkpoint sees the same views.
     views = [view.to(_device()) for view in _whole_views(files, size, arguments.seed)]
     mask = analysis.box_mask(members, size)
     rows = []
     for path in _checkpoints(folder):
+        # A fresh method for each checkpoint: in training mode the forward pass moves its running statistics.
         method, runtime = _method(config, path)
         gradient = analysis.input_gradient(method.train(), views[0], _inputs_of(config, method, runtime, views[1]))
         try:
@@ -360,6 +376,7 @@ def align(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     maps = [_maps_of(*parts, pixels) for parts in methods]
     columns = [_spread(each.shape[1], arguments.maps) for each in maps]
     figure, axes = _grid(len(pixels) * len(maps), 1 + max(map(len, columns)))
+    # Runs may have different numbers of maps, which leaves some panels empty.
     for axis in axes.flat:
         axis.set_axis_off()
     ratios = {}
@@ -455,6 +472,7 @@ def _write(out: Path, figure: Any, arguments: argparse.Namespace, figures: dict[
     except OSError as reason:
         raise UserMistake(f"--out {out}: {reason.strerror or reason}; choose a place that can be written") from None
     finally:
+        # matplotlib keeps every figure until it is closed.
         _pyplot().close(figure)
 
 
@@ -487,6 +505,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserMistake(str(reason)) from None
     if arguments.image_size < 0:
         raise UserMistake(f"--image-size {arguments.image_size}: must not be negative")
+    # A backbone is looked at in the size it was trained at.
     arguments.image_size = arguments.image_size or _own_image_size(arguments.checkpoint[0])
     for name in ("images", "probe_images", "neighbours", "maps"):
         if getattr(arguments, name) < 1:

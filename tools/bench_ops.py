@@ -47,6 +47,7 @@ def two_means(feature_map: Tensor, boxes: Tensor) -> Tensor:
     paste = box_masks(boxes, *feature_map.shape[2:])[:, None]  # (B, 1, H, W)
     cells, everything = paste.sum(dim=(2, 3)), feature_map.shape[2] * feature_map.shape[3]
     inside, total = (feature_map * paste).sum(dim=(2, 3)), feature_map.sum(dim=(2, 3))
+    # A box may cover the whole map; the mean over nothing is then 0 / 1.
     rest = (everything - cells).clamp(min=1)
     return torch.stack([inside / cells.clamp(min=1), (total - inside) / rest, total / everything], dim=1)
 
@@ -110,9 +111,11 @@ class _Differentiated:
         self.choose = choose
         self.inputs, self.wanted = inputs, list(wanted)
         with torch.no_grad():
+            # Made once: filling it anew would be timed with the backward pass.
             self.grad = torch.ones_like(self.forward())
 
     def forward(self) -> Tensor:
+        # At each call, since contenders take turns and the choice is global.
         self.choose(self.mode)
         return self.function(*self.inputs)
 
@@ -138,6 +141,7 @@ def _measure_pool(
     eager = calls["eager"].both()
     for contender, call in calls.items():
         for ours, plain, truth in zip(call.both(), eager, exact, strict=True):
+            # Only ours are judged; the others are what they are held against.
             if contender.startswith(("definition", "CUDA")):
                 check_twice_eager(f"{name}, {contender}", ours, plain, truth)
     _time_passes(report, name, setting, calls, bytes_moved, options)
@@ -204,6 +208,7 @@ def bench_masked_pool(report: Report, options: argparse.Namespace) -> None:
     contenders = _pool_contenders(masked_pool_definition, masked_pool, eager, report.device, options.compile)
     wanted = (features, weights)
     calls = {name: _Differentiated(each, wanted, wanted) for name, each in contenders.items()}
+    # float64 stands for the exact result: errors of both sides are measured from it.
     wide = [tensor.detach().double().requires_grad_() for tensor in wanted]
     exact_output = masked_pool_definition(*wide)
     exact = (exact_output, *torch.autograd.grad(exact_output, wide, torch.ones_like(exact_output)))
@@ -229,6 +234,7 @@ def bench_norm(report: Report, options: argparse.Namespace) -> None:
         for groups, suffix in ((options.norm_groups, ""), (1, ", one group")):
             norm = GroupBatchNorm(shape[1]).to(report.device)
             norm.group_size = options.batch // groups
+            # Ones would hide a forgotten scale.
             torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
             several = {}
             for name, contender in _norm_contenders(norm, report.device, options.compile).items():
@@ -301,6 +307,7 @@ def bench_queue(report: Report, options: argparse.Namespace) -> None:
     for name, values in _time(calls, report, options).items():
         report.add(f"queue_contrast: {name}", "forward+backward", "ms", [1000 * value for value in values], setting)
     for name, call in calls.items():
+        # Apart from the timing, because the profiler slows a call.
         memory = [peak_mib(call, report.device) for _ in range(3)]
         report.add(f"queue_contrast: {name}", "peak memory", "MiB", memory, setting)
 
@@ -313,6 +320,7 @@ def bench_augment(report: Report, options: argparse.Namespace) -> None:
     images = F.interpolate(coarse, size=options.size, mode="bilinear").round().to(torch.uint8).to(report.device)
     images = images.contiguous(memory_format=torch.channels_last)
     params = augment.draw("mocov2", 0, 0, np.arange(options.batch), 0).to(report.device)
+    # Every implementation must compute the reference's pixels before it is timed.
     reference = augment.apply(images, params, implementation="reference")
     calls: dict[str, Callable[[], object]] = {}
     for name in augment.IMPLEMENTATIONS:
@@ -333,6 +341,7 @@ def bench_augment(report: Report, options: argparse.Namespace) -> None:
             continue
         call = build(images)
         result = call()
+        # Other libraries draw differently, so only shape and brightness can be held against ours.
         shift = float(result.mean() - reference.mean())
         if result.shape != reference.shape or not abs(shift) < 0.5:
             raise RuntimeError(f"augment, {name}: {tuple(result.shape)}, mean off by {shift:.3f}: not the same work")

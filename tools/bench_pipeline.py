@@ -73,6 +73,7 @@ METRIC = "throughput"
 def pack_repeated(photos: Path, target: Path, side_px: int, quality: int, images: int) -> None:
     """Pack a folder's photos so that the longest side is at most `side_px`, again and again up to `images` records."""
     files = list_images(photos).files
+    # Coded once; only the finished record is repeated.
     records = [make_record(path.read_bytes(), side_px, quality, LARGEST_RECORD) for path in files]
     tally = Tally()
     with target.open("wb") as file:
@@ -94,6 +95,7 @@ def check(data: Path, config: PipelineConfig, loaders: Sequence[str]) -> None:
     """
     store = PackedStore(str(data))
     for name in loaders:
+        # A small batch: this looks at pixels, and PIL is slow.
         pipeline = build_pipeline(name, replace(config, global_batch=16))
         batch = next(iter(pipeline))
         pixels = [decode_rgb(store.read(index)) for index in batch.index.tolist()]
@@ -103,6 +105,7 @@ def check(data: Path, config: PipelineConfig, loaders: Sequence[str]) -> None:
             for spec, view in zip(config.views, expected, strict=True):
                 gaps.append(np.abs(batch.views[spec.name][row].permute(1, 2, 0).cpu().numpy().astype(int) - view))
         mean = float(np.mean(gaps))
+        # DALI has its own decoder and resampling, so its pixels differ a little more.
         if mean > (1.5 if name == "dali" else 0.5):
             raise RuntimeError(f"{name}: its views differ from PIL's by {mean:.2f} grey levels on average")
         pipeline.close()
@@ -114,6 +117,7 @@ def pipeline_epoch(pipeline: Pipeline, device: torch.device) -> Callable[[], int
 
     def run() -> int:
         nonlocal epoch
+        # Another epoch at each call, so that no order and no crop is repeated.
         epoch += 1
         pipeline.set_epoch(epoch)
         count = 0
@@ -121,6 +125,7 @@ def pipeline_epoch(pipeline: Pipeline, device: torch.device) -> Callable[[], int
             count += len(batch.index)
             del batch  # its buffers are free for the next
         if device.type == "cuda":
+            # The copies to the device belong to delivering.
             torch.cuda.synchronize()
         return count
 
@@ -141,6 +146,7 @@ class DecoderAlone:
         self._store, self._config = PackedStore(str(data)), config
         self._plan = EpochPlan(config, len(self._store.labels))
         self._specs, self._rows = view_array(config.views), RING * config.global_batch
+        # As many buffers as a loader writes in turn: one that stays in the cache would flatter the decoder.
         self._outs = [np.zeros((self._rows, spec.size, spec.size, 3), dtype=np.uint8) for spec in config.views]
         self._epoch = 0
 
@@ -184,6 +190,7 @@ def one_thread_us(data: Path, config: PipelineConfig, images: int = 512) -> floa
     """Microseconds that one thread takes to decode and resize an image."""
     alone = DecoderAlone(data, config, threads=1)
     jobs = alone.jobs(0, images)
+    # Without the first call, which touches code and memory for the first time.
     found = float(np.median([alone.seconds(jobs, 0) for _ in range(4)][1:])) / len(jobs) * 1e6
     alone.close()
     return found
@@ -248,6 +255,7 @@ def make_contenders(
     options, data: Path, config: PipelineConfig, opened: list[Pipeline]
 ) -> dict[str, Callable[[], int]]:  # type: ignore[no-untyped-def]
     """Name -> one epoch, for the contenders that are installed; says which are not."""
+    # PIL's contenders have shorter epochs, since they would take most of the time; at least one batch.
     slow, workers = max(options.slow_images, options.batch), config.workers
 
     def ours(loader: str, **settings: object) -> Callable[[], int]:
@@ -290,6 +298,7 @@ def measure(report: Report, options: argparse.Namespace, data: Path, config: Pip
                 images_per_s[name].append(count / (time.perf_counter() - begun))
         if decoder:
             decoder_rates.append(decoder())
+        # Three figures at least: fewer have no percentiles to speak of.
         if turn >= 3 and time.perf_counter() - started > options.max_seconds:
             break
     rates = {}

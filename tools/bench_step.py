@@ -90,6 +90,7 @@ class OurStep:
         self.pool_kernel, self.norm_kernel = pool_kernel, norm_kernel
         self.method: Method = build_method(config, runtime)
         self.builder = InputBuilder(config, self.method, runtime, feature_grid(self.method, config.recipe.image_size))
+        # In place, as `train/main.py` does: names in the state dict stay.
         if compile_parts:
             for module in self.method.compile_targets():
                 module.compile()
@@ -111,6 +112,7 @@ class OurStep:
             config=config,
             runtime=runtime,
             wrapped=self.method,
+            # `take_step` gets its inputs directly; nothing here reads the stream.
             stream=None,  # type: ignore[arg-type]
             metrics=Metrics(None, TOTAL_STEPS),
             run_dir=None,
@@ -137,6 +139,7 @@ class OurStep:
         step = self.state.step
         take_step(self.job, self.state, step, [self.inputs[step % len(self.inputs)]])
         self.state.step += 1
+        # Training starts new sums at each row of metrics; nobody writes rows here.
         if step % 100 == 99:
             self.state.sums, self.state.sum_steps = {}, 0
 
@@ -175,6 +178,7 @@ class PortStep:
             ours.state.optimizer.param_groups[0]["lr"],
             options,
         )
+        # The released step gets fp32 views; they are converted here, so that the conversion is not timed.
         self.views = [(inputs.view1.float(), inputs.view2.float()) for inputs in ours.inputs]
         self.step = 0
 
@@ -236,6 +240,7 @@ def configure(
         str(batch),
         "--precision",
         precision,
+        # All synthetic images alike: none is kept out for health figures.
         "--holdout",
         "0",
     ]
@@ -246,6 +251,7 @@ def configure(
     if shared_forward:
         flags += ["--region.shared-forward", "true"]
     try:
+        # Twice: the recipe's group size is known only after resolving, and it may not divide this batch.
         config = resolve(flags)
         size = config.recipe.bn.group_size if group_size is None else group_size
         return resolve([*flags, "--bn.group-size", str(size if size and batch % size == 0 else 0)])
@@ -259,11 +265,13 @@ def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
     Raises:
         RuntimeError: one does not.
     """
+    # Small, because this checks values, not speed, and one group, because the port knows no groups.
     config = configure(options, min(options.batch, 32), 0, "fp32")
     fp32 = replace(runtime, dtype=torch.float32)
     source = OurStep(config, fp32)
     source.prepare()
     boxes = [inputs.box_cells.get("view1") for inputs in source.inputs]
+    # The port gets the regions that ours drew: another draw would be another loss.
     regions = [None if box is None else tuple(box[0].tolist()) for box in boxes]
     views = [(inputs.view1.float(), inputs.view2.float()) for inputs in source.inputs]
 
@@ -271,8 +279,10 @@ def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
         contender = PortStep(source, port).port
         return [float(contender(*pair, region)) for pair, region in zip(views, regions, strict=True)]  # type: ignore[arg-type]
 
+    # The port as released, in fp32, is what everything else is held against.
     expected = port_losses(PortOptions())
     for name, ours_runtime in {"ours, fp32": fp32, f"ours, {str(runtime.dtype)[6:]}": runtime}.items():
+        # With --precision fp32 both entries are the same step.
         if name == "ours, fp32" or ours_runtime.dtype is not torch.float32:
             _compare_losses(name, _our_losses(config, ours_runtime, source.inputs), expected, ours_runtime.dtype)
     for names in options.attempt:
@@ -302,6 +312,7 @@ def attempted_step(
         group_size: BN group, as for `configure`.
         compile_parts: what is compiled unless the trunk is to be.
     """
+    # Zero is the whole batch.
     group_size = 0 if "one-group" in names else group_size
     return OurStep(
         configure(options, batch, group_size, options.precision, "shared-forward" in names),
@@ -353,6 +364,7 @@ def _losses(ours: OurStep, inputs: list[StepInputs]) -> list[float]:
     ours.inputs = inputs
     losses = []
     for _ in inputs:
+        # Cleared before each step, so that the sum is that step's loss.
         ours.state.sums = {}
         ours()
         losses.append(ours.loss_of_last_step())
@@ -366,6 +378,7 @@ def _wanted(options: argparse.Namespace, name: str) -> bool:
 def _compare_losses(name: str, losses: Sequence[float], expected: Sequence[float], dtype: torch.dtype) -> None:
     tolerance = LOSS_TOLERANCE[dtype]
     for step, (loss, wanted) in enumerate(zip(losses, expected, strict=True)):
+        # Written so that NaN is refused as well.
         if not abs(loss - wanted) <= tolerance * abs(wanted):
             raise RuntimeError(f"{name}: loss {loss:.6g} at step {step}, the fp32 port has {wanted:.6g}")
 
@@ -381,6 +394,7 @@ def build_contenders(options: argparse.Namespace, runtime: Runtime) -> dict[str,
         ours[_label(names)] = attempted_step(names, options, runtime, options.batch, None, heads)
     contenders: dict[str, Callable[[], None]] = {}
     first = ours["ours, not compiled"]
+    # One set of inputs for all contenders: each has the same work, and they are held in memory once.
     first.prepare()
     if options.method in PORTED and not options.ours_only:
         for name, port in port_options(runtime.dtype, options.compile).items():
@@ -402,6 +416,7 @@ class _WithAugmentation:
         self.batch = next(crops)
 
     def __call__(self) -> None:
+        # The step is shared with another contender, which must find its inputs again.
         kept = self.ours.inputs
         self.ours.inputs = self.ours.builder.build(self.augment(self.batch, 0), self.ours.state.step)
         self.ours()
@@ -411,6 +426,7 @@ class _WithAugmentation:
 def flops_per_image(ours: OurStep) -> float:
     """Floating-point operations of forward and backward for one source image, multiply and add counted apart."""
     counter = FlopCounterMode(display=False)
+    # Without the optimizer: a roofline counts what grows with the images.
     with counter, ours.runtime.autocast():
         ours.method(ours.inputs[0]).loss.backward()
     ours.state.optimizer.zero_grad(set_to_none=True)
@@ -436,6 +452,7 @@ class PartTimer:
         started = self._now()
         self._inner.append(0.0)
         yield
+        # Inner parts have counted their own time, so it is taken off here; the part outside is told of the whole.
         spent = self._now() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._inner.pop()
         self._inner[-1] += spent
@@ -458,9 +475,11 @@ def profile_parts(ours: OurStep, steps: int) -> dict[str, list[float]]:
     batch = next(crops)
     parts: dict[str, list[float]] = {}
     method, optimizer = ours.method, ours.state.optimizer
+    # On CUDA the first steps choose convolutions and compile.
     settle = 2 if ours.runtime.device.type == "cuda" else 0
     for step in range(steps + settle):
         timer = PartTimer(ours.runtime.device)
+        # Wrapped for one step at a time: a timer holds the seconds of its own step alone.
         undo = [timer.wrap(method.encoder, "online trunk, forward")]
         undo += [timer.wrap(m, "momentum trunk, forward") for o, m in method.momentum_pairs() if o is method.encoder]
         with timer.part("augmentation and regions"):
@@ -499,6 +518,7 @@ def conclusion(report: Report, parts: dict[str, list[float]]) -> str:
 
 def measure(options: argparse.Namespace, runtime: Runtime) -> None:
     """Check, time, and print."""
+    # Before anything is built, which takes minutes.
     unknown = set(options.contenders) - set(port_options(runtime.dtype, options.compile))
     if unknown:
         known = ", ".join(port_options(runtime.dtype, options.compile))
@@ -522,6 +542,7 @@ def measure(options: argparse.Namespace, runtime: Runtime) -> None:
         report.add(name, "step", "ms", [1000 * value for value in values], setting)
         rate = report.add(name, "throughput", "images/s", [options.batch / value for value in values], setting)
         report.add(name, "compute", "TFLOP/s", [flops * rate.median / 1e12], setting)
+    # After timing, because measuring memory waits for the device.
     for name, call in contenders.items() if runtime.device.type == "cuda" else ():
         report.add(name, "peak memory", "MiB", [peak_mib(call, runtime.device)], setting)
     report.add("step", "flops an image", "FLOP", [flops], setting)

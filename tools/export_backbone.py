@@ -87,9 +87,11 @@ def detectron2_arrays(arch: str, state: dict[str, Tensor]) -> dict[str, np.ndarr
     rename = _swin_to_detectron2 if arch == "swin-t" else _resnet_to_detectron2
     arrays = {}
     for name, value in state.items():
+        # The counter changes no feature, and detectron2's frozen batch norm has none.
         if name.endswith("num_batches_tracked"):
             continue
         if name.endswith("relative_position_index"):
+            # torchvision stores the index flat, detectron2 as a square table.
             value = value.view(_square_side(value), -1)
         arrays[rename(name)] = value.numpy()
     return arrays
@@ -145,8 +147,10 @@ def hf_state(arch: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith("relative_position_index"):
             renamed[name] = value.view(_square_side(value), -1)
         elif ".self.qkv." in name:
+            # transformers has three layers where torchvision has one, in this order.
             parts = value.chunk(3)
             for part, label in zip(parts, ("query", "key", "value"), strict=True):
+                # A clone: safetensors refuses tensors that share memory.
                 renamed[name.replace(".qkv.", f".{label}.")] = part.contiguous().clone()
         else:
             renamed[name] = value
@@ -279,7 +283,9 @@ def write_onnx(loaded: LoadedBackbone, path: Path, image_size: int) -> None:
         import onnxscript  # noqa: F401
     except ImportError as reason:
         raise UserMistake(f"--format onnx needs {reason.name}; run: bash tools/setup.sh --retry") from None
+    # On the CPU and in the plain layout, like the example that it is traced with.
     encoder = loaded.encoder.to("cpu").to(memory_format=torch.contiguous_format)
+    # Two images: a batch of one would be taken for a constant by the exporter.
     example = torch.zeros(2, 3, image_size, image_size)
     free_batch = {"images": {0: torch.export.Dim("batch")}}
     torch.onnx.export(
@@ -419,6 +425,7 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
         raise UserMistake(f"OUT {out} exists; choose another name or give --overwrite")
     if image_size < 32:
         raise UserMistake(f"--image-size {image_size}: at least 32, the stride of the backbone")
+    # transformers' hub shows the README of a folder; a single file has its card beside it.
     card = out / "README.md" if target == "hf" else out.with_name(f"{out.name}.md")
     parameters = sum(p.numel() for p in loaded.encoder.parameters())
     code = kind.usage(loaded.arch).format(out=out.name, size=image_size)
@@ -427,6 +434,7 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as temporary:
             kind.write(loaded, temporary, image_size)
+        # After the export: a card without its file would describe nothing.
         write_atomically(card, text.encode())
     except (OSError, SafetensorError) as reason:
         cause = getattr(reason, "strerror", None) or reason

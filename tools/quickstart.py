@@ -95,8 +95,10 @@ def prepare_run_dir(run_dir: Path) -> None:
     if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / _MARKER).is_file():
         raise UserMistake(f"--run-dir {run_dir} holds what the quickstart did not make; choose another folder")
     try:
+        # Only with the marker inside: the folder is the quickstart's own.
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
+        # Before anything else is written, so that an interrupted quickstart can be started again.
         (run_dir / _MARKER).touch()
     except OSError as reason:
         cause = reason.strerror or reason
@@ -129,16 +131,19 @@ def pack_folder(folder: Path, run_dir: Path) -> Packed:
     except ValueError as reason:
         raise UserMistake(str(reason)) from None
     files, labels = listing.files, listing.labels
+    # Spread over the listing, which stands class by class: the first ones would be of few classes.
     chosen = np.unique(np.linspace(0, len(files) - 1, min(len(files), _MOST_IMAGES)).astype(np.int64))
     if len(chosen) < len(files):
         say(f"taking {len(chosen):,} of {len(files):,} images, so that packing leaves time to train")
     to_train, to_validate = split(labels[chosen])
     if len(to_validate):
         say(f"{len(set(labels[chosen][to_train].tolist()))} class folders: every tenth image is kept to measure k-NN")
+    # Nothing to leave out: the folder is packed as it is, without links.
     elif len(chosen) == len(files):
         return _pack_both(run_dir, folder, None)
     for name, part in (("train", to_train), ("val", to_validate)):
         for path in (files[chosen[position]] for position in part):
+            # Links, not copies: the packer follows them, and the folder's own layout keeps the labels.
             link = run_dir / "images" / name / path.relative_to(folder)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
@@ -158,9 +163,11 @@ def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     everything = np.arange(len(labels))
     members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
+    # A class of one image cannot be in both parts.
     members = [positions for positions in members if len(positions) > 1]
     if len(members) < 2:
         return everything, everything[:0]
+    # The tenth, twentieth, ... of each class; of a smaller class its last.
     validation = np.sort(np.concatenate([positions[min(9, len(positions) - 1) :: 10] for positions in members]))
     return np.setdiff1d(np.concatenate(members), validation), validation
 
@@ -171,6 +178,7 @@ def _pack_both(run_dir: Path, train: Path, validation: Path | None) -> Packed:
     if validation is not None:
         packed = run_dir / "val.beton"
         labelled = images + _pack(validation, packed)
+    # The packed files hold everything now.
     shutil.rmtree(run_dir / "images", ignore_errors=True)
     return Packed(run_dir / "train.beton", packed, images, labelled)
 
@@ -220,9 +228,11 @@ def read_timing(run: Run, wall_s: float, labelled: int) -> Timing:
     last = run.of_kind("train")[-1]
     # The rows before the last carry compilation and first touches of memory.
     step_s = batch / last["images_per_s"]
+    # The short run leaves k-NN out, so its cost is estimated from that of a step.
     knn_s = labelled * step_s / batch * _INFERENCE_SHARE
     start = run.of_kind("start")[0]["time_s"]
     health_s = max((row["time_s"] for row in run.of_kind("health") if row["step"] == 0), default=start) - start
+    # Twice, for k-NN is measured at the start and at the end.
     fixed_s = max(wall_s - last["step"] * step_s, 0.0) + 2 * knn_s
     return Timing(step_s, fixed_s, health_s + knn_s)
 
@@ -237,9 +247,11 @@ def make_plan(timing: Timing, left_s: float, images: int, global_batch: int) -> 
         global_batch: images of a step.
     """
     steps_per_epoch = max(images // global_batch, 1)
+    # Two more points of the curves, where they cost little of the training.
     figures = 2 if 2 * timing.figures_s < _FIGURES_SHARE * left_s else 0
     available = max(left_s - timing.fixed_s - figures * timing.figures_s, 0.0) * _MARGIN
     steps = min(int(available / timing.step_s), _MOST_SEEN // global_batch)
+    # On a slow machine as many as were timed: a run of no steps would have nothing to report.
     steps = max(steps, _TIMING_STEPS)
     epochs = max(steps // steps_per_epoch, 1)
     steps = min(steps, epochs * steps_per_epoch)
@@ -337,17 +349,20 @@ def quickstart(folder: Path | None, run_dir: Path, minutes: float, seed: int) ->
     Raises:
         RunEnd: with one line and an exit code when a step fails.
     """
+    # Set first, because packing counts as well; monotonic, because the system's clock may be set meanwhile.
     ends = time.monotonic() + minutes * 60
     prepare_run_dir(run_dir)
     packed = pack_folder(folder, run_dir) if folder else pack_sample_photos(run_dir, seed)
 
     say("timing a few steps to see how many there is time for")
+    # A run of its own, thrown away: the schedule's length must be known before the real one starts.
     timing_dir = run_dir / "timing"
     began = time.monotonic()
     short_flags = ["--max-steps", str(_TIMING_STEPS), "--log-every", str(_TIMING_ROW), "--knn-every", "0"]
     _train(packed, timing_dir, seed, short_flags)
     short = read_run(timing_dir)
     timing = read_timing(short, time.monotonic() - began, packed.labelled)
+    # Its checkpoint and rows would be taken for results.
     shutil.rmtree(timing_dir)
     batch = short.config["recipe"]["global_batch"]
     plan = make_plan(timing, ends - time.monotonic() - _REPORT_S, packed.images, batch)
@@ -385,6 +400,7 @@ def start(argv: Sequence[str]) -> int:
         raise UserMistake(f"{arguments.folder} is no folder; give a folder of images, or nothing")
     if not (math.isfinite(arguments.minutes) and arguments.minutes > 0):
         raise UserMistake(f"--minutes {arguments.minutes}: must be above 0")
+    # The commands run in the checkout, where a relative path would mean another place.
     folder = arguments.folder.resolve() if arguments.folder else None
     quickstart(folder, arguments.run_dir.resolve(), arguments.minutes, arguments.seed)
     return 0

@@ -37,7 +37,9 @@ def accuracy(logits: Tensor, labels: Tensor, real: Sequence[Sequence[int]] | Non
     With fewer than five classes top-5 is 1. Rows that are not finite count as wrong.
     """
     labels = labels.to(logits.device)
+    # `topk` gives NaN some rank, so a broken row could be right by chance.
     finite = torch.isfinite(logits).all(dim=1)
+    # Data of fewer than five classes have no five best.
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = (ranked == labels[:, None]) & finite[:, None]
     share = None if real is None else real_accuracy(ranked[:, 0].cpu().numpy(), real)
@@ -49,6 +51,7 @@ def real_accuracy(predicted: np.ndarray, real: Sequence[Sequence[int]]) -> float
 
     Source: Beyer et al. 2020, "Are we done with ImageNet?", section 4.
     """
+    # ReaL has images on which no label was agreed; the paper leaves them out of the mean.
     judged = [int(guess) in allowed for guess, allowed in zip(predicted, real, strict=True) if len(allowed)]
     if not judged:
         raise ValueError("all ReaL label sets are empty; check the label file")
@@ -78,6 +81,7 @@ def read_real_labels(path: str, names: Sequence[str] | None, samples: int, class
         chosen = _by_number(path, loaded, names, samples)
     else:
         raise UserMistake(f"--real-labels {path}: neither a list nor an object; give ImageNet-ReaL's real.json")
+    # A label beyond the probe's classes can never be hit: the file belongs to other data.
     largest = max((label for labels in chosen for label in labels), default=-1)
     if largest >= classes:
         raise UserMistake(f"--real-labels {path}: label {largest} with {classes} classes; give the data it belongs to")
@@ -95,6 +99,7 @@ def _by_name(path: str, labels: dict[str, list[int]], names: Sequence[str] | Non
 
 def _by_number(path: str, labels: list[list[int]], names: Sequence[str] | None, samples: int) -> list[list[int]]:
     numbers = [_VAL_NUMBER.search(name) for name in names or []]
+    # By the number in the name: validation images in class folders stand in another order than the list.
     if numbers and all(numbers):
         places = [int(match[1]) - 1 for match in numbers if match]
         if max(places) >= len(labels):

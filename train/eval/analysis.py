@@ -29,6 +29,7 @@ def grad_cam(encoder: nn.Module, logits_of: Callable[[Tensor], Tensor], images: 
     """
     with evaluation_mode(encoder), torch.no_grad():
         feature_map = encoder(images).float()
+    # A leaf of its own: the gradient stops at the map, so the backbone needs no backward pass.
     feature_map.requires_grad_(True)
     with torch.enable_grad():
         scores = logits_of(feature_map.mean(dim=(2, 3))).gather(1, classes[:, None]).sum()
@@ -39,6 +40,7 @@ def grad_cam(encoder: nn.Module, logits_of: Callable[[Tensor], Tensor], images: 
 
 def common_scale(maps: Sequence[Tensor]) -> list[Tensor]:
     """Maps of several backbones divided by the one largest value of all, so that they compare; zeros stay zeros."""
+    # One divisor for all backbones: with one for each a weak map would look as strong as any.
     largest = max(float(each.max()) for each in maps)
     return [each / largest if largest > 0 else each for each in maps]
 
@@ -53,6 +55,7 @@ def input_gradient(method: Method, view1: Tensor, inputs_of: Callable[[Tensor], 
         view1: (B, 3, S, S) normalised fp32.
         inputs_of: view1 -> inputs of a step, so that composites made from it carry its gradient.
     """
+    # A copy, because a view that is reused must not collect gradients.
     leaf = view1.detach().clone().requires_grad_(True)
     with torch.enable_grad():
         loss = method(inputs_of(leaf)).loss
@@ -67,6 +70,7 @@ def box_mask(boxes: Sequence[Sequence[tuple[float, float, float, float]]], size:
         boxes: for each image, boxes as left, top, right, bottom in shares of its width and height.
         size: side of the views, which show whole images.
     """
+    # Centres decide, so boxes that touch share no pixel.
     centre = (torch.arange(size) + 0.5) / size
     masks = torch.zeros(len(boxes), size, size, dtype=torch.bool)
     for mask, members in zip(masks, boxes, strict=True):
@@ -100,6 +104,7 @@ def lewel_maps(encoder: nn.Module, head: AlignmentHead, images: Tensor) -> Tenso
     with evaluation_mode(encoder), evaluation_mode(head):
         feature_map = encoder(images).float()
         rows = feature_map.flatten(2).transpose(1, 2)
+        # Such a head projects the pooled row together with the positions; its first row is no position.
         if head.joint:
             scores = head.projector(torch.cat([rows.mean(dim=1, keepdim=True), rows], dim=1))[:, 1:]
         elif hasattr(head, "map_projector"):
@@ -120,9 +125,11 @@ def nearest(bank: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def principal_plane(features: Tensor) -> Tensor:
     """(N, 2) fp32: L2-normalised rows projected on their two principal axes, signs fixed by the largest entry."""
     rows = normalised_rows(features).double()
+    # Centred, or the first axis would point to the mean.
     rows = rows - rows.mean(dim=0)
     _, _, axes = torch.linalg.svd(rows, full_matrices=False)
     axes = axes[:2]
+    # An SVD leaves the signs open, and pictures of two runs would be mirrored at random.
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
     return (rows @ axes.T).float()
 

@@ -133,6 +133,7 @@ class Plan:
 def check(config: DetectConfig) -> None:
     """Raises UserMistake for a value outside its range, or flags that do not go together."""
     check_fields(config)
+    # Flags that a detector would not look at are refused rather than ignored.
     if config.box_head != "2fc" and config.detector not in ("faster-rcnn-fpn", "mask-rcnn-fpn"):
         raise UserMistake(f"--box-head {config.box_head} is for FPN detectors with regions, not {config.detector}")
     if config.mask_norm != "protocol" and config.detector != "mask-rcnn-fpn":
@@ -144,12 +145,14 @@ def check(config: DetectConfig) -> None:
 def plan_of(config: DetectConfig, kind: Format) -> Plan:
     """What is trained: published values where the flags say nothing."""
     name = config.schedule or DEFAULT_SCHEDULE[kind]
+    # A wanted number of steps keeps the shape: milestones and warm-up move in proportion.
     published = schedule_of(name, kind, config.detector)
     schedule = published.scaled_to(config.steps) if config.steps else published
     batch = config.global_batch or published.batch
     longest = config.longest_side or SIZES[kind].longest
     test_longest = config.test_longest_side or SIZES[kind].test_longest
     sizes = Sizes(config.train_sides or SIZES[kind].train, config.test_side or SIZES[kind].test, longest, test_longest)
+    # A rate that the user gives is taken as it is; the published one belongs to the published batch.
     peak = config.lr or published.lr * batch / published.batch
     return Plan(task_name(config, kind, name), schedule, batch, peak, sizes)
 
@@ -181,6 +184,7 @@ def read_both(session: ProtocolSession, config: DetectConfig) -> tuple[Detection
     check_same_classes(*data)
     for note in data[0].notes:
         session.say(f"{config.data}: {note}")
+    # Before training: an image that is missing or damaged would end the run at the step that draws it.
     for part in data:
         decoded = prove_images(part.records, session.runtime, threads)
         session.say(f"{part.origin}: {len(part.records)} images are there, {decoded} were decoded")
@@ -222,6 +226,7 @@ def headline(found: dict[str, dict[str, float | None]]) -> dict[str, float | Non
 
 def _settings(config: DetectConfig, plan: Plan, data: DetectionData, backbone: str) -> dict[str, Any]:
     """What decides the weights, for the refusal of another run's checkpoint."""
+    # Flags left at 0 stand for published values, so what they come to is recorded as well.
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_SETTING}
     course = {
         "schedule": dataclasses.asdict(plan.schedule),
@@ -242,6 +247,7 @@ def fine_tune(
         The detector, and rows of losses.
     """
     runtime = session.runtime
+    # Taken first: building the detector takes the trunk over and changes it.
     backbone = fingerprint(session.encoder)
     detector = build_detector(
         DetectorConfig(
@@ -257,6 +263,7 @@ def fine_tune(
         session.encoder,
     ).to(runtime.device)
     if runtime.device.type == "cuda":
+        # The layout in which half-precision convolutions are fastest on a GPU; nothing is gained on a CPU.
         detector = detector.to(memory_format=torch.channels_last)
     records = trainable(data)
     course = Course(
@@ -274,9 +281,11 @@ def fine_tune(
         settings = _settings(config, plan, data, backbone)
         folder = state_folder(result_path(session))
         checkpoints = TuningCheckpoints(folder, settings, runtime, config.resume == "auto")
+        # Before DDP is built, which sends rank 0's weights to the others.
         checkpoints.restore(state)
         wrapped = wrap_distributed(detector, runtime, config.deterministic)
         history = train(state, wrapped, feed, course, runtime, checkpoints, SignalWatch(), session.say)
+        # After the last step and after the checkpoints, so that a continued run measures them anew.
         layers = precise_statistics(detector, feed, plan.schedule.steps, config.precise_bn_steps, runtime)
         if layers:
             session.say(f"statistics of {layers} norm layers measured over {config.precise_bn_steps} batches")
@@ -292,12 +301,14 @@ def run(argv: Sequence[str]) -> int:
     kind = format_of(config.data)
     variant = f"{config.detector}-{config.schedule or DEFAULT_SCHEDULE[kind]}"
     with open_protocol("detect", config, variant) as session:
+        # Refused before annotations are read, which takes long for COCO.
         if session.arch.startswith("swin"):
             raise UserMistake(f"{session.arch} is no backbone of the published detectors; give a ResNet's checkpoint")
         plan = plan_of(config, kind)
         data, val = read_both(session, config)
         detector, history = fine_tune(session, config, plan, data)
         threads = decoding_threads(config.workers)
+        # All ranks take part, although only the first one computes the figures.
         detections = detect(detector, val.records, plan.sizes, session.runtime, threads)
         if not session.runtime.is_main:
             return 0  # the figures and the file are the first rank's

@@ -33,6 +33,7 @@ def labelled_subset(
     session: Session, config: EvalConfig, fraction: float, list_file: str
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Sorted indices of the labelled images, and what the result file says of them; a drawn list is saved beside it."""
+    # Opened for its labels and number of images alone; nothing is decoded.
     pipeline = session.open(config.data, (center_view(session.image_size),))
     try:
         names = source_names(config.data)
@@ -40,6 +41,7 @@ def labelled_subset(
             chosen = read_list(list_file, names, pipeline.num_samples)
             share = len(chosen) / pipeline.num_samples
             return chosen, {"list": list_file, "share": share, "subset_images": len(chosen)}
+        # From the seed alone, so that all ranks draw the same images.
         chosen = balanced_subset(pipeline.labels, fraction, config.seed)
     finally:
         pipeline.close()
@@ -47,6 +49,7 @@ def labelled_subset(
     path = result.with_name(f"{result.stem}.list.txt")
     if session.runtime.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Kept beside the result: the figure depends on which images were drawn.
         write_list(Path(path), chosen, names)
         session.say(f"{len(chosen)} images, {fraction:g} of each class; their list: {path}")
     return chosen, {"fraction": fraction, "list": str(path), "subset_images": len(chosen)}
@@ -57,6 +60,7 @@ def run(argv: Sequence[str]) -> int:
     config = parse_config(
         "fewshot", "Linear classification on a small share of the training images.", FewshotConfig(), argv
     )
+    # Flags are refused here, before the backbone is loaded.
     choose_recipe(config, "")
     with open_session("fewshot", config) as session:
         population, facts = labelled_subset(session, config, config.fraction, config.list)

@@ -44,6 +44,7 @@ class Data:
 
 def _names(config: SegmentConfig, train: DataSet, val: DataSet, present: Sequence[int]) -> LabelMap:
     """The classes: those of the layout or `classes.json`, else the values up to --classes or the highest label."""
+    # Class numbers of two layouts mean different things, and the figure would be noise.
     if train.layout != val.layout or (train.names and val.names and train.names != val.names):
         raise UserMistake(
             f"--data {config.data} ({train.layout}) and --val-data {config.val_data} ({val.layout}) have different "
@@ -52,12 +53,14 @@ def _names(config: SegmentConfig, train: DataSet, val: DataSet, present: Sequenc
     known = train.names or val.names
     if config.classes and known:
         raise UserMistake(f"--classes {config.classes}: the data name their {len(known)} classes; leave it out")
+    # 255 is ignored in both published layouts.
     ignored = train.ignored or val.ignored or (255,)
     if config.ignore_index >= 0:
         if train.layout != "plain":
             raise UserMistake(f"--ignore-index {config.ignore_index}: {train.layout} says what does not count")
         ignored = (config.ignore_index,)
     if not known:
+        # The highest label in training; `check_values` refuses a class that only the validation images have.
         count = config.classes or max((value for value in present if value not in ignored), default=-1) + 1
         known = {value: f"class {value}" for value in range(count)}
     return label_map(known, ignored)
@@ -72,6 +75,7 @@ def open_data(session: ProtocolSession, config: SegmentConfig) -> Data:
     train = read_layout(config.data, "train", config.train_split)
     val = read_layout(config.val_data, "val", config.val_split)
     threads = decoding_threads(config.workers)
+    # Every file of both parts before the first step: a bad one would end the run hours later.
     found = [inspect_all(part.pairs, session.runtime, threads) for part in (train, val)]
     labels = _names(config, train, val, found[0].present)
     for part, inspection in zip((train, val), found, strict=True):
@@ -105,6 +109,7 @@ def _settings(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
         "data": data.train_hash,
         "val_data": data.val_hash,
     }
+    # Plain batch norm takes statistics from each rank's part, so there the number of ranks changes the result.
     if config.bn == "plain":
         settings["world_size"] = session.runtime.world_size
     return settings
@@ -113,6 +118,7 @@ def _settings(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
 def fine_tune(session: ProtocolSession, config: SegmentConfig, plan: Plan, data: Data) -> dict[str, Any]:
     """Fine-tune and validate; returns what the result file says."""
     runtime, threads = session.runtime, decoding_threads(config.workers)
+    # Taken before the network is built, which dilates the trunk in place and takes it over.
     settings = _settings(session, config, plan, data)
     trunk = require_resnet(session.encoder, session.arch)
     network = build_segmenter(trunk, config.model, data.labels.classes, plan.channels, config.seed, config.bn)
@@ -142,6 +148,7 @@ def fine_tune(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
         threads,
     )
     try:
+        # Before the first batch is drawn: the state says at which step to begin.
         checkpoints.restore(state)
         train(Trainer(config, plan, runtime, feed, checkpoints, SignalWatch(), score, session.say), state)
     finally:
@@ -194,6 +201,7 @@ def run(argv: Sequence[str]) -> int:
         SegmentConfig(),
         argv,
     )
+    # Flags are refused here, before the backbone is loaded; the number of ranks is known only inside.
     make_plan(config, 1)
     with open_protocol("segment", config, config.model) as session:
         plan = make_plan(config, session.runtime.world_size)

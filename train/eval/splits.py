@@ -66,6 +66,7 @@ def check_classes(data: str, val_data: str) -> None:
         UserMistake: both stores know their classes, and they differ.
     """
     train, val = class_names(data), class_names(val_data)
+    # Labels are positions in the sorted names: one more class would shift the numbers of all that follow.
     if train is not None and val is not None and train != val:
         odd = sorted(set(train) ^ set(val)) or [train[0]]
         raise UserMistake(
@@ -93,12 +94,14 @@ def read_list(path: str, names: Sequence[str] | None, total: int) -> np.ndarray:
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise UserMistake(f"--list {path}: names no image")
+    # Only where every line is a number: a file name may be one as well.
     if all(entry.isdigit() for entry in entries):
         found = [int(entry) for entry in entries]
         if max(found) >= total:
             raise UserMistake(f"--list {path}: index {max(found)}, but the data has {total} images")
     else:
         found = _by_name(path, entries, names)
+    # Twice the same image would weigh twice, and the share of labels would be another one than stated.
     if len(set(found)) != len(found):
         raise UserMistake(f"--list {path}: {len(found) - len(set(found))} images are named twice")
     return np.sort(np.asarray(found, dtype=np.int64))
@@ -108,6 +111,7 @@ def _by_name(path: str, entries: list[str], names: Sequence[str] | None) -> list
     if names is None:
         raise UserMistake(f"--list {path}: the data does not keep file names; pack it with tools/make_ffcv_dataset.py")
     whole = {name: place for place, name in enumerate(names)}
+    # Lists of other projects hold bare file names; a bare name that fits several images is refused below.
     last: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         last.setdefault(Path(name).name, []).append(place)
@@ -123,6 +127,7 @@ def _by_name(path: str, entries: list[str], names: Sequence[str] | None) -> list
 
 def write_list(path: Path, indices: np.ndarray, names: Sequence[str] | None) -> None:
     """Save a list that `read_list` reads back: source names where they are known and distinct, else indices."""
+    # A list of names outlasts packing anew, one of indices does not.
     named = names is not None and len({names[i] for i in indices}) == len(indices)
     lines = [names[i] if named and names is not None else str(i) for i in indices.tolist()]
     path.write_text("\n".join(lines) + "\n")

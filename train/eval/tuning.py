@@ -81,6 +81,7 @@ def state_folder(result: Path) -> Path:
 def discard_state(result: Path, runtime: Runtime) -> None:
     """Remove the checkpoints of a run whose result is written, so that the next one may have other settings."""
     if runtime.is_main:
+        # What cannot be removed does no harm: the next run with other settings refuses it by name.
         shutil.rmtree(state_folder(result), ignore_errors=True)
 
 
@@ -97,5 +98,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Names of settings that differ, as `name: saved -> current`."""
+    # Settings of both sides: one that only one version knows counts as a difference too.
     pairs = {name: (saved.get(name), current.get(name)) for name in sorted({*saved, *current})}
     return [f"{name}: {before} -> {now}" for name, (before, now) in pairs.items() if before != now]

@@ -41,7 +41,9 @@ class Padded(nn.Module):
     def forward(self, images: list[Tensor]) -> ImageList:
         """(3, H, W) uint8 images of any size -> (B, 3, H', W') fp32 and their own sizes."""
         sizes = [(image.shape[1], image.shape[2]) for image in images]
+        # Rounded up: each level of a pyramid halves the map and must fit the one above.
         height, width = (-(-max(side) // self.divisor) * self.divisor for side in zip(*sizes, strict=True))
+        # Zeros after normalising, so that padding is the mean colour, as in detectron2.
         batch = self.mean.new_zeros(len(images), 3, height, width)
         for target, image in zip(batch, images, strict=True):
             target[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
@@ -66,6 +68,7 @@ class Stages(nn.Module):
         super().__init__()
         self.wanted = wanted
         self.stem = nn.ModuleDict({"conv1": trunk.conv1, "bn1": trunk.bn1})
+        # C4 detectors take the fifth stage as their head, so it must not be part of the backbone as well.
         last = max(int(name[1]) for name in wanted)
         self.layers = nn.ModuleDict({f"c{n}": getattr(trunk, f"layer{n - 1}") for n in range(2, last + 1)})
 

@@ -54,6 +54,7 @@ def _scenes(ids: np.ndarray, detections: Detections, labels: Sequence[int]) -> l
     values, counts = np.unique(ids, return_counts=True)
     scenes = []
     for label in labels:
+        # A group carries the bare label, an object label * 1000 + its number.
         own = (values == label) | (values // 1000 == label)
         scenes.append(_Scene(dict(zip(values[own].tolist(), counts[own].tolist(), strict=True)), []))
     for row, mask in enumerate(detections.masks):
@@ -86,6 +87,7 @@ def _outcomes(scene: _Scene, overlap: float) -> tuple[list[float], list[float], 
     """
     right, wrong, missed = [], [], 0
     for value, size in scene.sizes.items():
+        # Groups and tiny objects need not be found.
         if value < 1000 or size < SMALLEST:
             continue
         scores = sorted((found.score for found in scene.found if _near(found, value, size, overlap)), reverse=True)
@@ -116,6 +118,7 @@ def curve_area(right: Sequence[float], wrong: Sequence[float], missed: int) -> f
         return 0.0
     good, bad = np.sort(right), np.sort(wrong)
     thresholds = np.unique(np.concatenate([good, bad]))
+    # Detections at or above each threshold, without a loop over them.
     true = len(good) - np.searchsorted(good, thresholds)
     false = len(bad) - np.searchsorted(bad, thresholds)
     objects = len(good) + missed

@@ -64,4 +64,5 @@ def coco_ap(
         evaluation.accumulate()
         evaluation.summarize()
     figures = np.asarray(evaluation.stats[: len(METRICS)], dtype=np.float64)
+    # The tools write -1 where there is nothing of that size.
     return {name: None if value < 0 else float(value) for name, value in zip(METRICS, figures, strict=True)}

@@ -35,6 +35,7 @@ def annotation_file(data: str, part: str) -> Path:
     if path.is_file():
         return path
     found = sorted((path / "annotations").glob(f"instances_{part}*.json"))
+    # Two candidates, such as val2014 and val2017, are another data set each: the user must say which.
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise UserMistake(f"{data}/annotations should hold one instances_{part}*.json, it has {names}; give the file")
@@ -105,6 +106,7 @@ def read_coco(data: str, part: str, masks: bool) -> DetectionData:
     path = annotation_file(data, part)
     document = read_document(path)
     images = unique_by_id(path, document["images"], "image")
+    # Sorted by id: COCO's 80 classes have ids with gaps up to 90, and files list them in any order.
     categories = sorted(unique_by_id(path, document["categories"], "category").values(), key=lambda entry: entry["id"])
     if not images or not categories:
         raise UserMistake(f"{path} lists no images or no categories; give COCO's instances_*.json")
@@ -156,11 +158,13 @@ def _record(
 ) -> ImageRecord:
     """One image, with what is not trained on counted in `left`."""
     corners = np.array([entry["bbox"] for entry in objects], dtype=np.float32).reshape(-1, 4)
+    # COCO stores width and height; records hold corners.
     corners[:, 2:] += corners[:, :2]
     boxes, full = inside(corners, image["width"], image["height"])
     kept: list[int] = []
     outlines: list[Outline] = []
     for number, entry in enumerate(objects):
+        # Built only where masks are wanted, since polygons take memory.
         outline = outline_of(entry.get("segmentation")) if masks else None
         if entry.get("iscrowd", 0):
             left["crowds are not trained on"] += 1

@@ -51,6 +51,7 @@ def read_image(record: ImageRecord) -> Image.Image:
         image = open_rgb(record.path.read_bytes())
     except (OSError, ImageRefused) as reason:
         raise UserMistake(f"{record.path} cannot be read: {reason}; copy it again") from None
+    # An image that EXIF turns, or another file of that name, would have its boxes in the wrong place.
     if image.size != (record.width, record.height):
         raise UserMistake(
             f"{record.path} is {image.size[0]} x {image.size[1]} pixels, annotated as {record.width} x "
@@ -70,8 +71,10 @@ def training_sample(record: ImageRecord, side: int, longest: int, flip: bool, dr
     """An image at a short edge of `side` pixels with its objects."""
     height, width = resized(record.height, record.width, side, longest)
     scale = np.array([width / record.width, height / record.height] * 2, dtype=np.float32)
+    # Scaled by the rounded size, in each direction apart: that is where the resized pixels are.
     boxes = record.boxes * scale
     if flip:
+        # Mirrored, the right edge becomes the left one, so the columns change places.
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
     original = (record.height, record.width)
     masks = [rle.outline_mask(outline, (height, width), original, flip) for outline in record.outlines]
@@ -110,6 +113,7 @@ class TrainingFeed:
                 f"--global-batch {self.batch} must be a multiple of {self.world_size} ranks and at most the "
                 f"{len(self.records)} training images"
             )
+        # Known from the annotations, so grouping by orientation opens no image.
         self._landscape = np.array([record.width > record.height for record in self.records])
         self._pool = ThreadPoolExecutor(self.workers)
 
@@ -121,6 +125,7 @@ class TrainingFeed:
     def images_of(self, step: int) -> np.ndarray:
         """Indices of the step's global batch."""
         epoch, within = divmod(step, self.steps_per_epoch)
+        # One epoch's order is kept: it is asked for at every step.
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, epoch_batches(self.seed, epoch, self._landscape, self.batch))
         images: np.ndarray = self._epoch[1][within]
@@ -131,15 +136,18 @@ class TrainingFeed:
         for ahead in range(step, step + 1 + AHEAD):
             if ahead not in self._waiting:
                 self._waiting[ahead] = self._submit(ahead)
+        # After a jump, such as to the batches for precise statistics, what was prepared is of no use.
         for other in [known for known in self._waiting if not step <= known <= step + AHEAD]:
             for future in self._waiting.pop(other):
                 future.cancel()
         return [future.result() for future in self._waiting.pop(step)]
 
     def _submit(self, step: int) -> list[Future[Sample]]:
+        # Each rank takes a contiguous part, so the global batch is the same on any number of ranks.
         share = self.batch // self.world_size
         first = self.rank * share
         futures = []
+        # The address is the position in the global batch: draws do not depend on which rank has the image.
         for position, image in enumerate(self.images_of(step)[first : first + share].tolist(), start=first):
             side, flip = draw_size_and_flip(self.seed, step, position, self.sizes.train)
             futures.append(

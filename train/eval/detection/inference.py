@@ -58,6 +58,7 @@ def paste_mask(mask: Tensor, box: Tensor, height: int, width: int) -> np.ndarray
     x0, y0, x1, y1 = box.tolist()
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
     right, bottom = min(int(np.ceil(x1)) + 1, width), min(int(np.ceil(y1)) + 1, height)
+    # grid_sample wants -1..1 across the box.
     columns = (torch.arange(left, right, dtype=torch.float32) + 0.5 - x0) / (x1 - x0) * 2 - 1
     rows = (torch.arange(top, bottom, dtype=torch.float32) + 0.5 - y0) / (y1 - y0) * 2 - 1
     grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1)
@@ -70,6 +71,7 @@ def paste_mask(mask: Tensor, box: Tensor, height: int, width: int) -> np.ndarray
 def to_original(found: dict[str, Tensor], record: ImageRecord, size: tuple[int, int]) -> Detections:
     """Detections in an image resized to `size` (height, width), brought back; boxes that vanish are left out."""
     scale = torch.tensor([record.width / size[1], record.height / size[0]] * 2)
+    # By rounding, scaling back can move an edge just beyond the image.
     limits = torch.tensor([record.width, record.height] * 2, dtype=torch.float32)
     boxes = torch.minimum((found["boxes"].cpu().float() * scale).clamp(min=0), limits)
     kept = torch.where((boxes[:, 2:] > boxes[:, :2]).all(1))[0]
@@ -90,6 +92,7 @@ def _ahead(records: Sequence[ImageRecord], sizes: Sizes, workers: int) -> Iterat
         return resize_image(read_image(record), *resized(record.height, record.width, sizes.test, sizes.test_longest))
 
     with ThreadPoolExecutor(workers) as pool:
+        # A few images ahead, so that memory does not grow with the data set.
         waiting = [pool.submit(prepare, record) for record in records[: 2 * workers]]
         for number, record in enumerate(records):
             if number + len(waiting) < len(records):
@@ -116,5 +119,6 @@ def detect(
         with runtime.autocast():
             detections = model([image.to(runtime.device)])[0]
         found.append(to_original(detections, record, (image.shape[1], image.shape[2])))
+    # Rank r had every n-th image from r on, so the shares are dealt back in turn.
     shares = runtime.gather_objects(found)
     return [shares[number % runtime.world_size][number // runtime.world_size] for number in range(len(records))]

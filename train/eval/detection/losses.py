@@ -19,6 +19,7 @@ def mean_over_ranks(count: Tensor) -> Tensor:
     """The mean of a scalar tensor over ranks, without a gradient; every rank must call it."""
     total = count.detach().float()
     if world() > 1:
+        # `all_reduce` works in place; the caller's count stays.
         total = total.clone()
         dist.all_reduce(total)
     return total / world()
@@ -58,8 +59,10 @@ def region_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tenso
         labels: (R,) int64, 0 background.
         targets: (R, 4).
     """
+    # At least 1, because a rank, or all of them, may have no region.
     count = mean_over_ranks(torch.tensor(float(len(labels)), device=labels.device)).clamp(min=1)
     objects = torch.where(labels > 0)[0]
+    # Each class has offsets of its own; only the true class's are trained.
     own = deltas.view(len(labels), -1, 4)[objects, labels[objects]]
     box = F.l1_loss(own, targets[objects], reduction="sum")
     return F.cross_entropy(logits, labels, reduction="sum") / count, box / count
@@ -80,6 +83,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Te
     Returns:
         (R, side, side) fp32.
     """
+    # roi_align takes the mask's number in the place of the image's: each mask is an image of one channel.
     rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
     cut = roi_align(masks[:, None].to(boxes.dtype), rois, side, 1.0, 0, aligned=True)[:, 0]
     return (cut >= 0.5).float()

@@ -104,11 +104,14 @@ class TwoStage(Detector):
         images = self.pad([each.image for each in inputs] if self.training else inputs)
         targets = None
         if self.training:
+            # torchvision counts classes from 1, with 0 as background; samples count from 0.
             targets = [{"boxes": s.boxes, "labels": s.labels + 1, "masks": s.masks} for s in inputs]
+            # torchvision's interface has no room for them, so the samplers are told before each call.
             self.rpn.fg_bg_sampler.draws = self.roi_heads.fg_bg_sampler.draws = [s.draw for s in inputs]
         maps = self.backbone(images.tensors)
         proposals, losses = self.rpn(images, maps, targets)
         used = list(maps.values())[: self.used]
+        # Detached: the second stage does not train the boxes of the first, as in Faster R-CNN.
         detections, more = self.roi_heads(used, [boxes.detach() for boxes in proposals], images.image_sizes, targets)
         if self.training:
             return {**losses, **more}
@@ -150,6 +153,7 @@ class OneStage(Detector):
         """Losses of samples, or detections of images."""
         images = self.pad([each.image for each in inputs] if self.training else inputs)
         maps = list(self.net.backbone(images.tensors).values())
+        # fp32 before boxes are decoded: half precision cannot tell neighbouring pixels of a large image apart.
         outputs = {name: value.float() for name, value in self.net.head(maps).items()}
         anchors = self.net.anchor_generator(images, maps)
         if self.training:
@@ -162,11 +166,13 @@ class OneStage(Detector):
     def _losses(self, outputs: dict[str, Tensor], anchors: list[Tensor], samples: list[Sample]) -> dict[str, Tensor]:
         labels, targets = [], []
         for laid, sample in zip(anchors, samples, strict=True):
+            # -1 is background and -2 is between the thresholds, which is ignored.
             matched = self.net.proposal_matcher(box_iou(sample.boxes, laid))
             own = sample.labels[matched.clamp(min=0)]
             labels.append(torch.where(matched >= 0, own, matched))
             targets.append(self.net.box_coder.encode_single(sample.boxes[matched.clamp(min=0)], laid))
         joined = torch.cat(labels)
+        # Over all ranks, so that the loss does not depend on how many share the batch.
         found = mean_over_ranks((joined >= 0).sum()) / len(samples)
         # One anchor for each two images at least, detectron2's one for the two of a rank.
         with torch.no_grad():
@@ -217,6 +223,7 @@ def _box_head(config: DetectorConfig, norm_layer: NormLayer) -> nn.Module:
     else:
         head = FastRCNNConvFCHead((PYRAMID_WIDTH, 7, 7), [PYRAMID_WIDTH] * 4, [1024], norm_layer)
     for layer in head.modules():
+        # a = 1 as detectron2's c2_xavier_fill has it.
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
@@ -279,6 +286,7 @@ def build_detector(config: DetectorConfig, trunk: nn.Module) -> TwoStage | OneSt
         raise UserMistake(f"--anchor-sizes {config.anchor_sizes}: a pyramid has five levels, give five sides in pixels")
     norm_layer: NormLayer = None if config.norm == "frozen" else nn.BatchNorm2d
     build: Any = {"c4": _c4, "fpn": _fpn}.get(config.name.rpartition("-")[2], _retinanet)
+    # New weights follow from the seed, and the caller's generator is as before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.norm == "frozen":

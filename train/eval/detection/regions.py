@@ -61,6 +61,7 @@ class Proposals(RegionProposalNetwork):
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """See `losses.proposal_losses`."""
+        # The sampler answers image by image; the losses take all anchors in one row.
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels))
         return losses.proposal_losses(
             objectness.flatten(),
@@ -90,8 +91,10 @@ class AlignedPool(nn.Module):
 
     def levels(self, boxes: Tensor) -> Tensor:
         """(R,) index of the level of each box: stride 16 for a side of 224 pixels."""
+        # The root of a negative area is NaN, and the level would be arbitrary.
         sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=0).sqrt()
         wanted = torch.floor(CANONICAL_LEVEL + torch.log2(sides / CANONICAL_SIDE + 1e-8)).long()
+        # Strides are powers of two, so the bit length tells the level's number.
         finest = self.strides[0].bit_length() - 1
         return wanted.clamp(finest, finest + len(self.strides) - 1) - finest
 
@@ -99,6 +102,7 @@ class AlignedPool(nn.Module):
         """(R, C, side, side) features of the boxes (r_i, 4) of each image, in order."""
         numbers = [torch.full((len(own), 1), float(image), device=own.device) for image, own in enumerate(boxes)]
         rois = torch.cat([torch.cat(numbers), torch.cat(boxes)], dim=1)
+        # C4 has one level, so no box needs to be told which.
         if len(self.strides) == 1:
             return roi_align(maps[0], rois, self.side, 1 / self.strides[0], 0, aligned=True)
         level = self.levels(rois[:, 1:])
@@ -212,6 +216,7 @@ class RegionHeads(RoIHeads):
         return detections, {}
 
     def _training_losses(self, features: list[Tensor], proposals: list[Tensor], targets: Any) -> dict[str, Tensor]:
+        # Matching is a choice; no gradient passes through it.
         with torch.no_grad():
             boxes, matched, labels, regression = self.select_training_samples(proposals, targets)
         region = self.box_region(self.box_roi_pool(features, boxes))
@@ -220,6 +225,7 @@ class RegionHeads(RoIHeads):
         classification, box = losses.region_losses(logits, deltas, joined, torch.cat(regression))
         found = {"loss_classifier": classification, "loss_box_reg": box}
         if self.mask_predictor is not None:
+            # Masks are trained on objects alone: background has none.
             objects = [torch.where(own > 0)[0] for own in labels]
             chosen = [own[keep] for own, keep in zip(boxes, objects, strict=True)]
             shared = region[torch.where(joined > 0)[0]] if self.mask_pool is None else None
@@ -245,6 +251,7 @@ class RegionHeads(RoIHeads):
         """Give each detection the (n, M, M) probabilities of its class's mask."""
         labels = torch.cat([found["labels"] for found in detections])
         logits = self._mask_logits(features, [found["boxes"] for found in detections], None)
+        # Of the K masks only that of the predicted class counts.
         own = logits[torch.arange(len(labels), device=labels.device), labels - 1].sigmoid()
         for found, masks in zip(detections, own.split([len(found["labels"]) for found in detections]), strict=True):
             found["masks"] = masks

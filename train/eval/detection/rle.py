@@ -20,6 +20,7 @@ def _tools() -> Any:
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
     """The COCO encoding of a (H, W) bool or uint8 mask, its counts as text."""
+    # COCO's run lengths go down the columns, so its routines want that order in memory.
     rle = _tools().encode(np.asfortranarray(mask[:, :, None].astype(np.uint8)))[0]
     counts = rle["counts"]
     return {"size": list(mask.shape), "counts": counts.decode() if isinstance(counts, bytes) else counts}
@@ -29,6 +30,7 @@ def decode(rle: dict[str, Any]) -> np.ndarray:
     """The (H, W) uint8 mask of an encoding, compressed or with a plain list of counts."""
     tools = _tools()
     height, width = rle["size"]
+    # Crowds in COCO's files come as plain numbers.
     if isinstance(rle["counts"], list):
         rle = tools.frPyObjects(rle, height, width)
     mask: np.ndarray = tools.decode([rle])[:, :, 0]
@@ -60,6 +62,7 @@ def outline_mask(outline: Outline, size: tuple[int, int], original: tuple[int, i
     height, width = size
     if isinstance(outline, dict):
         mask = decode(outline)
+        # The nearest source pixel by centres, so that the mask moves with the resized image.
         rows = ((np.arange(height) + 0.5) * mask.shape[0] / height).astype(np.int64)
         columns = ((np.arange(width) + 0.5) * mask.shape[1] / width).astype(np.int64)
         mask = mask[rows][:, columns]
@@ -67,5 +70,6 @@ def outline_mask(outline: Outline, size: tuple[int, int], original: tuple[int, i
     scale = np.array([width / original[1], height / original[0]], dtype=np.float32)
     scaled = [polygon.reshape(-1, 2) * scale for polygon in outline]
     if flip:
+        # Mirrored before drawing: detectron2 transforms polygons too, not the drawn mask.
         scaled = [np.stack([width - polygon[:, 0], polygon[:, 1]], axis=1) for polygon in scaled]
     return draw(tuple(polygon.reshape(-1) for polygon in scaled), height, width)

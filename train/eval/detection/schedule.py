@@ -100,6 +100,7 @@ def resized(height: int, width: int, side: int, longest: int) -> tuple[int, int]
     if max(new_height, new_width) > longest:
         shrink = longest / max(new_height, new_width)
         new_height, new_width = new_height * shrink, new_width * shrink
+    # Half up, as detectron2 rounds; Python's `round` takes a half to the even number.
     return int(new_height + 0.5), int(new_width + 0.5)
 
 
@@ -128,6 +129,7 @@ def epoch_batches(seed: int, epoch: int, landscape: np.ndarray, batch: int) -> n
     groups = [order[landscape[order]], order[~landscape[order]]]
     whole = [group[: len(group) // batch * batch].reshape(-1, batch) for group in groups]
     blocks = np.concatenate(whole)
+    # The blocks are mixed, or all wide images would come before all high ones.
     blocks = blocks[permutation(seed, len(blocks), epoch, 1, SLOT_EPOCH_ORDER)]
     rest = np.concatenate([group[len(group) // batch * batch :] for group in groups])
     mixed = rest[permutation(seed, len(rest), epoch, 2, SLOT_EPOCH_ORDER)]

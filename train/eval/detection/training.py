@@ -51,6 +51,7 @@ class Course:
 def build_state(model: nn.Module, course: Course, runtime: Runtime) -> TuningState:
     """A fresh state: SGD with momentum 0.9, and a loss scale in fp16."""
     launch = {"fused": True} if runtime.device.type == "cuda" else {"foreach": True}
+    # Norm layers are not decayed, as in detectron2's configurations.
     groups = weight_decay_groups(model, course.weight_decay)
     optimizer = with_momentum_buffers(torch.optim.SGD(groups, lr=course.peak, momentum=SGD_MOMENTUM, **launch))
     scaler = torch.amp.GradScaler("cuda") if runtime.dtype is torch.float16 else None
@@ -85,7 +86,9 @@ def train_step(
         group["lr"] = lr
     with runtime.autocast():
         losses: dict[str, Tensor] = wrapped(samples)
+    # The published protocols weigh all losses alike.
     loss = torch.stack(list(losses.values())).sum()
+    # All ranks end together: one that left alone would leave the others in the exchange of gradients.
     if runtime.agree(not bool(torch.isfinite(loss))):
         raise NonFinite(
             f"the loss is not finite at step {state.step} ({', '.join(f'{n} {v.item():g}' for n, v in losses.items())} "
@@ -100,6 +103,7 @@ def train_step(
         state.scaler.step(state.optimizer)
         state.scaler.update()
     if runtime.world_size > 1:
+        # Each rank has seen other images; rank 0 saves the statistics, and all ranks test with them.
         average_buffers(running_buffers(state.model))
     state.step += 1
     return {name: value.detach() for name, value in losses.items()}
@@ -131,6 +135,7 @@ def train(
         lr = course.schedule.lr_at(step, course.peak)
         losses = train_step(state, wrapped, samples, lr, runtime)
         if state.step % course.log_every == 0 or state.step == steps:
+            # Only at these steps: reading a loss waits for the device.
             row = {name: mean_over_ranks(value).item() for name, value in losses.items()}
             state.record["history"].append({"step": state.step, "lr": lr, "loss": sum(row.values()), **row})
             parts = ", ".join(f"{name.removeprefix('loss_')} {value:.4f}" for name, value in row.items())
@@ -163,12 +168,15 @@ def precise_statistics(model: nn.Module, feed: TrainingFeed, first: int, steps: 
     if not norms or steps == 0:
         return 0
     momenta = [norm.momentum for norm in norms]
+    # Batch norm gathers statistics in training mode only.
     model.train()
     for norm in norms:
+        # A cumulative mean must start from nothing.
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative mean
     for step in range(first, first + steps):
         with runtime.autocast():
+            # With targets, since the heads' layers see the regions of training.
             model(to_device(feed.samples(step), runtime.device))
     if runtime.world_size > 1:
         average_buffers(running_buffers(model))

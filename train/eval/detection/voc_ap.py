@@ -26,6 +26,7 @@ def interpolated(recall: np.ndarray, precision: np.ndarray, rule: str) -> float:
         # Some of these lie a rounding error above the tenth that they stand for, in detectron2 as well.
         best = [precision[recall >= level].max(initial=0.0) for level in np.arange(0.0, 1.1, 0.1)]
         return float(np.mean(best))
+    # From the right: at each recall the best precision that this or a higher recall reaches.
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float((np.diff(recall, prepend=0.0) * envelope).sum())
 
@@ -60,6 +61,7 @@ def _flat(detections: Sequence[Detections]) -> tuple[np.ndarray, np.ndarray, np.
     """(image ids, labels, scores, 1-based boxes) of all detections, rounded to detectron2's three and one decimals."""
     images = np.concatenate([np.full(len(found.scores), found.image_id) for found in detections])
     labels = np.concatenate([found.labels for found in detections])
+    # detectron2 writes its detections into text files first, and rounding changes ties.
     scores = np.concatenate([found.scores.astype(np.float64) for found in detections]).round(3)
     boxes = np.concatenate([found.boxes.astype(np.float64).reshape(-1, 4) for found in detections])
     return images, labels, scores, (boxes + np.array([1.0, 1.0, 0.0, 0.0])).round(1)
@@ -73,6 +75,7 @@ def _match(images: np.ndarray, scores: np.ndarray, boxes: np.ndarray, truth: Tru
         if own == label:
             first[image] = sum(map(len, flags))
             flags.append(difficult)
+    # Stable, so that equal scores keep the order of the images.
     order = np.argsort(-scores, kind="stable")
     best, overlap = np.full(len(order), -1), np.zeros(len(order))
     for place, row in enumerate(order):

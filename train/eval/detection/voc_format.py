@@ -90,6 +90,7 @@ def listed_stems(path: Path, annotations: Path) -> list[str]:
         path: list in ImageSets/Main.
         annotations: folder of the annotation files.
     """
+    # Some editors put a byte-order mark before the first name, which would then name no file.
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     whole = [line for line in lines if line]
     return [line if (annotations / f"{line}.xml").is_file() else _without_number(line) for line in whole]
@@ -197,6 +198,7 @@ def read_voc(data: str, part: str) -> DetectionData:
             _add_ground_truth(document, difficult, number, (width, height), objects)
     if not records:
         raise UserMistake(f"{data}: the list of images is empty; give one of ImageSets/Main")
+    # The rule of the AP belongs to the year: eleven points for VOC 2007, the area for later lists.
     years = {entry.parents[2].name for entry in lists}
     return DetectionData(
         "voc",
@@ -215,6 +217,7 @@ def _record(
     path: Path, number: int, width: int, height: int, objects: list[VocObject], left: Counter[str]
 ) -> ImageRecord:
     corners = np.array([entry.box for entry in objects], dtype=np.float32).reshape(-1, 4)
+    # VOC counts from 1 and its corners are inclusive: the lower right one is then already the exclusive end.
     corners[:, :2] -= 1
     boxes, full = inside(corners, width, height)
     if not full.all():
@@ -233,6 +236,7 @@ def _add_ground_truth(
     document["images"].append({"id": number, "width": size[0], "height": size[1]})
     for entry in objects:
         x0, y0, x1, y1 = entry.box
+        # Inclusive corners counted from 1: the box begins one pixel earlier.
         width, height = x1 - (x0 - 1), y1 - (y0 - 1)
         document["annotations"].append(
             {

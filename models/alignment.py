@@ -26,7 +26,7 @@ class ColumnMlp(nn.Sequential):
         hidden_dim: channels of the hidden layer.
         out_dim: channels of the result.
 
-    Source: LEWEL (arXiv 2203.14898) section 4.1; Kaiming-normal (fan_out) start as in its code.
+    Source: LEWEL (arXiv 2203.14898) section 3.3; Kaiming-normal (fan_out) start as in its code.
     """
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:

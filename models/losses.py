@@ -49,7 +49,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float, extr
     Returns:
         (N,) losses, fp32 or wider.
 
-    Source: MoCo (arXiv 1911.05722) Eq. 1; with `extra`, RegionCL (arXiv 2111.12309) Eq. 4 and 5.
+    Source: MoCo (arXiv 1911.05722) Eq. 1; with `extra`, RegionCL (arXiv 2111.12309) Eq. 2.
     """
     with torch.autocast(query.device.type, enabled=False):
         positives = row_dots(query, key.detach())

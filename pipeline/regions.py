@@ -2,7 +2,7 @@
 
 `RegionSampler` is the one place that draws regions and pairs. Every draw is a pure function of (seed, step, direction),
 so a resumed run repeats it and any rank can derive it.
-Source: RegionCL (Xu et al., ECCV 2022), section 3.2; official code Annbless/RegionCL.
+Source: RegionCL (Xu et al., ECCV 2022), section 3.1; official code Annbless/RegionCL.
 """
 
 from __future__ import annotations

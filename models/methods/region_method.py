@@ -252,7 +252,7 @@ def queue_terms(
     Returns:
         Mean instance loss and region terms.
 
-    Source: RegionCL Eq. 2, 4 and 5; K + 1 logits for the instance, K + 2 for paste and canvas.
+    Source: RegionCL Eq. 1 and 2; K + 1 logits for the instance, K + 2 for paste and canvas.
     """
     # Instance rows have no other region: -inf adds nothing to their sum, and all rows share one matrix product.
     rows, keys, extra = [query], [key], [query.new_full((query.shape[0], 1), -torch.inf)]

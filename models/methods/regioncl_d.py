@@ -25,7 +25,7 @@ class RegionCLD(RegionMixin, DenseCL):
 
     L = (1 - lambda) L_global + lambda L_dense + weight * L_reg; the dense loss sees un-swapped views only.
 
-    Source: RegionCL (arXiv 2111.12309) section 3.3; this variant was not released.
+    Source: RegionCL (arXiv 2111.12309) section 3.2, "Extension to other SSL methods"; this variant was not released.
     """
 
     Config = RegionCLDConfig

@@ -29,7 +29,7 @@ class RegionCLM(RegionMixin, MoCoV2):
     L = L_ins + weight * (L_canvas + L_paste) / 2. Each region meets the key of its own image and the same queue; the
     composite's other region is one more negative, detached. Only instance keys enter the queue.
 
-    Source: RegionCL (arXiv 2111.12309) section 3.2, Eq. 2 to 6; Annbless/RegionCL.
+    Source: RegionCL (arXiv 2111.12309) sections 3.1 and 3.2, Eq. 1 to 3; Annbless/RegionCL.
     Differs: paste embeddings meet the keys of their own images for any pairing (the released code only for
     reversal); the region loss is InfoNCE at the same temperature, which the released code names but does not define.
     """

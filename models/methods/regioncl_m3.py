@@ -28,7 +28,7 @@ class RegionCLM3(RegionMixin, MoCoV3):
     L = sum over the two directions of L_ins + weight * (L_canvas + L_paste) / 2, where L_reg of a direction is taken
     if its query view is swapped. The intra-image negative is the other region's prediction, detached.
 
-    Source: RegionCL (arXiv 2111.12309) Table 1; this variant was not released. Instance and region features pass
+    Source: RegionCL (arXiv 2111.12309) Table 2; this variant was not released. Instance and region features pass
     projector and predictor together by default.
     """
 

@@ -25,7 +25,7 @@ class RegionCLMoBY(RegionMixin, MoBY):
     L = sum over the two directions of L_ins + weight * (L_canvas + L_paste) / 2, each against the queue of its
     direction and the composite's other region, detached.
 
-    Source: RegionCL (arXiv 2111.12309) Table 1, Swin-T rows; this variant was not released.
+    Source: RegionCL (arXiv 2111.12309) Table 8; this variant was not released.
     """
 
     Config = RegionCLMoBYConfig

@@ -27,8 +27,8 @@ class RegionCLS(RegionMixin, SimSiam):
     L = L_simsiam + weight * L_reg, L_reg the mean over swapped views of (D(canvas, z) + D(paste, z)) / 2 with z the
     detached projection of the un-swapped other view. There are no negatives.
 
-    Source: RegionCL (arXiv 2111.12309) section 3.3; this variant was not released. Instance and region features pass
-    the heads together by default, as the paper's text says.
+    Source: RegionCL (arXiv 2111.12309) section 3.2, "Extension to other SSL methods"; this variant was not released.
+    Instance and region features pass the heads together by default, as the paper's text says.
     """
 
     Config = RegionCLSConfig

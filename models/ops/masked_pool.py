@@ -5,7 +5,7 @@
 with s over the H*W positions and g(c) = c // (C / G): G contiguous channel groups, each with maps of its own.
 RegionCL pools with G = 1 and binary masks, LEWEL with G heads of M soft maps.
 
-Source: RegionCL (arXiv 2111.12309) section 3.2, mask pooling; LEWEL (arXiv 2203.14898) section 3.2, Eq. 4.
+Source: RegionCL (arXiv 2111.12309) section 3.2, mask pooling; LEWEL (arXiv 2203.14898) Eq. 1 and 2.
 """
 
 from __future__ import annotations

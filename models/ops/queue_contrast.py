@@ -9,7 +9,7 @@ GEMM serves all of them.
 Measured, forward and backward of 768 rows against 65536 keys of 128 in fp32 on a CPU (`tools/bench_ops.py --ops
 queue_contrast`): 63 MiB at most are held beyond the inputs, 960 MiB with the whole matrix.
 
-Source: MoCo (arXiv 1911.05722) Eq. 1; RegionCL (arXiv 2111.12309) Eq. 4 and 5 for the extra negative.
+Source: MoCo (arXiv 1911.05722) Eq. 1; RegionCL (arXiv 2111.12309) Eq. 2 for the extra negative.
 """
 
 from __future__ import annotations

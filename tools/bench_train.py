@@ -45,6 +45,7 @@ class LoaderAlone:
     def run(self, steps: int) -> None:
         """Take `steps` batches."""
         for _ in range(steps):
+            # The epoch has ended in the middle of a window: the next one begins, and its first batch counts.
             if next(self._batches, None) is None:
                 self.pipeline.set_epoch(self.epoch)
                 self.epoch += 1
@@ -83,6 +84,7 @@ class EndToEnd:
                 item = next(self._steps)
             take_step(self.ours.job, self.ours.state, self.ours.state.step, item[1])
             self.ours.state.step += 1
+        # Training starts new sums at each row of metrics; nobody writes rows here.
         self.ours.state.sums, self.ours.state.sum_steps = {}, 0
 
 
@@ -108,8 +110,10 @@ def measure(options: argparse.Namespace, runtime: Runtime) -> None:
     """Time windows of steps of every contender in turn, and print."""
     config = configure(options, options.batch, None, options.precision)
     ours = OurStep(config, runtime, "heads" if runtime.compile else "")
+    # One step for all contenders: with DDP where there are several processes, so that its exchange is measured too.
     ours.job = dataclasses.replace(ours.job, wrapped=wrap_distributed(ours.method, runtime, False))
     loader = options.loader if options.loader != "auto" else choose_loader(options.data)[0]
+    # Two, because a loader prefetches: a shared one would work for one contender in the other's window.
     with_data = [_pipeline(options, ours, loader, options.data) for _ in range(2)]
     synthetic = _pipeline(options, ours, "synthetic", str(options.batch * (options.steps + options.settle) * 4))
     contenders: dict[str, Contender] = {
@@ -137,6 +141,7 @@ def _windows(
         contender.run(3 if runtime.device.type == "cuda" else 1)  # chooses convolutions, compiles, starts workers
     started = time.perf_counter()
     for done in range(options.rounds):
+        # Asked together: a rank that stopped alone would leave the others in an exchange.
         if runtime.agree(done >= 3 and time.perf_counter() - started > options.max_seconds):
             break
         for name, contender in contenders.items():
@@ -148,6 +153,7 @@ def _windows(
             begin = time.perf_counter()
             contender.run(options.steps)
             _wait(runtime)
+            # The slowest rank: the others wait for it in any case.
             seconds = max(runtime.gather_objects(time.perf_counter() - begin))
             rates[name].append(options.batch * options.steps / seconds)
             if stream:

@@ -88,6 +88,7 @@ def _check_dest(dest: Path, rejected: Path, overwrite: bool) -> None:
     if dest.is_dir() and any(dest.iterdir()):
         if not overwrite:
             raise ValueError(f"{dest} is not empty; add --overwrite to replace it or choose another DEST_DIR")
+        # --overwrite removes the whole folder, so it must be one that this command made.
         if not (dest / INDEX_NAME).exists():
             raise ValueError(f"{dest} holds other things than shards and is not overwritten; choose another DEST_DIR")
     if rejected.exists() and not overwrite:
@@ -110,6 +111,7 @@ def _write(source: Source, folder: Path, options) -> tuple[Tally, dict]:  # type
                 tally.add(name, label, made)
         return tally, writer.finish()
     finally:
+        # After a failure a shard is still open.
         writer.abandon()
 
 

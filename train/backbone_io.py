@@ -206,6 +206,7 @@ def _read_pickled(path: Path) -> dict[str, Any]:
 
 def _unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
     """The state dict inside wrappers, without the prefixes that all of its keys share."""
+    # Wrappers may be nested, and a file could nest them without end.
     for _ in range(3):
         inner = next((state[name] for name in _WRAPPERS if isinstance(state.get(name), Mapping)), None)
         if inner is None:
@@ -399,6 +400,7 @@ def infer_arch(source: BackboneSource) -> str:
         return source.metadata["arch"]
     scores = {}
     for arch in BACKBONES:
+        # Names and shapes are all that is compared, so no weights are drawn.
         with torch.device("meta"):
             target = build_encoder(arch).state_dict()
         needed = [name for name in target if not _OPTIONAL.search(name)]

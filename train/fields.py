@@ -46,6 +46,7 @@ def _children(tree: Any) -> Iterator[Leaf]:
     if isinstance(tree, Mapping):
         yield from (Leaf(str(name), value) for name, value in tree.items())
         return
+    # Annotations are text under `from __future__ import annotations`; this resolves them.
     hints = typing.get_type_hints(type(tree))
     for each in dataclasses.fields(tree):
         yield Leaf(each.name, getattr(tree, each.name), hints[each.name], each.metadata.get("option", _PLAIN))
@@ -64,6 +65,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Leaf]:
     found: dict[str, Leaf] = {}
     for child in _children(tree):
         name = prefix + child.name
+        # By value, not by type: a JSON document has no types.
         if dataclasses.is_dataclass(child.value) or isinstance(child.value, Mapping):
             found |= flatten(child.value, name + ".")
         else:
@@ -81,12 +83,14 @@ def unflatten(default: Nested, values: Mapping[str, Any]) -> Nested:
     nested: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         head, _, rest = name.partition(".")
+        # `replace` would raise a TypeError that names no path.
         if not hasattr(default, head):
             raise KeyError(name)
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:
             changes[head] = value
+    # Inner fields in one go: each call makes a new frozen instance.
     changes |= {head: unflatten(getattr(default, head), inner) for head, inner in nested.items()}
     return dataclasses.replace(default, **changes)  # type: ignore[type-var]
 

@@ -126,9 +126,11 @@ def nearest_flag(flag: str, known: Sequence[str]) -> str:
     for candidate in SYNONYMS.get(name, ()):
         if candidate in by_name:
             return by_name[candidate]
+    # A known word that this command has no flag for: a guess by spelling would mislead.
     if name in SYNONYMS or name in INSTEAD:
         return ""
     ends = [each for each in by_name if each.rpartition(".")[2] == name]
+    # `--momentum` may mean two nested flags; only a single fit is a good guess.
     if len(ends) == 1:
         return by_name[ends[0]]
     return by_name.get(nearest(name, by_name), "")
@@ -186,6 +188,7 @@ class OneLineParser(argparse.ArgumentParser):
             flag = argument.partition("=")[0]
             if flag == "--":
                 return
+            # A value, perhaps a negative number.
             if not re.fullmatch(r"--?[A-Za-z][-\w.]*", flag):
                 continue
             action = self._option_string_actions.get(flag)
@@ -193,6 +196,7 @@ class OneLineParser(argparse.ArgumentParser):
                 if others_allowed:
                     continue
                 raise unknown_flag(flag, self.known_flags())
+            # By the action, which all spellings of a flag share.
             if id(action) in seen:
                 raise UserMistake(f"{flag} is given twice; give it once")
             seen.add(id(action))
@@ -243,6 +247,7 @@ def _number(kind: type[int] | type[float], text: str, what: str) -> int | float:
         value = kind(text)
     except ValueError:
         raise ValueError(f"give {what}") from None
+    # `float` takes "nan", which compares as false with every bound and would pass them.
     if not math.isfinite(value):
         raise ValueError(f"give {what}")
     return value
@@ -250,6 +255,7 @@ def _number(kind: type[int] | type[float], text: str, what: str) -> int | float:
 
 def add_leaf(parser: argparse._ActionsContainer, leaf: Leaf, prefix: str = "") -> None:
     """One flag for one field, under `prefix` and its name in the namespace; a boolean gets a `--no-` form as well."""
+    # As JSON, so that help shows a value the way `config.json` does.
     shown = json.dumps(list(leaf.value) if isinstance(leaf.value, tuple) else leaf.value, default=str)
     text = f"{leaf.option.help} (default: {shown})".strip().replace("%", "%%")
     dest = prefix + leaf.name
@@ -259,6 +265,7 @@ def add_leaf(parser: argparse._ActionsContainer, leaf: Leaf, prefix: str = "") -
         group.add_argument(
             leaf.flag, dest=dest, nargs="?", const="true", metavar="BOOL", default=argparse.SUPPRESS, help=text
         )
+        # The `no-` stands before the last part: `--region.no-shared-forward`.
         negative = "--" + ".".join(filter(None, (above, f"no-{last}"))).replace("_", "-")
         group.add_argument(
             negative, dest=dest, action="store_const", const="false", default=argparse.SUPPRESS, help=argparse.SUPPRESS

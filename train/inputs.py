@@ -73,6 +73,7 @@ def batch_per_device(config: Config, world_size: int) -> int:
                 f"{flag} {group} does not divide the {micro} images of one forward pass; choose a divisor of {micro}, "
                 "or another --global-batch"
             )
+    # A batch that does not fit would overwrite its own first keys.
     queue_size = getattr(config.model, "queue_size", None)
     if queue_size is not None and queue_size < total and getattr(config.model, "global_loss", True):
         raise UserMistake(
@@ -163,6 +164,7 @@ class InputBuilder:
             view1=views["view1"],
             view2=views["view2"],
             seed=self.config.run.seed,
+            # Numbered over micro-batches, so that each has draws of its own.
             step=step * count + micro,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
@@ -189,6 +191,7 @@ class InputBuilder:
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
         if self.runtime.device.type == "cuda":
+            # From ordinary memory the copy would make the host wait.
             return tensor.pin_memory().to(self.runtime.device, non_blocking=True)
         return tensor
 

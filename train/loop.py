@@ -215,6 +215,7 @@ def _tell_skipped(job: Job, state: TrainState, step: int, count: int) -> None:
     """Write what was skipped up to `step`, and mend running statistics that took in values which are not finite."""
     reason = "non-finite loss or gradient"
     job.metrics.row("skipped_step", step, (step - 1) // job.steps_per_epoch, steps=count, reason=reason)
+    # A mean of 0 and a variance of 1 are those of a fresh layer.
     for name, buffer in state.method.named_buffers():
         if name.endswith("running_mean"):
             buffer.nan_to_num_(0.0, 0.0, 0.0)
@@ -228,6 +229,7 @@ def _accumulate(state: TrainState, outputs: list[StepOutput], loss: Tensor, grad
     for name in outputs[0].metrics:
         values[f"loss/{name}"] = torch.stack([output.metrics[name].detach().float() for output in outputs]).mean()
     for name, value in values.items():
+        # Chosen, not multiplied: NaN times zero stays NaN. In fp64, since many small values are added.
         value = torch.where(bad, 0.0, value.double())
         state.sums[name] = state.sums[name] + value if name in state.sums else value
     state.sum_steps += 1
@@ -257,6 +259,7 @@ def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
     names = list(state.sums)
     totals = torch.stack([state.sums[name] for name in names])
     if job.runtime.world_size > 1:
+        # A row tells the mean over all ranks, and all must agree on the number of steps taken.
         average_buffers([totals])
     sums = dict(zip(names, totals.tolist(), strict=True))
     taken = round(sums.pop(_TAKEN))
@@ -296,6 +299,7 @@ def save(job: Job, state: TrainState, epoch: int) -> None:
     Raises:
         CheckpointFailed: on every rank when rank 0 could not write, so that none waits for a rank that has gone.
     """
+    # A continued run cuts its rows to this length, so that none is there twice.
     state.metrics_bytes = job.metrics.position()
     best = state.best["step"] if state.best is not None else None
     job.checkpoints.save(state, lambda folder: _write_backbone(job, state, epoch, folder), best)

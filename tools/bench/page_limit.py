@@ -75,12 +75,14 @@ class PageLimit:
         while not self._stop.wait(_TICK_S):
             tick += 1
             there = self.resident()
+            # A page that has gone is new when it comes again.
             self._arrived[~there] = -1
             self._arrived[there & (self._arrived < 0)] = tick
             count = int(there.sum())
             self.peak = max(self.peak, count * PAGE)
             if count > self._limit:
                 pages = np.flatnonzero(there)
+                # A tenth below the limit, so that dropping is not needed at every tick.
                 oldest = pages[np.argsort(self._arrived[pages], kind="stable")[: count - self._limit * 9 // 10]]
                 self._arrived[oldest] = tick  # what could not be dropped is young again
                 self._drop(np.sort(oldest))
@@ -88,6 +90,7 @@ class PageLimit:
     def _drop(self, pages: np.ndarray) -> None:
         """Take pages (ascending) out of this process's mappings, then out of the page cache."""
         runs = np.split(pages, np.flatnonzero(np.diff(pages) != 1) + 1)
+        # A page that a process has mapped stays in the cache, whatever the system is advised.
         mappings = self._mappings()
         for run in runs:
             start, end = int(run[0]) * PAGE, (int(run[-1]) + 1) * PAGE

@@ -30,6 +30,7 @@ _BLOCK = 64
 @contextmanager
 def memory_of(size: int) -> Iterator[None]:
     """Within the block the read-ahead takes the machine to have `size` bytes of memory, as in a smaller container."""
+    # The page cache is limited from outside, so the loader must be told; a real small machine would say so itself.
     original = read_ahead.memory_bytes
     read_ahead.memory_bytes = lambda: size
     try:
@@ -46,6 +47,7 @@ def bounded_config(config: PipelineConfig, images: int, share: float) -> Pipelin
 def read_ahead_kib(path: Path) -> int | None:
     """How far the kernel reads around a page that is touched in a mapped file; None where it does not say."""
     device = os.stat(path).st_dev
+    # A partition has no queue of its own; its disk's is one folder up.
     for queue in ("queue", "../queue"):
         setting = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/{queue}/read_ahead_kb")
         if setting.is_file():
@@ -113,8 +115,10 @@ def measure_bounded(
     figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in calls}
     memory = int(size * share)
     with PageLimit(data, memory) as limit, memory_of(memory):
+        # The first turn compiles and starts threads; it is not counted.
         for turn in range(rounds + 1):
             for name, epoch in calls.items():
+                # Otherwise the next contender would find what the one before has read.
                 limit.empty()
                 before, begun = bytes_read(), time.perf_counter()
                 count = epoch()

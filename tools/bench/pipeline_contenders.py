@@ -78,6 +78,7 @@ def dataloader_epoch(
         shuffle=True,
         num_workers=workers,
         drop_last=True,
+        # Starting processes at each epoch would be measured with it.
         persistent_workers=True,
     )
     return lambda: sum(len(views[0]) for views in loader)
@@ -97,6 +98,7 @@ def stock_ffcv_epoch(path: Path, size: int, batch: int, workers: int, quasi_rand
         decoder = RandomResizedCropRGBImageDecoder((size, size), scale=(0.2, 1.0))
         return PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])
 
+    # FFCV's Loader sets PyTorch's number of threads, which the other contenders would then run with.
     threads = torch.get_num_threads()
     loader = Loader(
         str(path),

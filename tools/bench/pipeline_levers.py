@@ -45,6 +45,7 @@ class _Decoder:
         self.views = [np.zeros((self.count, side, side, 3), dtype=np.uint8) for side in sides]
         self.specs = [view_array([spec]) for spec in config.views]
         self.all_specs = view_array(config.views)
+        # The pool does not tell its threads, so they are found by what is new.
         before = set(os.listdir("/proc/self/task"))
         self.pool = library.rg_pool_open(config.workers)
         self.threads = [int(name) for name in set(os.listdir("/proc/self/task")) - before]
@@ -84,6 +85,7 @@ class _Decoder:
                 0,
                 MAX_PIXELS,
             )
+            # A record that is skipped would make the lever look fast.
             if failed:
                 raise RuntimeError(f"{failed} of {self.count} images could not be decoded")
 
@@ -141,10 +143,12 @@ def _check_decoder(decoder: _Decoder, calls: dict[str, Callable[[], None]]) -> N
     wanted = [view.copy() for view in decoder.views]
     for name, call in calls.items():
         for view in decoder.views:
+            # Cleared, so that a lever which writes nothing cannot pass by the pixels of the one before.
             view[:] = 0
         call()
         for view, right in zip(decoder.views, wanted, strict=True):
             difference = int(np.abs(view.astype(np.int16) - right).max())
+            # Instruction sets round differently in the last grey level; everything else must be equal.
             if difference > (1 if name in _LEVELS else 0):
                 raise RuntimeError(f"{name}: pixels differ by {difference} grey levels")
 

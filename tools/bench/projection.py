@@ -81,12 +81,14 @@ def read_measured(path: Path, method: str, arch: str) -> Measured:
     if path.exists():
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
+                # With both commas, so that resnet50 does not take the rows of resnet50-2x.
                 if row["setting"].startswith(f"{method}, {arch},"):
                     key = (row["date"], row["device"], row["setting"])
                     runs.setdefault(key, {})[row["contender"], row["metric"]] = float(row["median"])
     for (date, device, setting), figures in sorted(runs.items(), reverse=True):
         gpu = next((name for name in GPUS if name in device), None)
         own = [name for name, metric in figures if metric == "throughput" and name.startswith("ours")]
+        # The model counts the step alone; augmentation is another part.
         own = [name for name in own if name != "ours with augmentation"]
         if gpu is None or not own or ("step", "flops an image") not in figures:
             continue
@@ -117,10 +119,12 @@ def project(measured: Measured, target: str) -> float:
         raise ValueError(f"--project {target}: give a number and a GPU, as 8xA100; known are {', '.join(GPUS)}")
     count, wanted, source = int(found.group(1)), GPUS[found.group(2)], GPUS[measured.gpu]
     per_image = 1.0 / measured.images_per_s
+    # At most all of the time: a step faster than the assumed share would leave a negative rest.
     compute = min(per_image, measured.flops_per_image / (GEMM_SHARE * source.flops))
     step = measured.batch * (
         compute * source.flops / wanted.flops + (per_image - compute) * source.bandwidth / wanted.bandwidth
     )
+    # A ring sends each gradient nearly twice: once to be summed, once to be handed out.
     exchange = 2 * (count - 1) / count * 4 * measured.parameters / wanted.links
     return count * measured.batch / (step + max(0.0, exchange - step / 2))
 

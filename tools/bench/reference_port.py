@@ -87,6 +87,7 @@ class PortedStep:
         _copy_by_order(method.projector, online.neck)
         if options.channels_last:
             online = online.to(memory_format=torch.channels_last)
+        # Both start equal, as in the released code.
         self.online, self.momentum = online, copy.deepcopy(online)
         for parameter in self.momentum.parameters():
             parameter.requires_grad_(False)
@@ -108,6 +109,7 @@ class PortedStep:
         """
         loss, key = self.forward(view1, view2, region)
         late = self.options.queue_contrast  # its backward pass reads the queue again
+        # The released code enqueues before the backward pass, which it can because it copies the queue.
         if not late:
             self._enqueue(key)
         self.optimizer.zero_grad(set_to_none=True)
@@ -140,6 +142,7 @@ class PortedStep:
             ema_update([(self.online, self.momentum)], 0.999)
             return
         for online, momentum in zip(self.online.parameters(), self.momentum.parameters(), strict=True):
+            # One launch a parameter and a new tensor each: the habit that `fused_ema` removes.
             momentum.data = momentum.data * 0.999 + online.data * (1.0 - 0.999)
 
     @torch.no_grad()
@@ -164,6 +167,7 @@ class PortedStep:
         if not self.options.no_waits:  # device tensors as slice bounds: four waits
             bounds = torch.tensor([top, left, height, width], device=view.device)
             top, left, height, width = (int(bound) for bound in bounds)
+        # A copy, since the plain view is encoded as well.
         mixed = view.clone(memory_format=torch.preserve_format)
         rows = slice(top * stride, (top + height) * stride)
         columns = slice(left * stride, (left + width) * stride)
@@ -204,6 +208,7 @@ class PortedStep:
         device, amp = rows.device.type, self.options.amp
         positive = torch.einsum("nc,nc->n", rows, key)[:, None]
         with torch.autocast(device, dtype=amp) if amp else contextlib.nullcontext():
+            # Copied for each head, as in the released code: enqueueing would change what backward reads.
             negative = torch.einsum("nc,ck->nk", rows, self.queue.clone().detach())
         return torch.cat([positive, *([] if extra is None else [extra]), negative.float()], dim=1) / TEMPERATURE
 

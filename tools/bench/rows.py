@@ -54,6 +54,7 @@ class Summary:
     @classmethod
     def of(cls, values: Sequence[float]) -> Summary:
         """Summarise at least one figure."""
+        # Percentiles, not mean and deviation: one pause of the machine would move both of those.
         p20, median, p80 = np.percentile(np.asarray(values, dtype=np.float64), [20, 50, 80])
         return cls(float(median), float(p20), float(p80), len(values))
 
@@ -107,6 +108,7 @@ class Report:
         """Append the rows to `path` (default `tools/results/<benchmark>.csv`), with date, commit, machine, versions."""
         path = RESULTS / f"{self.benchmark}.csv" if path is None else path
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Runs append to one file, so only the first writes the header.
         fresh = not path.exists() or path.stat().st_size == 0
         common = {
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -148,6 +150,7 @@ class Report:
             write: whether rows are kept.
         """
         if write:
+            # Before the table, so that the conclusion is the last line of the output.
             print(f"{len(self.rows)} rows appended to {self.append_csv(path)}")
         print(self.table())
         print(conclusion, flush=True)
@@ -169,6 +172,7 @@ def _figure(value: float) -> str:
 
 def usable_cores() -> int:
     """Cores this process may run on."""
+    # Not the machine's cores: a container or a scheduler may allow fewer.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -178,6 +182,7 @@ def commit() -> str:
     try:
         run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
         short = run(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
+        # The rows themselves are left out: a second benchmark would otherwise always look like changed code.
         changed = run(["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!tools/results"]).stdout
     except (OSError, subprocess.SubprocessError):
         return "unknown"

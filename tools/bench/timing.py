@@ -39,12 +39,14 @@ def time_interleaved(
         name -> seconds per call, in the order measured.
     """
     for call in contenders.values():
+        # First calls compile, choose algorithms and touch memory for the first time.
         for _ in range(warmup):
             call()
     clock = _cuda_seconds if device is not None and device.type == "cuda" else _wall_seconds
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     started = time.perf_counter()
     for done in range(rounds):
+        # Checked between rounds, so that every contender has equally many figures.
         if max_seconds is not None and done >= 3 and time.perf_counter() - started > max_seconds:
             break
         for name, call in contenders.items():
@@ -86,9 +88,12 @@ def check_twice_eager(name: str, ours: torch.Tensor, eager: torch.Tensor, exact:
     Raises:
         RuntimeError: the error exceeds twice eager's and one unit in the last place of the largest value.
     """
+    # Compared on the CPU in float64, where the comparison itself rounds nothing away.
     reference = exact.detach().double().cpu()
     ours_error, eager_error = (float((x.detach().double().cpu() - reference).abs().max()) for x in (ours, eager))
+    # Where eager happens to be exact, twice its error would allow nothing.
     spacing = torch.finfo(ours.dtype).eps * float(reference.abs().max())
+    # Written so that NaN is refused as well.
     if not ours_error <= max(2 * eager_error, spacing):
         raise RuntimeError(f"{name}: error {ours_error:.3g} is more than twice eager's {eager_error:.3g}")
     return ours_error / eager_error if eager_error else 0.0
@@ -128,6 +133,7 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    # The CPU allocator keeps no peak, so it is added up from single allocations and releases in order of time.
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     held = peak = 0
     for _, change in changes:

@@ -43,6 +43,7 @@ def _torch() -> Iterator[Finding]:
         import torch
         import torchvision.ops
 
+        # An import may work where the compiled operators do not: versions that do not fit show only at a call.
         torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
     except (ImportError, RuntimeError, OSError) as reason:
         line = str(reason).strip().splitlines()[0]
@@ -69,6 +70,7 @@ def _gpu() -> Iterator[Finding]:
             half = "bf16" if properties.major >= 8 else "fp16"
             memory_gib = properties.total_memory / 2**30
             yield Finding("ok", f"GPU {number}: {properties.name}, {memory_gib:.0f} GiB; --precision auto is {half}")
+    # The driver sees a GPU that PyTorch does not: training would run on the CPU without a word.
     elif shutil.which("nvidia-smi") and _succeeds(["nvidia-smi", "-L"]):
         built = torch.version.cuda
         cause = f"torch is built for CUDA {built}, newer than the driver" if built else "torch is built without CUDA"
@@ -110,6 +112,7 @@ def _compiler() -> Iterator[Finding]:
         yield Finding("note", "no g++: FFCV and our decoder cannot be compiled", f"apt-get install g++, then {_SETUP}")
         return
     includes = "#include <cstdio>\n#include <jpeglib.h>\n"
+    # A syntax check finds the headers without writing a file.
     if _succeeds([compiler, "-x", "c++", "-fsyntax-only", "-"], includes):
         yield Finding("ok", f"{compiler} with libjpeg's headers")
     else:
@@ -130,6 +133,7 @@ def _native() -> Iterator[Finding]:
 
 
 def _cores() -> Iterator[Finding]:
+    # A container or a scheduler may allow fewer cores than there are.
     usable, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     flags = _cpu_flags()
     lanes = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "neither AVX2 nor AVX-512"

@@ -47,6 +47,7 @@ def check_packed(path: Path, decode: int) -> Iterator[Finding]:
             index for index, same in enumerate(_parallel(_matches(reader, manifest.checksums), len(reader))) if not same
         ]
         yield _records("fit their checksums", "have other bytes than were packed", changed, len(reader), sources)
+    # Spread over the file, since damage to a disk or a copy is local.
     chosen = np.unique(np.linspace(0, len(reader) - 1, min(decode, len(reader))).astype(np.int64))
     failed = [
         int(i) for i, good in zip(chosen, _parallel(_decodes(reader, chosen), len(chosen)), strict=True) if not good

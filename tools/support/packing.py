@@ -71,6 +71,7 @@ class Source:
 
     def shuffled(self, seed: int) -> Source:
         """The same images in a random order that depends on the seed and their number only."""
+        # Philox by name: NumPy may change what its default generator draws.
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(self)).tolist()
         return Source([self.names[i] for i in order], self.labels[order], self.classes, [self.places[i] for i in order])
 
@@ -104,6 +105,7 @@ def _open_shards(shards: list[Path]) -> Source:
                 given.append(_read_label(file, shard, name, labels.get(_key(name))))
     if not names:
         raise ValueError(f"{shards[0]} and {len(shards) - 1} more hold no image files; give shards with images")
+    # Class files decide where there are any; otherwise the folders inside the shards do.
     if any(label is not None for label in given):
         numbers = np.array([-1 if label is None else label for label in given], dtype=np.int64)
         classes = tuple(str(number) for number in range(int(numbers.max()) + 1))
@@ -122,6 +124,7 @@ def _read_label(file: Any, shard: Path, name: str, place: tuple[int, int] | None
     if place is None:
         return None
     file.seek(place[0])
+    # A class number is short; a damaged header must not make this read a gigabyte.
     text = file.read(min(place[1], 64)).decode("ascii", "replace").strip()
     if not re.fullmatch(r"-?\d{1,9}", text) or int(text) < -1:
         raise ValueError(f"the label of {name} in {shard} is {text!r}, not a class number; repair the shard")
@@ -226,6 +229,7 @@ def make_records(
             return make_record(source.read(index), max_side_px, quality, max_bytes)
         except ImageRefused as refusal:
             return str(refusal)
+        # One picture that is too large must not end hours of packing.
         except MemoryError:
             return "not enough memory to decode it"
 

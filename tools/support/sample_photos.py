@@ -105,6 +105,7 @@ def crop_boxes(size: tuple[int, int], part: Part, seed: int, photo: int) -> list
     width, height = size
     first, last = round(part.left * width), round(part.right * width)
     draws = uniform(seed, photo, np.arange(part.crops), part.word, 0)
+    # A crop fits into its part; one that reached over would show training what validation asks for.
     low, high = _SIDE_PX[0], min(_SIDE_PX[1], last - first, height)
     sides = (low + draws[:, 0] * (high - low)).astype(int)
     lefts = (first + draws[:, 1] * (last - first - sides + 1)).astype(int)

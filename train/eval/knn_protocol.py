@@ -36,6 +36,7 @@ def run(argv: Sequence[str]) -> int:
     with open_session("knn", config) as session:
         bank, data_hash = session.features_of(config.data)
         queries, val_hash = session.features_of(config.val_data)
+        # Classes that do not fit are refused before the search.
         classes = class_count(bank.labels.numpy(), queries.labels.numpy())
         real = None
         if config.real_labels:

@@ -47,6 +47,7 @@ def pool(output: Tensor) -> Tensor:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule has its own former training flag again, not its root's."""
+    # Each module's own flag: some keep a part in eval mode while the rest trains.
     flags = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
@@ -106,10 +107,12 @@ def extract_features(
     if width == 0:
         raise ValueError("the pipeline delivered no image; check the data path and the population")
     gathered = gather_rows(
+        # With an empty part in front, so that a rank without images can join in.
         torch.cat([torch.zeros(0, width, device=device), *features]),
         torch.cat([torch.zeros(0, dtype=torch.int64), *labels]),
         torch.cat([torch.zeros(0, dtype=torch.int64), *indices]),
     )
+    # Ranks deliver their parts one after the other; storage order makes the result independent of their number.
     order = gathered.samples.argsort()
     return Features(gathered.features[order.to(device)], gathered.labels[order], gathered.samples[order])
 
@@ -130,6 +133,7 @@ def gather_rows(features: Tensor, labels: Tensor, index: Tensor) -> Features:
     device = features.device
     count = torch.tensor([len(features)], device=device)
     counts = [torch.zeros_like(count) for _ in range(world())]
+    # The ranks' counts may differ, as the last batch need not divide.
     dist.all_gather(counts, count)
     sizes = [int(c) for c in counts]
     # Collectives want equal shapes, so each rank pads to the longest.

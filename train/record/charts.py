@@ -50,6 +50,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
         return [low]
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
+    # Slightly below, because rounding must not skip a step that fits exactly.
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -69,6 +70,7 @@ def _limits(values: np.ndarray, zero: bool) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     if zero:
         low = min(low, 0.0)
+    # A constant curve has no range; without room its line would lie on the frame.
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
     return (low if zero and low == 0 else low - pad), high + pad
 

@@ -96,12 +96,14 @@ def _learning(run: Run) -> list[Finding]:
     if chance is None or not losses:
         return []
     batch = run.config["recipe"]["global_batch"]
+    # A queue starts with random keys, which make the loss low; after twice its length none is left.
     filled = 2 * run.config["model"]["queue_size"] / batch
     late = [loss for step, loss in zip(steps, losses, strict=True) if step > filled]
     if not late:
         return [
             Finding("ok", f"the queue is full twice only after step {math.ceil(filled):,}; the loss says nothing yet")
         ]
+    # The last tenth: single rows are noisy.
     loss = float(np.mean(late[-max(1, len(late) // 10) :]))
     below = f"instance loss {loss:.2f}, chance is {chance:.2f}"
     if loss < chance - _LEARNED_NATS:
@@ -119,6 +121,7 @@ def _health(run: Run) -> list[Finding]:
     found = []
     _, spread = run.values("health", "feature_std")
     _, rank = run.values("health", "effective_rank")
+    # Low alone is no collapse: an untrained backbone may start there.
     if spread and spread[-1] < _COLLAPSED_SPREAD and spread[-1] < spread[0]:
         found.append(
             Finding(
@@ -136,6 +139,7 @@ def _health(run: Run) -> list[Finding]:
             )
         )
     _, retrieval = run.values("health", "view_retrieval")
+    # After a collapse the retrieval says nothing new.
     if len(retrieval) > 1 and not found:
         text = f"view retrieval went from {retrieval[0]:.1%} to {retrieval[-1]:.1%}"
         rising = retrieval[-1] > retrieval[0]
@@ -154,6 +158,7 @@ def _accidents(run: Run) -> list[Finding]:
             "a few are usual while the fp16 scaler settles; --precision bf16 has none" if half else "lower --optim.lr"
         )
         found.append(Finding("note", f"{skipped} steps were skipped for a non-finite loss or gradient", remedy))
+    # A run that was extended has several such rows.
     bad = max((row.get("bad_records", 0) for row in run.of_kind("end")), default=0)
     if bad:
         found.append(

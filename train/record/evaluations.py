@@ -57,6 +57,7 @@ class Measurement:
 def measurements(file: str, facts: dict[str, Any]) -> list[Measurement]:
     """The results in one file: k-NN has one for each k."""
     protocol = facts["protocol"]
+    # Published figures are for one number of neighbours each.
     if protocol == "knn" and isinstance(facts.get("results"), list):
         return [Measurement(protocol, f"{row['k']}-NN", _figures(row), facts, file) for row in facts["results"]]
     figures = _figures(facts.get("best", {})) | _figures(facts.get("metrics", {})) | _figures(facts)
@@ -68,9 +69,11 @@ def results(run: Run) -> list[Measurement]:
     found = [each for name, facts in run.scores.items() for each in measurements(name, facts)]
     rows = run.of_kind("knn")
     if rows:
+        # A measurement by `train/evaluate.py` replaces the online one of the same kind.
         again = {(each.task, each.untrained) for each in found if each.protocol == "knn"}
         for row, untrained in ((rows[-1], False), (rows[0], True)):
             task = f"{row['k']}-NN"
+            # A run may have only one row, which is then its first and its last.
             if (task, untrained) not in again and (row["step"] == 0) == untrained:
                 facts = {**row, "protocol": "knn", "untrained": untrained}
                 found.append(Measurement("knn", task, {"top1": 100 * row["top1"]}, facts, METRICS))
@@ -84,6 +87,7 @@ def _figures(values: dict[str, Any]) -> dict[str, float]:
 def _task(facts: dict[str, Any]) -> str:
     if facts["protocol"] not in ("fewshot", "semi"):
         return str(facts.get("task", ""))
+    # A drawn list names its fraction; a given list has only the share it came to.
     share = facts.get("fraction", facts.get("share"))
     return "" if share is None else f"{100 * share:.2g}%"
 
@@ -116,6 +120,7 @@ def differences(row: Published, measured: Measurement) -> list[str]:
 
 
 def _classifier_differences(row: Published, facts: dict[str, Any]) -> list[str]:
+    # Imported here, because only linear results need it.
     from train.eval.linear import LINEAR_RECIPES, RECIPE_OF_METHOD
 
     name, own = facts.get("recipe"), RECIPE_OF_METHOD.get(row.method)

@@ -57,6 +57,7 @@ def _change(run: Run, kind: str, name: str, form: str) -> tuple[str, str]:
 
 def _tiles(run: Run) -> str:
     steps, losses = run.values("train", "loss")
+    # Of the last twentieth the median: the last row alone is noisy.
     tail = losses[-max(1, len(losses) // 20) :]
     speed = _median(run.values("train", "images_per_s")[1])
     wait = _median(run.values("train", "data_wait_share")[1])
@@ -119,6 +120,7 @@ def _result_row(
         there.append(f"<li>{_text(describe(row.figures))} ({_text(f'{row.arch}, {epochs}; {row.source}')})</li>")
         listed = differences(row, run.config)
         listed += ["not measured here yet"] if measured is None else evaluation_differences(row, measured)
+        # Figures of one backbone share most differences; each is listed once.
         apart += [item for item in listed if item not in apart]
     if not published:
         there = ["<li>nothing for this method and protocol</li>"]
@@ -161,6 +163,7 @@ def _loss_terms(runs: Sequence[Run]) -> list[Series]:
 
 
 def _charts(runs: Sequence[Run]) -> str:
+    # Runs with queues of one size share a line.
     levels = {round(level, 4): level for run in runs if (level := chance_level(run)) is not None}
     references = [(f"chance, ln(K+1) = {level:.2f}", level) for level in levels.values()]
     percent = 100.0
@@ -258,6 +261,7 @@ def _events(runs: Sequence[Run]) -> str:
     rows = []
     for number, run in enumerate(runs):
         for row in run.rows:
+            # These are in the curves; what is left are starts, stops and accidents.
             if row["kind"] in ("train", "health", "knn", "checkpoint"):
                 continue
             rest = {name: value for name, value in row.items() if name not in ("kind", "step", "epoch", "time_s")}
@@ -281,6 +285,7 @@ def _flatten(value: Any, path: str = "") -> dict[str, str]:
 
 def _configuration(runs: Sequence[Run]) -> str:
     flat = [_flatten(run.config) for run in runs]
+    # In the order of the first run that has them; a set would shuffle the table.
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     rows = []
     for name in names:

@@ -72,6 +72,7 @@ def analysis_pictures(run_dir: Path) -> list[Picture]:
             about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             content = path.read_bytes()
             with Image.open(io.BytesIO(content)) as image:
+                # Only a whole PNG goes into the page.
                 image.verify()
                 width = image.width
         except (OSError, ValueError, SyntaxError):  # verify() calls a damaged PNG a syntax error
@@ -107,6 +108,7 @@ def _boxed(image: Image.Image, region: Region, scale: float) -> Image.Image:
     pasted = (region.left_px, region.top_px, region.width_px, region.height_px)
     for (x, y, w, h), colour in ((pasted, (255, 255, 255)), (pooled, (230, 30, 90))):
         corners = [x * scale, y * scale, (x + w) * scale - 1, (y + h) * scale - 1]
+        # Drawn first and thicker, so that the dashed box stays visible where both meet.
         if colour == (255, 255, 255):
             draw.rectangle(corners, outline=colour, width=3)
         else:
@@ -128,12 +130,14 @@ def _dashed(draw: ImageDraw.ImageDraw, corners: list[float], colour: tuple[int, 
 def _cell_px(size: int) -> int:
     if size > _CELL_PX[1]:
         return _CELL_PX[1]
+    # A whole factor, so that every source pixel is a square.
     return size * max(1, math.ceil(_CELL_PX[0] / size))
 
 
 def _resized(images: torch.Tensor, cell: int) -> list[Image.Image]:
     """PIL images of `cell` pixels a side from uint8 (B, S, S, 3)."""
     size = images.shape[1]
+    # Enlarged, single pixels stay visible; reduced, they must not alias.
     method = Image.Resampling.NEAREST if cell % size == 0 else Image.Resampling.LANCZOS
     return [Image.fromarray(np.ascontiguousarray(image)).resize((cell, cell), method) for image in images.numpy()]
 

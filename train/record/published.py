@@ -90,6 +90,7 @@ def _setting(config: Mapping[str, Any], flag: str) -> Any:
 
 
 def _means(value: Any, text: str) -> bool:
+    # A bool is an int in Python, so `float("1") == True` would hold.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value).lower() == text
     try:
@@ -105,6 +106,7 @@ def _flag_fits(config: Mapping[str, Any], flag: str, values: Sequence[str]) -> b
 def _trained_on(images: int | None) -> str:
     """The published data set that a run's number of images is nearest to being."""
     small = DATA_IMAGES["ImageNet-100"]
+    # With a twentieth of tolerance, since a copy may lack images.
     return "ImageNet-100" if images is not None and abs(images - small) < 0.05 * small else "ImageNet-1K"
 
 
@@ -129,12 +131,14 @@ def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str 
     rows = [row for row in rows if all(_flag_fits(config, flag, values) for flag, values in row.flags.items())]
     wanted = nearest_task(task, [row.task for row in rows]) if protocol in _WORDY else task
     rows = [row for row in rows if row.task == wanted]
+    # Without the same backbone the papers' usual one stands there, and the page says that it differs.
     rows = [row for row in rows if row.arch == recipe.get("arch")] or [
         row for row in rows if row.arch in ("resnet50", "swin-t")
     ]
     if not rows:
         return []
     epochs = recipe.get("epochs", 0)
+    # Of two schedules equally near the shorter one, so that the order of the table does not decide.
     nearest = min({row.epochs for row in rows}, key=lambda schedule: (abs(schedule - epochs), schedule))
     return [row for row in rows if row.epochs == nearest]
 

@@ -44,6 +44,7 @@ class Run:
 
     def values(self, kind: str, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of one figure."""
+        # A row need not have every figure.
         rows = [row for row in self.of_kind(kind) if isinstance(row.get(name), int | float)]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
@@ -116,6 +117,7 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
+        # Other JSON files, such as those of analyses, lie in the folder as well.
         if isinstance(content, dict) and isinstance(content.get("protocol"), str):
             found[path.name] = content
     return found

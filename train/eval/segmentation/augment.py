@@ -43,6 +43,7 @@ def fitted_size(height: int, width: int, scale: tuple[int, int], ratio: float = 
     if scale == (0, 0):
         factor = ratio
     else:
+        # Cut to whole pixels first, as mmsegmentation does with a random scale.
         longest, shortest = (int(edge * ratio) for edge in scale)
         factor = min(longest / max(height, width), shortest / min(height, width))
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
@@ -68,12 +69,14 @@ def resample_image(
         (height, width, C) uint8.
     """
     top, left, height, width = box or (0, 0, *size)
+    # At its own size a crop is a plain cut, without rounding.
     if image.shape[:2] == size:
         return image[top : top + height, left : left + width]
     y = np.clip(_axis(image.shape[0], size[0], top, height), 0, image.shape[0] - 1)
     x = np.clip(_axis(image.shape[1], size[1], left, width), 0, image.shape[1] - 1)
     y0, x0 = y.astype(np.int64), x.astype(np.int64)
     y1, x1 = np.minimum(y0 + 1, image.shape[0] - 1), np.minimum(x0 + 1, image.shape[1] - 1)
+    # Only the columns that the crop needs are weighted: a crop of a large image is a small part of it.
     first = int(x0[0])
     columns = image[:, first : int(x1[-1]) + 1]
     wy = (y - y0).astype(np.float32)[:, None, None]
@@ -119,7 +122,9 @@ def random_crop(image: np.ndarray, label: np.ndarray, geometry: Geometry, seed: 
     ratio = low + float(size_draw[0]) * (high - low)
     size = fitted_size(label.shape[0], label.shape[1], geometry.scale, ratio)
     height, width = min(size[0], geometry.crop[0]), min(size[1], geometry.crop[1])
+    # Labels alone are resampled for a try, since they decide; the pixels follow once.
     for attempt in range(CROP_ATTEMPTS):
+        # Each try has draws of its own, so that the number of tries shifts no other draw.
         draw = uniform(seed, sample, epoch, 0, SLOT_SEGMENT_CROP + attempt)
         top, left = int(draw[0] * (size[0] - height + 1)), int(draw[1] * (size[1] - width + 1))
         box = (top, left, height, width)
@@ -131,6 +136,7 @@ def random_crop(image: np.ndarray, label: np.ndarray, geometry: Geometry, seed: 
         pixels, labels = pixels[:, ::-1], labels[:, ::-1]
     padded = np.zeros((*geometry.crop, 3), dtype=np.uint8)
     padded[:height, :width] = pixels
+    # Padding is ignored by loss and metrics.
     classes = np.full(geometry.crop, IGNORED, dtype=np.uint8)
     classes[:height, :width] = labels
     return Crop(padded, classes, (height, width))
@@ -185,6 +191,7 @@ def scale_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """
     value = images.amax(1, keepdim=True)
     saturation = (value - images.amin(1, keepdim=True)) / value.clamp_min(1e-6)
+    # The reciprocal is the factor at which the saturation reaches 1.
     strength = torch.minimum(factor.view(-1, 1, 1, 1), saturation.clamp_min(1e-6).reciprocal())
     return value - (value - images) * strength
 
@@ -196,6 +203,7 @@ def change_colours(images: Tensor, colours: Colours) -> Tensor:
         chosen = np.flatnonzero(values != neutral)
         if not len(chosen):
             return
+        # Half of the samples stay as they are in each operation, so only the others are computed.
         rows = torch.from_numpy(chosen).to(images.device, non_blocking=True)
         amount = torch.from_numpy(values[chosen]).to(images.device, non_blocking=True)
         images[rows] = _CHANGES[change](images[rows], amount)
@@ -225,6 +233,7 @@ def normalise(images: Tensor) -> Tensor:
 
 def blank_padding(images: Tensor, valid: np.ndarray) -> Tensor:
     """Zero what lies beyond each image's `valid` (B, 2) height and width, in place; images (B, 3, H, W)."""
+    # After normalising: zero is then the mean colour.
     for row, (height, width) in enumerate(valid.tolist()):
         images[row, :, height:] = 0
         images[row, :, :, width:] = 0

@@ -41,6 +41,7 @@ class ChannelDropout(nn.Module):
         if not self.training:
             return features
         rows = features.shape[0]
+        # For all ranks, in the same order on each, since their generators are seeded alike.
         drawn = torch.rand(rows * world(), features.shape[1], device=features.device)
         kept = (drawn[rank() * rows : (rank() + 1) * rows] >= DROPOUT).to(features.dtype) / (1 - DROPOUT)
         return features * kept[:, :, None, None]
@@ -102,5 +103,6 @@ def dilate_to_stride_8(trunk: TrunkT) -> TrunkT:
             wide = block.conv2 if isinstance(block, Bottleneck) else block.conv1
             wide.stride, wide.dilation, wide.padding = (1, 1), (own, own), (own, own)
             if number == 0 and block.downsample is not None:
+                # The shortcut must keep the resolution of the path beside it.
                 block.downsample[0].stride = (1, 1)
     return trunk

@@ -33,6 +33,7 @@ def read_pair(pair: Pair, labels: LabelMap) -> tuple[np.ndarray, np.ndarray]:
     except (OSError, ImageRefused) as reason:
         raise UserMistake(f"image {pair.image} cannot be read: {reason}; copy it again") from None
     label = read_label(pair.label, labels)
+    # Both were inspected at the start; a file may have been replaced since.
     if image.shape[:2] != label.shape:
         raise UserMistake(
             f"label {pair.label} is {label.shape[1]} x {label.shape[0]} pixels, its image {image.shape[1]} x "
@@ -59,10 +60,12 @@ class TrainBatch:
         """(images (B, 3, H, W) fp32, coloured and normalised, channels-last; labels (B, H, W) int64) on the device."""
         pixels = torch.from_numpy(np.stack([crop.image for crop in self.crops]))
         classes = torch.from_numpy(np.stack([crop.label for crop in self.crops]))
+        # Only from page-locked memory does a copy run beside the computation.
         if device.type == "cuda":
             pixels, classes = pixels.pin_memory(), classes.pin_memory()
         images = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
         images = normalise(change_colours(images, draw_colours(seed, self.epochs, self.samples)))
+        # Last, because colours and normalisation also change the padding.
         images = blank_padding(images, np.array([crop.valid for crop in self.crops]))
         return images.contiguous(memory_format=torch.channels_last), classes.to(device, non_blocking=True).long()
 
@@ -108,6 +111,7 @@ class TrainingFeed:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
+            # A batch may reach into the next epoch, so two orders are kept.
             self._orders = {old: order for old, order in self._orders.items() if old >= epoch - 1}
             self._orders[epoch] = global_order(np.arange(len(self.pairs)), self.seed, epoch)
         return self._orders[epoch]
@@ -118,6 +122,7 @@ class TrainingFeed:
     def batches(self, first: int, last: int) -> Iterator[TrainBatch]:
         """Batches of the steps `first` to `last` - 1; the next ones are prepared meanwhile."""
         waiting: list[tuple[np.ndarray, np.ndarray, list[Future[Crop]]]] = []
+        # The loop runs past the end, so that the last batches come out as well.
         for step in range(first, last + AHEAD):
             if step < last:
                 samples, epochs = self.addresses(step)
@@ -136,11 +141,13 @@ def validation_pairs(
     pairs: Sequence[Pair], labels: LabelMap, rank: int, world_size: int, threads: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Image and label of every `world_size`-th pair from `rank` on, some of them read ahead."""
+    # No padding to equal shares: each image counts once in the confusion matrix.
     own = pairs[rank::world_size]
     with ThreadPoolExecutor(threads) as pool:
         waiting: list[Future[tuple[np.ndarray, np.ndarray]]] = []
         for pair in own:
             waiting.append(pool.submit(read_pair, pair, labels))
+            # A limit: memory must not grow with the number of images.
             if len(waiting) > threads + AHEAD:
                 yield waiting.pop(0).result()
         for future in waiting:

@@ -17,6 +17,7 @@ Network = Callable[[Tensor], Tensor]
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Where windows start so that they cover `length` at most `stride` apart; the last one ends at the border."""
+    # Rounded up, so that the last window reaches the border.
     count = max(length - window + stride - 1, 0) // stride + 1
     return [max(min(number * stride, length - window), 0) for number in range(count)]
 
@@ -27,7 +28,7 @@ def whole_logits(network: Network, image: Tensor) -> Tensor:
 
 
 def sliding_logits(network: Network, image: Tensor, window: tuple[int, int], stride: tuple[int, int]) -> Tensor:
-    """The same as the mean over all windows that see a pixel; an image smaller than the window is one window."""
+    """(1, classes, H, W) logits as the mean over all windows that see a pixel; a smaller image is one window."""
     height, width = image.shape[2:]
     total: Tensor | None = None
     seen = torch.zeros(1, 1, height, width, device=image.device)
@@ -35,11 +36,13 @@ def sliding_logits(network: Network, image: Tensor, window: tuple[int, int], str
         for left in window_starts(width, window[1], stride[1]):
             rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
             logits = whole_logits(network, image[:, :, rows, columns].contiguous(memory_format=torch.channels_last))
+            # Only the first result tells the number of classes.
             if total is None:
                 total = torch.zeros(1, logits.shape[1], height, width, device=image.device)
             total[:, :, rows, columns] += logits
             seen[:, :, rows, columns] += 1
     assert total is not None
+    # Windows overlap unevenly near the border, so the sum is divided by how often each pixel was seen.
     return total / seen
 
 
@@ -69,6 +72,7 @@ def predict(
     pixels = normalise(resized.to(device).permute(2, 0, 1)[None].float())
     pixels = pixels.contiguous(memory_format=torch.channels_last)
     logits = whole_logits(network, pixels) if window is None else sliding_logits(network, pixels, window, stride)
+    # Scores are taken at the size of the labels.
     if size != image.shape[:2]:
         logits = upsampled(logits, (image.shape[0], image.shape[1]))
     return logits[0].argmax(0)

@@ -55,6 +55,7 @@ def label_map(names: Mapping[int, str], ignored: Sequence[int]) -> LabelMap:
             f"{len(kept)} classes are left (label values {kept[:3]}) when the values {list(ignored)} are ignored; a "
             "segmenter needs 2 to 254. Give another --ignore-index, or label what should count with another value"
         )
+    # Every value that is not named is an error, not background: a wrong file would otherwise train on noise.
     table = np.full(256, _INVALID, dtype=np.uint8)
     table[list(ignored)] = IGNORED
     table[kept] = np.arange(len(kept))
@@ -77,6 +78,7 @@ def read_values(path: Path) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
+            # An RGB label picture holds colours, and no table from colours to classes comes with it.
             if image.mode not in _INDEX_MODES:
                 raise UserMistake(
                     f"label {path} has mode {image.mode}; give one byte a pixel with the class's number (an 8-bit grey "
@@ -168,11 +170,13 @@ def inspect_all(pairs: Sequence[Pair], runtime: Runtime, threads: int) -> Inspec
     Raises:
         UserMistake: a pair cannot be used; the first of them is named.
     """
+    # Decoding every file takes long, so the ranks share it.
     own = pairs[runtime.rank :: runtime.world_size]
     with ThreadPoolExecutor(threads) as pool:
         parts = runtime.gather_objects(list(pool.map(inspect, own)))
     findings = [parts[position % len(parts)][position // len(parts)] for position in range(len(pairs))]
     problems = [finding.problem for finding in findings if finding.problem]
+    # The first in the order of the data, so that the message does not depend on the number of ranks.
     if problems:
         raise UserMistake(problems[0] + (f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""))
     joined = hashlib.sha256("".join(finding.digest for finding in findings).encode()).hexdigest()

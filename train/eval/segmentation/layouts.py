@@ -96,6 +96,7 @@ def read_layout(folder: str, part: str, split: str = "") -> DataSet:
     root = Path(folder)
     if not root.is_dir():
         raise UserMistake(f"{_flag(part)} {root} is no folder; give VOC2012, Cityscapes or one with images and labels")
+    # A user may name VOC2012 itself or one of the folders around it.
     for inner in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
         if (inner / "JPEGImages").is_dir():
             return _voc(inner, part, split)
@@ -135,6 +136,7 @@ def _voc(root: Path, part: str, split: str) -> DataSet:
     for stem in filter(None, map(str.strip, lines)):
         label = root / "SegmentationClass" / f"{stem}.png"
         added = root / "SegmentationClassAug" / f"{stem}.png"
+        # VOC's own label is used where there is one: the added ones were drawn by others.
         if added.is_file() and not label.is_file():
             label = added
         pairs.append(Pair(root / "JPEGImages" / f"{stem}.jpg", label))

@@ -40,6 +40,7 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (B, classes, h, w).
         labels: (B, H, W) int64, 255 where ignored.
     """
+    # A sum over hundreds of thousands of pixels has no digits left in half precision.
     with torch.autocast(logits.device.type, enabled=False):
         resized = upsampled(logits.float(), (labels.shape[1], labels.shape[2]))
         losses = F.cross_entropy(resized, labels, ignore_index=IGNORED, reduction="none")
@@ -70,7 +71,9 @@ class Segmenter(nn.Module):
         self.model = model
         self.trunk = dilate_to_stride_8(trunk) if model == "fcn" else trunk
         widths = [trunk.feature_dim // 2**below for below in (3, 2, 1, 0)]
+        # The heads are made on the CPU, where the seed gives the same weights whatever the device, and follow later.
         device = next(trunk.parameters()).device
+        # Initial weights follow from the seed, and the caller's generator is as before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head: nn.Module
@@ -103,6 +106,7 @@ def initialise(head: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     for module in head.modules():
+        # After the convolutions: a classifier is one of them and is drawn anew.
         if isinstance(module, Classifier):
             nn.init.normal_(module.conv.weight, std=0.01)
             assert module.conv.bias is not None

@@ -109,6 +109,7 @@ class Plan:
 
     def lr_at(self, step: int, lr: float) -> float:
         """Learning rate of the 0-based step for an initial one: polynomial decay to `LOWEST_LR`, or below as it is."""
+        # A user may start below the published floor; the rate must not rise then.
         lowest = min(LOWEST_LR, lr)
         return (lr - lowest) * (1 - step / self.steps) ** POWER + lowest
 
@@ -133,6 +134,7 @@ def make_plan(config: SegmentConfig, world_size: int) -> Plan:
         raise UserMistake(f"--ignore-index {config.ignore_index}: label files hold values up to 255")
     if config.channels == 1:
         raise UserMistake("--channels 1: the auxiliary head has half of it; give at least 2")
+    # Ranks take equal parts of a batch.
     if config.global_batch % world_size:
         raise UserMistake(f"--global-batch {config.global_batch} must be a multiple of the {world_size} ranks")
     if config.model == "upernet" and config.global_batch // (1 if config.bn == "sync" else world_size) < 2:
@@ -142,6 +144,7 @@ def make_plan(config: SegmentConfig, world_size: int) -> Plan:
         )
     if len(config.ratio) != 2 or not 0 < config.ratio[0] <= config.ratio[1]:
         raise UserMistake(f"--ratio {','.join(map(str, config.ratio))}: give low,high with 0 < low <= high")
+    # Flags that nothing would look at are refused rather than ignored.
     if config.test == "whole" and (config.window or config.stride):
         raise UserMistake("--window and --stride belong to --test slide")
     crop = _pair("crop", config.crop, published.crop, 32)
@@ -166,5 +169,6 @@ def task_name(config: SegmentConfig, plan: Plan, layout: str) -> str:
     data = {"voc": "VOC12", "cityscapes": "Cityscapes"}.get(layout, "own data")
     name = f"{data} {'FCN' if config.model == 'fcn' else 'UPerNet'}"
     lengths = {steps: key for key, steps in SCHEDULES.items()}
+    # Only FCN's length goes without saying in the tables; UPerNet's figures name theirs.
     usual = plan.steps == SCHEDULES[published.schedule] and config.model == "fcn"
     return name if usual else f"{name} {lengths.get(plan.steps, f'{plan.steps} steps')}"

@@ -76,6 +76,7 @@ def train(trainer: Trainer, state: TuningState) -> None:
         counted += config.global_batch
         if state.step % config.log_every == 0 or state.step == last:
             value = _mean_over_ranks(trainer.runtime, loss)
+            # Looked at with the log line: reading the loss at each step would wait for the device.
             if not np.isfinite(value):
                 raise NonFinite(f"loss is {value} at step {state.step}; lower --lr {config.lr} or use --precision bf16")
             state.record.setdefault("losses", []).append([state.step, value])
@@ -84,6 +85,7 @@ def train(trainer: Trainer, state: TuningState) -> None:
             trainer.say(f"step {state.step}/{last}: loss {value:.4f}, lr {lr:.6f}, {rate:.2f} images/s")
             started, counted = time.perf_counter(), 0
         ends = state.step == last
+        # Before saving, so that the checkpoint of this step has its validation.
         if ends or (config.eval_every and state.step % config.eval_every == 0):
             state.record.setdefault("validations", []).append([state.step, trainer.validate(state.step)])
         if ends or state.step % config.checkpoint_every == 0:
@@ -106,6 +108,7 @@ def take_step(trainer: Trainer, state: TuningState, batch: TrainBatch) -> Tensor
     loss = main + AUXILIARY_WEIGHT * auxiliary
     state.optimizer.zero_grad(set_to_none=True)
     (loss if state.scaler is None else state.scaler.scale(loss)).backward()
+    # No DDP wrapper: averaged here. Before the scaler looks, so that an overflow on one rank skips the step on all.
     average_buffers([p.grad for p in network.parameters() if p.grad is not None])
     if state.scaler is None:
         state.optimizer.step()
@@ -133,6 +136,7 @@ def validate(
         return logits
 
     device = runtime.device
+    # Whole numbers: a float32 counts pixels exactly only up to 16 million.
     confusion = torch.zeros(labels.classes, labels.classes, dtype=torch.int64, device=device)
     with torch.no_grad(), evaluation_mode(network):
         for image, label in validation_pairs(pairs, labels, runtime.rank, runtime.world_size, threads):

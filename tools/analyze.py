@@ -132,7 +132,7 @@ def _grid(rows: int, columns: int) -> tuple[Any, np.ndarray]:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """What pictures call the backbones: their last names, with the folder above where two are alike."""
+    """Names of the backbones in pictures: their folder or file names, with the parent folder where two are equal."""
     short = [Path(path).resolve().name for path in paths]
     return short if len(set(short)) == len(short) else ["/".join(Path(path).resolve().parts[-2:]) for path in paths]
 

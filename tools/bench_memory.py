@@ -37,7 +37,7 @@ KIB = 1024
 
 
 def materialised(rows: Tensor, queue: Tensor, positives: Tensor, temperature: float) -> Tensor:
-    """As the methods' released code has it: positive and negatives joined, scaled in place, cross entropy."""
+    """Cross entropy over the joined matrix of positive and negatives, as the methods' released code computes it."""
     negatives = rows @ queue.T
     logits = torch.cat([positives[:, None], negatives], dim=1)
     logits /= temperature

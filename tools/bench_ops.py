@@ -53,7 +53,7 @@ def two_means(feature_map: Tensor, boxes: Tensor) -> Tensor:
 
 
 def mask_multiply(feature_map: Tensor, boxes: Tensor) -> Tensor:
-    """As the released RegionCL code does it: full-size masks of paste and canvas, a product and a sum of each."""
+    """Pool with full-size masks of paste and canvas, one product and sum each, as the released RegionCL code does."""
     mask = torch.zeros_like(feature_map)
     mask[box_masks(boxes, *feature_map.shape[2:])[:, None].expand_as(mask)] = 1.0
     canvas = 1.0 - mask

@@ -151,7 +151,7 @@ class DecoderAlone:
         self._epoch = 0
 
     def jobs(self, epoch: int, images: int | None = None) -> np.ndarray:
-        """What an epoch decodes, or its first images only."""
+        """Decoding jobs of an epoch, or of its first images only."""
         index = np.concatenate(self._plan.batches(epoch))[:images]
         jobs = np.zeros(len(index), dtype=JOB)
         jobs["index"], jobs["slot"] = index, np.arange(len(index)) % self._rows

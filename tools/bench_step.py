@@ -149,7 +149,7 @@ class OurStep:
 
 
 def synthetic_crops(config: Config, runtime: Runtime, count: int) -> tuple[BatchAugmenter, Iterator[Batch]]:
-    """What augments a batch as the run does, and `count` batches of synthetic uint8 crops on the device."""
+    """The augmenter of a run, and `count` batches of synthetic uint8 crops on the device for it."""
     size = config.recipe.global_batch
     settings = PipelineConfig(
         str(count * size),

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _METHOD = "regioncl-m"
 _RECIPE = "regioncl-m-quick"
 _MOST_IMAGES = 20_000
-"""Of a larger folder a sample is packed, so that packing leaves time to train."""
+"""Largest number of images to pack; a larger folder is sampled, so that packing leaves time to train."""
 _MOST_SEEN = 500_000
 _PUBLISHED_SEEN = 200 * 1_281_167
 _TIMING_STEPS, _TIMING_ROW = 12, 4

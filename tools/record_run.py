@@ -30,7 +30,7 @@ def _single(value: float) -> Summary:
 
 
 def _flags(config: dict[str, Any]) -> list[str]:
-    """What the run's recipe and method settings have other than the recipe of that name, as `flag value`."""
+    """Settings in which a run differs from the recipe of its name, as `flag value`."""
     recipe = resolve(["--method", config["run"]["method"], "--recipe", config["run"]["recipe"]])
     made = json.loads(json.dumps(recipe.to_json()))
     changes = changed_fields({**made, "run": config["run"]}, config)

@@ -24,7 +24,7 @@ from train.record.run import read_results
 
 
 def setting_of(facts: dict[str, Any]) -> str:
-    """What was trained on what, in the words of a row."""
+    """The trained backbone and the data it was evaluated on, in the words of a row."""
     settings = facts["settings"]
     val = "the same" if facts["data_hash"] == facts["val_data_hash"] else f"{facts['val_images']} others"
     parts = [

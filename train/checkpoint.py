@@ -82,6 +82,7 @@ def write_checkpoint(root: Path, name: str, files: Mapping[str, bytes]) -> Path:
         for file, data in files.items():
             (temporary / file).write_bytes(data)
         (temporary / _MANIFEST).write_text(json.dumps({"files": hashes}, indent=1))
+    # After the folder has its name: "latest" must never name a checkpoint that is not there.
     write_atomically(root / "latest", name.encode())
     return root / name
 
@@ -249,6 +250,7 @@ class Checkpoints:
         """
         folders = self._same_on_all_ranks() if self.resume else []
         passed_over: list[str] = []
+        # Newest first; a damaged one is passed over for the one before.
         for position, folder in enumerate(folders):
             saved, complaint = self._read_on_all_ranks(folder, state)
             if saved is None:
@@ -274,7 +276,7 @@ class Checkpoints:
         raise UserMistake(f"the ranks see different checkpoints under {self.root}; put it on a shared disk")
 
     def _read_on_all_ranks(self, folder: Path, state: State) -> tuple[Saved | None, str]:
-        """What is saved, where every rank could read it and it fits; otherwise None and the first rank's complaint."""
+        """The saved state if every rank can read it and it fits; otherwise None and the complaint of the first rank."""
         saved, complaint = None, ""
         mistake: UserMistake | None = None
         try:
@@ -315,7 +317,7 @@ class Checkpoints:
             print(f"regatta: {self.root}: {'; '.join(passed_over)}; {then}", file=sys.stderr, flush=True)
 
     def check_space(self, state: State) -> None:
-        """See at the start that the disk has room for the checkpoints of the whole run.
+        """Check at the start that the disk has room for the checkpoints of the whole run.
 
         Raises:
             UserMistake: on every rank, with what is needed and what is free.
@@ -344,6 +346,7 @@ class Checkpoints:
         Raises:
             CheckpointFailed: on every rank when rank 0 could not write, so that none waits for a rank that has gone.
         """
+        # Outside of the first rank's part: every rank must take part in the exchange.
         parts = self.runtime.gather_objects(state.rank_part())
         self.runtime.first_rank_does(lambda: self._write(state, parts, also, best))
 
@@ -355,15 +358,18 @@ class Checkpoints:
         # What is not in the history is damaged or another run's (--resume never): it must not crowd this one out.
         stays = {*self._history[-self.keep :], *self._name_best(best)}
         self._history = [older for older in self._history if older in stays]
+        # After writing: until then the older ones are all that is left of the run.
         for other in steps_on_disk(self.root):
             if other.name not in stays:
                 remove(other)
+        # Last, so that it finds the checkpoint written.
         if also is not None:
             also(folder)
 
     def _name_best(self, step: int | None) -> Iterable[str]:
         path = self.root / "best"
         name = "" if step is None else checkpoint_name(step)
+        # The best of an earlier start, or one that is gone, must not be named.
         if name not in self._history:
             remove(path)
             return ()

@@ -56,6 +56,7 @@ def run_to_exit_code(main: Callable[[], int]) -> int:
     try:
         return main()
     except RunEnd as end:
+        # On one line, whatever line breaks the cause of it has.
         print(f"regatta: {' '.join(str(end).split())}", file=sys.stderr)
         return end.code
     except OSError as reason:

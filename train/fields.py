@@ -112,7 +112,7 @@ def check(config: Any, prefix: str = "") -> None:
 
 
 def _type_problem(leaf: Leaf) -> str:
-    """What a configuration file or a Python caller can get wrong; the parser of flags has checked those before."""
+    """The problem of a value's type, empty for none; files and Python callers need this, the flag parser checked it."""
     arguments = typing.get_args(leaf.annotation)
     origin = typing.get_origin(leaf.annotation)
     if origin is typing.Literal:

@@ -103,7 +103,7 @@ def grid_cells(stride: int, image_size: int) -> int:
 
 
 def region_sampler(config: Config, grid: int) -> RegionSampler:
-    """What draws the run's regions and pairs, on a feature map of `grid` cells a side.
+    """The sampler of a run's regions and pairs, on a feature map of `grid` cells a side.
 
     Only for a method that exchanges regions: the others have no such settings.
 
@@ -143,7 +143,7 @@ class InputBuilder:
 
     @cached_property
     def sampler(self) -> RegionSampler:
-        """What draws regions and pairs; made on first use, because only some methods have its settings."""
+        """The sampler of regions and pairs; made on first use, because only some methods have its settings."""
         return region_sampler(self.config, self.grid)
 
     def build(self, batch: Batch, step: int) -> list[StepInputs]:

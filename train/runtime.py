@@ -112,6 +112,7 @@ def _launch_environment() -> tuple[int, int, int]:
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        # srun sets no address of a rendezvous; the port is torchrun's default.
         env.setdefault("MASTER_PORT", "29500")
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
@@ -129,11 +130,13 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserMistake("--device cuda: PyTorch sees no CUDA device here; use --device cpu or check the driver")
+    # Refused here, where the message can name the flag.
     if local_rank >= torch.cuda.device_count():
         raise UserMistake(
             f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible; "
             "lower --nproc_per_node or check CUDA_VISIBLE_DEVICES"
         )
+    # NCCL's collectives use the current device, which would be GPU 0 for every rank.
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -154,6 +157,7 @@ def bind_to_numa_node(device: torch.device) -> None:
         return
     properties: Any = torch.cuda.get_device_properties(device)
     bus = getattr(properties, "pci_bus_id", None)
+    # Not every version of PyTorch tells it.
     if bus is None:
         return
     address = f"{properties.pci_domain_id:04x}:{bus:02x}:{properties.pci_device_id:02x}.0"

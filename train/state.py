@@ -270,6 +270,7 @@ def restore(saved: Saved, state: State, rank: int, world_size: int) -> None:
     Raises:
         Mismatch: it is of another network or optimizer, or lacks a piece.
     """
+    # Everything before anything: a run half restored would go on without a word.
     check(saved, state)
     with torch.no_grad():
         for name, target in state.network.state_dict().items():
@@ -282,7 +283,7 @@ def restore(saved: Saved, state: State, rank: int, world_size: int) -> None:
 
 
 def check(saved: Saved, state: State) -> None:
-    """See that every piece of a state is there and fits.
+    """Check that every piece of a saved state is there and fits the live objects.
 
     Raises:
         Mismatch: naming the first that does not.
@@ -355,6 +356,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     """Put what `optimizer_tensors` gave back into an optimizer over parameters of the same shapes and order."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fused = [group.get("fused") for group in optimizer.param_groups for _ in group["params"]]
+    # What the live optimizer began with, such as zero momentum, must not survive beside the saved state.
     optimizer.state.clear()
     for key, value in tensors.items():
         index, name = key.split("/", 1)

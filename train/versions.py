@@ -24,6 +24,7 @@ def commit() -> str:
     """The checkout's commit, with `+` when files differ from it; empty outside a git checkout."""
     root = Path(__file__).resolve().parents[1]
     try:
+        # With time limits: on a network disk git may hang, and a run must not wait for its own name.
         head = subprocess.run(
             ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"],
             capture_output=True,

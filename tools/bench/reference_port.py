@@ -213,7 +213,7 @@ class PortedStep:
         return torch.cat([positive, *([] if extra is None else [extra]), negative.float()], dim=1) / TEMPERATURE
 
     def _fused_loss(self, query: Tensor, pooled: tuple[Tensor, Tensor] | None, key: Tensor) -> Tensor:
-        """The same loss from one blockwise product of all rows with the queue."""
+        """The loss of `_loss`, computed from one blockwise product of all rows with the queue."""
         rows, keys, extra = [query], [key], [query.new_full((len(query), 1), -torch.inf)]
         if pooled is not None:
             canvas, paste = self._region_rows(pooled)

@@ -70,7 +70,7 @@ class Source:
         return data
 
     def shuffled(self, seed: int) -> Source:
-        """The same images in a random order that depends on the seed and their number only."""
+        """A source with these images in a random order, which depends only on the seed and the number of images."""
         # Philox by name: NumPy may change what its default generator draws.
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(self)).tolist()
         return Source([self.names[i] for i in order], self.labels[order], self.classes, [self.places[i] for i in order])
@@ -253,7 +253,7 @@ def make_records(
 
 
 def with_progress(records: Iterator[tuple[int, Record | str]], total: int) -> Iterator[tuple[int, Record | str]]:
-    """The same with a progress bar where standard error is a terminal."""
+    """Pass the records through, with a progress bar where standard error is a terminal."""
     return iter(tqdm(records, total=total, unit=" images", disable=None, smoothing=0.05))
 
 

@@ -1,4 +1,4 @@
-"""What the papers look at beside accuracies: class activation, gradients inside objects, alignment maps, neighbours."""
+"""Analyses that the papers show beside accuracies: class activation, gradients in objects, maps, neighbours."""
 
 from __future__ import annotations
 

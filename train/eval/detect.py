@@ -143,7 +143,7 @@ def check(config: DetectConfig) -> None:
 
 
 def plan_of(config: DetectConfig, kind: Format) -> Plan:
-    """What is trained: published values where the flags say nothing."""
+    """The plan of a run: the flags' values, and the published ones where a flag was left out."""
     name = config.schedule or DEFAULT_SCHEDULE[kind]
     # A wanted number of steps keeps the shape: milestones and warm-up move in proportion.
     published = schedule_of(name, kind, config.detector)
@@ -225,7 +225,7 @@ def headline(found: dict[str, dict[str, float | None]]) -> dict[str, float | Non
 
 
 def _settings(config: DetectConfig, plan: Plan, data: DetectionData, backbone: str) -> dict[str, Any]:
-    """What decides the weights, for the refusal of another run's checkpoint."""
+    """Every setting that decides the weights; a checkpoint with other settings is refused."""
     # Flags left at 0 stand for published values, so what they come to is recorded as well.
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_SETTING}
     course = {

@@ -317,7 +317,7 @@ def head_records(lrs: Sequence[float], state: TuningState) -> list[HeadRecord]:
 
 
 def common_settings(session: Session, population: np.ndarray, val_hash: str) -> dict[str, Any]:
-    """What decides the outcome of any classification run: backbone, images, their size, seed and precision."""
+    """Settings that decide the outcome of any classification run: backbone, images, their size, seed, precision."""
     return {
         "arch": session.arch,
         "backbone": fingerprint(session.encoder),

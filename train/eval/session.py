@@ -137,7 +137,7 @@ class ProtocolSession:
             print(text, flush=True)
 
     def facts(self) -> dict[str, Any]:
-        """What every result file says of the run."""
+        """Facts about the run that every result file contains."""
         return {
             "protocol": self.protocol,
             "untrained": self.config.untrained,
@@ -226,7 +226,7 @@ class Session(ProtocolSession):
         return pipeline
 
     def open_training(self, data: str, global_batch: int, population: np.ndarray) -> Pipeline:
-        """What a probe or fine-tuning trains on: random crops flipped at random and normalised, fp32, channels-last.
+        """The pipeline that a probe or fine-tuning trains on: random crops and flips, normalised fp32, channels-last.
 
         Raises:
             UserMistake: as `open`.

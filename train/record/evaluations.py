@@ -98,7 +98,7 @@ def describe(figures: Mapping[str, float]) -> str:
 
 
 def differences(row: Published, measured: Measurement) -> list[str]:
-    """What differs between the evaluation of a published figure and ours, in words."""
+    """Differences between the evaluation of a published figure and ours, in words."""
     facts = measured.facts
     found = [] if row.task == measured.task else [f"task: {row.task} there, {measured.task} here"]
     images = facts.get("val_images")

@@ -11,7 +11,7 @@ from train.record.run import Run, read_results, read_run
 
 
 def evaluations(loaded: LoadedBackbone) -> list[Measurement]:
-    """What `train/evaluate.py` measured, by the result files beside a checkpoint."""
+    """Results of `train/evaluate.py`, read from the result files beside a checkpoint."""
     if loaded.source.folder is not None:
         results = read_results(loaded.source.folder.glob("eval-*.json"))
     else:

@@ -154,7 +154,7 @@ def nearest_task(task: str, tasks: Sequence[str]) -> str:
 
 
 def differences(row: Published, config: Mapping[str, Any]) -> list[str]:
-    """What differs between a run's pre-training and that of a published figure, in words.
+    """Differences between a run's pre-training and that of a published figure, in words.
 
     Args:
         row: the published figure.

@@ -133,6 +133,7 @@ def read_cityscapes(data: str, part: str, workers: int) -> DetectionData:
             x0, y0, x1, y1 = entry["box"]
             document["annotations"].append(
                 {
+                    # From 1: COCO's evaluator takes the id 0 for "not matched".
                     "id": len(document["annotations"]) + 1,
                     "image_id": number,
                     "category_id": entry["label"],
@@ -142,6 +143,7 @@ def read_cityscapes(data: str, part: str, workers: int) -> DetectionData:
                     "segmentation": entry["mask"],
                 }
             )
+        # A group of objects that were not told apart is no example of one.
         single = [entry for entry in objects if not entry["crowd"]]
         crowds += len(objects) - len(single)
         boxes, _ = inside(np.array([entry["box"] for entry in single]), size[1], size[0])

@@ -36,6 +36,7 @@ def unique_by_id(path: Path, entries: list[Any], what: str) -> dict[int, dict[st
     for place, entry in enumerate(entries):
         if not isinstance(entry, dict) or not _is_whole(entry.get("id")):
             raise UserMistake(f"{path}: {what} {place} of the list has no whole number as id; number them")
+    # A dictionary keeps the last of equal ids, so the number tells whether there were any.
     by_id = {entry["id"]: entry for entry in entries}
     if len(by_id) != len(entries):
         twice = Counter(entry["id"] for entry in entries).most_common(1)[0][0]
@@ -119,6 +120,7 @@ def check_ground_truth(name: str, entry: dict[str, Any], masks: bool) -> None:
     if not _is_finite(entry.get("area")) or entry["area"] < 0 or entry.get("iscrowd") is None:
         raise UserMistake(f"{name} lacks area or iscrowd, which COCO's AP is defined by; add them")
     shape = entry.get("segmentation")
+    # COCO's tools look at the first polygon's length to tell polygons from boxes.
     drawable = isinstance(shape, dict) or (isinstance(shape, list) and shape and len(shape[0]) > 4)
     if masks and not drawable:
         raise UserMistake(
@@ -141,6 +143,7 @@ def run_lengths(counts: Any) -> np.ndarray | None:
     if not isinstance(counts, bytes):
         return None
     groups = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    # A last group that says more follow is a text that was cut.
     if len(groups) == 0 or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
         return None
     return _undo_differences(_numbers_of(groups))

@@ -39,9 +39,11 @@ class CountedSampler(BalancedPositiveNegativeSampler):
         chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
         for labels, (step, position) in zip(matched_idxs, self.draws, strict=True):
             low, high = philox(self.seed, step, position, self.purpose, SLOT_STEP_SEED)[:2].tolist()
+            # A generator of its own for each image: what it draws does not depend on the images before it.
             generator = torch.Generator(labels.device)
             generator.manual_seed((high << 32 | low) >> 1)
             positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
+            # Negatives fill up what positives leave, as in torchvision's sampler.
             positives = min(len(positive), int(self.batch_size_per_image * self.positive_fraction))
             counts = (positives, min(len(negative), self.batch_size_per_image - positives))
             for candidates, count, masks in zip((positive, negative), counts, chosen, strict=True):

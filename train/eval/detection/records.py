@@ -71,6 +71,7 @@ class DetectionData:
         """SHA-256 over names, sizes, boxes and labels of all images."""
         digest = hashlib.sha256(json.dumps([self.format, self.names]).encode())
         for record in self.records:
+            # Names without their folders: data that were moved are still the same.
             digest.update(f"{record.path.name} {record.image_id} {record.width} {record.height};".encode())
             digest.update(record.boxes.tobytes() + record.labels.tobytes())
         return digest.hexdigest()

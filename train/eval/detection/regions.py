@@ -60,7 +60,7 @@ class Proposals(RegionProposalNetwork):
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """See `losses.proposal_losses`."""
+        """Objectness and box loss of the sampled anchors, as `losses.proposal_losses` defines them."""
         # The sampler answers image by image; the losses take all anchors in one row.
         positive, negative = (torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels))
         return losses.proposal_losses(

@@ -33,7 +33,7 @@ class Schedule:
     lr: float
 
     def scaled_to(self, steps: int) -> Schedule:
-        """The same shape in another number of steps."""
+        """This schedule with another number of steps; milestones and warm-up move in proportion."""
         share = steps / self.steps
         milestones = tuple(round(milestone * share) for milestone in self.milestones)
         return dataclasses.replace(self, steps=steps, milestones=milestones, warmup=round(self.warmup * share))

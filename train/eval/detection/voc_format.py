@@ -240,6 +240,7 @@ def _add_ground_truth(
         width, height = x1 - (x0 - 1), y1 - (y0 - 1)
         document["annotations"].append(
             {
+                # From 1: COCO's evaluator takes the id 0 for "not matched".
                 "id": len(document["annotations"]) + 1,
                 "image_id": number,
                 "category_id": entry.label + 1,

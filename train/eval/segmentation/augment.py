@@ -87,7 +87,7 @@ def resample_image(
 
 
 def resample_label(label: np.ndarray, size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
-    """The same crop of a label (H, W), by nearest pixel."""
+    """The crop of a resized label (H, W) that `resample_image` takes of its image, by nearest pixel."""
     top, left, height, width = box
     y = np.floor(_axis(label.shape[0], size[0], top, height) + 0.5).astype(np.int64)
     x = np.floor(_axis(label.shape[1], size[1], left, width) + 0.5).astype(np.int64)

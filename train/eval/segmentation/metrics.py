@@ -27,7 +27,7 @@ def confusion_matrix(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says, shares in [0, 1].
+    """Scores computed from a confusion matrix, as shares in [0, 1].
 
     Attributes:
         iou: (classes,) intersection over union, NaN for a class that neither occurs nor was predicted.

@@ -164,7 +164,7 @@ def make_plan(config: SegmentConfig, world_size: int) -> Plan:
 
 
 def task_name(config: SegmentConfig, plan: Plan, layout: str) -> str:
-    """What tables of published figures call this run; of another length or data, what it is instead."""
+    """The name of this run in the table of published figures, or a description where length or data differ from it."""
     published = PUBLISHED[config.model]
     data = {"voc": "VOC12", "cityscapes": "Cityscapes"}.get(layout, "own data")
     name = f"{data} {'FCN' if config.model == 'fcn' else 'UPerNet'}"

@@ -1,9 +1,11 @@
 """The packer: what it stores, that stock FFCV reads it, and every way it says no."""
 
+import hashlib
 import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,8 +24,10 @@ from pipeline.listing import list_images
 from pipeline.manifest import manifest_of, manifest_path, read_manifest
 from pipeline.records import fit, make_record
 from pipeline.refusal import ImageRefused
-from tools import make_ffcv_dataset
+from pipeline.shards import INDEX_NAME
+from tools import make_ffcv_dataset, make_webdataset
 from tools.support import packing
+from tools.support.class_list import read_class_list
 from tools.support.cli import call, make_parser, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,6 +385,63 @@ def test_shuffle_is_the_same_every_time(photos, tmp_path):
     assert sorted(manifest.sources) == list_images(source).names != manifest.sources
     for number, name in enumerate(manifest.sources):
         assert manifest.classes[reader.labels[number]] == name.split("/")[0]
+
+
+@pytest.mark.parametrize("packer", [make_ffcv_dataset, make_webdataset])
+def test_only_the_listed_classes_are_packed(packer, photos, tmp_path):
+    source = photos(4)
+    every = list_images(source)
+    chosen = [every.classes[7], every.classes[2]]
+    text = f"# two of them\r\n\r\n{chosen[0]} more words\n  {chosen[1]}\n"
+    (tmp_path / "two.txt").write_bytes(text.encode())
+    dest = tmp_path / ("a.beton" if packer is make_ffcv_dataset else "shards")
+    assert call(packer.main, [str(source), str(dest), "--classes", str(tmp_path / "two.txt"), "--shuffle"]) == 0
+    place = manifest_path(dest) if packer is make_ffcv_dataset else dest / INDEX_NAME
+    about = json.loads(place.read_text())
+    # Labels follow the order of the names, whatever the order of the list.
+    assert about["classes"] == sorted(chosen)
+    listed = {"file": "two.txt", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    assert about["settings"]["classes"] == listed
+    if packer is make_ffcv_dataset:
+        manifest = read_manifest(place)
+        assert sorted(manifest.sources) == [name for name in every.names if name.split("/")[0] in chosen]
+        for name, label in zip(manifest.sources, BetonReader(dest).labels.tolist(), strict=True):
+            assert manifest.classes[label] == name.split("/")[0]
+
+
+def test_listed_classes_of_shards_with_class_numbers(tmp_path):
+    members = []
+    for number, label in enumerate([0, 3, 1, -1, 3]):
+        members += [(f"{number}.jpg", jpeg(picture(40, 30, number))), (f"{number}.cls", str(label).encode())]
+    make_tar(tmp_path / "s.tar", members)
+    (tmp_path / "list.txt").write_text("3\n1\n")
+    assert pack(tmp_path / "s.tar", tmp_path / "a.beton", "--classes", tmp_path / "list.txt") == 0
+    reader = BetonReader(tmp_path / "a.beton")
+    assert manifest_of(reader).sources == ["1.jpg", "2.jpg", "4.jpg"]
+    assert reader.labels.tolist() == [1, 0, 1] and manifest_of(reader).classes == ("1", "3")
+    (tmp_path / "list.txt").write_text("2\n")  # below the highest number, but no image has it
+    assert pack(tmp_path / "s.tar", tmp_path / "b.beton", "--classes", tmp_path / "list.txt") == 2
+
+
+def test_class_lists_that_do_not_fit_are_one_line(folder, tmp_path, capsys):
+    lists = {"bird": "cat\nbird\n", "birds": "bird\ncow\ncat\n", "empty": "# nothing\n\n"}
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+    for name, words in [
+        ("bird", "no images of class bird, which bird names"),
+        ("birds", "class bird and 1 more"),
+        ("empty", "names no class"),
+        ("absent", "cannot be read"),
+    ]:
+        assert pack(folder, tmp_path / "a.beton", "--classes", tmp_path / name) == 2
+        line = capsys.readouterr().err.strip()
+        assert words in line and "\n" not in line
+    assert not list(tmp_path.glob("a.*"))
+
+
+def test_the_list_of_imagenet_100_has_100_wordnet_ids():
+    names = read_class_list(ROOT / "tools" / "support" / "imagenet100.txt").names
+    assert len(names) == 100 and all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 VARIANTS = [

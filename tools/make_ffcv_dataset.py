@@ -18,6 +18,7 @@ if not __package__:
 from pipeline.atomic import remove, replacing
 from pipeline.beton import BetonReader, BetonWriter, page_size_for
 from pipeline.manifest import manifest_path, rejected_path
+from tools.support.class_list import open_chosen
 from tools.support.cli import TOO_MANY_BAD, make_parser, parse, run_main
 from tools.support.packing import (
     SHUFFLE_SEED,
@@ -26,7 +27,6 @@ from tools.support.packing import (
     add_packing_flags,
     check_packing_flags,
     make_records,
-    open_source,
     with_progress,
 )
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     check_packing_flags(options)
     dest = Path(options.dest)
     finals = _final_paths(dest, options.overwrite)
-    source = open_source(options.source)
+    source, chosen = open_chosen(options.source, options.classes)
     if options.shuffle:
         source = source.shuffled(SHUFFLE_SEED)
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> int:
             "max_resolution": options.max_resolution,
             "jpeg_quality": options.jpeg_quality,
             "shuffle": options.shuffle,
+            **chosen,
         }
         manifest = tally.manifest(BetonReader(packed).fingerprint(), source.classes, settings)
         about.write_text(manifest.to_json(), encoding="utf-8")

@@ -18,6 +18,7 @@ if not __package__:
 from pipeline.atomic import remove, replacing
 from pipeline.beton import page_size_for
 from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
+from tools.support.class_list import open_chosen
 from tools.support.cli import TOO_MANY_BAD, make_parser, parse, run_main
 from tools.support.packing import (
     SHUFFLE_SEED,
@@ -26,7 +27,6 @@ from tools.support.packing import (
     add_packing_flags,
     check_packing_flags,
     make_records,
-    open_source,
     with_progress,
 )
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     dest = Path(os.path.abspath(options.dest))
     rejected = dest.with_name(f"{dest.name}.rejected.jsonl")
     _check_dest(dest, rejected, options.overwrite)
-    source = open_source(options.source)
+    source, chosen = open_chosen(options.source, options.classes)
     if options.shuffle:
         source = source.shuffled(SHUFFLE_SEED)
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
             "jpeg_quality": options.jpeg_quality,
             "shuffle": options.shuffle,
             "shard_size_mib": options.shard_size_mib,
+            **chosen,
         }
         manifest = tally.manifest(fingerprint(shards), source.classes, settings)
         write_index(partial, manifest, shards)

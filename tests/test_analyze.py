@@ -17,8 +17,8 @@ from torch import nn
 from models.alignment import AlignmentHead
 from tools.analyze import main
 from train.backbone_io import save_backbone
+from train.build import build_method
 from train.eval import analysis
-from train.main import build_method
 from train.record.page import render
 from train.record.run import read_run
 from train.resolve import resolve

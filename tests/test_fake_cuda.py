@@ -25,13 +25,13 @@ from pipeline.prefetch import deliver_batches
 from tests.fake_cuda import DEVICE, fake_gpu, on_gpu
 from tests.method_cases import SWIN_METHODS, small_backbones
 from tests.runs import last_wins
+from train.build import build_method, build_state, feature_grid
 from train.config import Config, OptimConfig
 from train.eval.linear import LINEAR_RECIPES, LinearHeads, train_heads
 from train.eval.segmentation.augment import Crop
 from train.eval.segmentation.feed import TrainBatch
 from train.inputs import InputBuilder, InputStream, finished_views
 from train.loop import take_step
-from train.main import build_method, feature_grid
 from train.measure.features import normalise
 from train.measure.knn import knn_predict
 from train.optim import build_optimizer
@@ -99,15 +99,7 @@ def one_step(config: Config, dtype: torch.dtype) -> dict[str, Tensor]:
     with fake_gpu() as watch:
         on_gpu(method)
         runtime = Runtime(0, 1, DEVICE, dtype, False)
-        state = TrainState(
-            method=method,
-            optimizer=build_optimizer(method, config.recipe.optim, BATCH),
-            scaler=torch.amp.GradScaler("cuda") if dtype is torch.float16 else None,
-            step=0,
-            sums={},
-            sum_steps=0,
-            non_finite=torch.zeros(1, dtype=torch.int64, device=DEVICE),
-        )
+        state = build_state(config, runtime, method)
         augment._normalisation.cache_clear()
         augment._normalisation(DEVICE, torch.float32)  # made once in a run; the host may wait for that
         pipeline_config = finished_views(PipelineConfig("", (), BATCH, device=DEVICE), config, runtime)

@@ -533,6 +533,8 @@ def test_parser_names_the_nearest_flag():
     parser.add_argument("--max-resolution", type=int, default=1)
     parser.add_argument("--shift", type=float, default=0.0)
     assert parse(parser, ["--shift", "-1.5"]).shift == -1.5
-    for argv, near in ((["--max-res", "2"], "--max-resolution"), (["--resolution=2"], "--max-res"), (["-z"], "")):
-        with pytest.raises(ValueError, match=f"nearest valid one is .*{near}"):
+    for argv, near in ((["--max-res", "2"], "--max-resolution"), (["--resolution=2"], "--max-res")):
+        with pytest.raises(ValueError, match=f"nearest valid flag is .*{near}"):
             parse(parser, argv)
+    with pytest.raises(ValueError, match="unknown flag -z; --help lists all flags"):
+        parse(parser, ["-z"])

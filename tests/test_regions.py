@@ -10,7 +10,7 @@ import torch
 from pipeline import regions
 from pipeline.regions import Region, RegionSampler, make_mixed, rank_partner, region_bounds
 from train.errors import UserMistake
-from train.inputs import InputBuilder, batch_per_device, pairing_group_size
+from train.inputs import InputBuilder, batch_per_device, check_batch, pairing_group_size
 from train.recipes import RECIPES
 from train.resolve import resolve
 
@@ -270,7 +270,7 @@ def test_composites_do_not_depend_on_the_number_of_ranks(method: str) -> None:
     assert torch.equal(composites(2), alone) and torch.equal(composites(4), alone)
     assert batch_per_device(config, 4) == 4
     with pytest.raises(UserMistake, match="group-size 4 does not divide the 2 images"):
-        batch_per_device(config, 8)
+        check_batch(config, 8)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("regioncl-")])

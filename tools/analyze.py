@@ -35,6 +35,7 @@ from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from tools.support.cli import make_parser, parse
 from train.backbone_io import LoadedBackbone, load
+from train.build import build_method, feature_grid
 from train.checkpoint import is_good, read_checkpoint
 from train.config import Config
 from train.errors import UserMistake, run_to_exit_code
@@ -42,7 +43,6 @@ from train.eval import analysis
 from train.eval.linear import fit_logistic
 from train.eval.splits import balanced_subset, class_names
 from train.inputs import InputBuilder
-from train.main import build_method, feature_grid
 from train.measure.features import center_view, extract_features, normalise
 from train.record.run import CONFIG, read_config, read_run
 from train.resolve import resolve
@@ -76,10 +76,7 @@ def _pipeline(arguments: argparse.Namespace, data: str, population: np.ndarray |
     settings = PipelineConfig(
         data, views, 128, order="sequential", drop_last=False, population=population, device=_device()
     )
-    try:
-        return build_pipeline(arguments.loader, settings, quiet=True)
-    except (ValueError, OSError, ImportError) as reason:
-        raise UserMistake(str(reason)) from None
+    return build_pipeline(arguments.loader, settings, quiet=True)
 
 
 def _pixels(arguments: argparse.Namespace, data: str, index: np.ndarray) -> Tensor:
@@ -406,10 +403,7 @@ def _aligned_method(folder: str) -> tuple[nn.Module, AlignmentHead]:
 
 def _maps_of(encoder: nn.Module, head: AlignmentHead, pixels: Tensor) -> Tensor:
     """Alignment maps (B, d, H, W) of uint8 images (B, 3, S, S), on the CPU."""
-    try:
-        return analysis.lewel_maps(encoder, head, normalise(pixels.to(_device()))).cpu()
-    except ValueError as reason:
-        raise UserMistake(str(reason)) from None
+    return analysis.lewel_maps(encoder, head, normalise(pixels.to(_device()))).cpu()
 
 
 @dataclass(frozen=True)
@@ -499,10 +493,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--maps", type=int, default=6, help="align: maps of each image")
     parser.add_argument("--tsne", action="store_true", help="embedding: t-SNE instead of principal axes")
     parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
-    try:
-        arguments = parse(parser, argv)
-    except ValueError as reason:
-        raise UserMistake(str(reason)) from None
+    arguments = parse(parser, argv)
     if arguments.image_size < 0:
         raise UserMistake(f"--image-size {arguments.image_size}: must not be negative")
     # A backbone is looked at in the size it was trained at.

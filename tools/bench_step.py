@@ -38,18 +38,13 @@ from tools.bench.reference_port import PortedStep, PortOptions
 from tools.bench.rows import Report
 from tools.bench.timing import add_common_flags, choose_device, peak_mib, time_interleaved
 from tools.support import cli
+from train.build import build_job, build_method, build_state, compile_heads
 from train.checkpoint import run_checkpoints
 from train.config import Config
-from train.cuda_graph import GraphedForwardBackward
-from train.errors import RunEnd
-from train.inputs import InputBuilder, finished_views
-from train.loop import Job, take_step
-from train.main import build_method, feature_grid
-from train.optim import build_optimizer
-from train.record.metrics import Metrics
+from train.inputs import finished_views
+from train.loop import take_step
 from train.resolve import resolve
 from train.runtime import Runtime, start
-from train.state import TrainState
 
 PORTED = ("regioncl-m", "moco-v2")
 ATTEMPTS = {
@@ -61,7 +56,7 @@ ATTEMPTS = {
     "one-group": "batch-norm statistics over the whole batch: what groups cost",
 }
 ON_CUDA = {"graph", "pool-kernel", "norm-kernel"}
-TOTAL_STEPS = 100_000
+STEPS_PER_EPOCH = 1000
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -86,43 +81,27 @@ class OurStep:
         pool_kernel: str = "auto",
         norm_kernel: str = "auto",
     ) -> None:
+        config = replace(config, run=replace(config.run, cuda_graph=graph))
         self.config, self.runtime = config, runtime
         self.pool_kernel, self.norm_kernel = pool_kernel, norm_kernel
         self.method: Method = build_method(config, runtime)
-        self.builder = InputBuilder(config, self.method, runtime, feature_grid(self.method, config.recipe.image_size))
         # In place, as `train/main.py` does: names in the state dict stay.
         if compile_parts:
-            for module in self.method.compile_targets():
-                module.compile()
+            compile_heads(self.method)
         if compile_parts == "trunk":
             for online, momentum in self.method.momentum_pairs() or [(self.method.encoder, self.method.encoder)]:
                 for module in {online, momentum}:
                     if hasattr(module, "forward_stages"):
                         module.compile()
-        self.state = TrainState(
-            method=self.method,
-            optimizer=build_optimizer(self.method, config.recipe.optim, config.recipe.global_batch),
-            scaler=torch.amp.GradScaler("cuda") if runtime.dtype is torch.float16 else None,
-            step=0,
-            sums={},
-            sum_steps=0,
-            non_finite=torch.zeros(1, dtype=torch.int64, device=runtime.device),
+        self.state = build_state(config, runtime, self.method)
+        self.job = build_job(
+            config,
+            runtime,
+            self.state,
+            SyntheticPipeline(synthetic_settings(config, runtime, STEPS_PER_EPOCH)),
+            run_checkpoints(config, {"data_hash": ""}, runtime),
         )
-        self.job = Job(
-            config=config,
-            runtime=runtime,
-            wrapped=self.method,
-            # `take_step` gets its inputs directly; nothing here reads the stream.
-            stream=None,  # type: ignore[arg-type]
-            metrics=Metrics(None, TOTAL_STEPS),
-            run_dir=None,
-            total_steps=TOTAL_STEPS,
-            last_step=TOTAL_STEPS,
-            steps_per_epoch=1000,
-            evaluate=lambda step, epoch: None,
-            checkpoints=run_checkpoints(config, {"data_hash": ""}, runtime),
-            graphed=GraphedForwardBackward(self.method, runtime) if graph else None,
-        )
+        self.builder = self.job.stream.builder
         self.method.train()
         self.inputs: list[StepInputs] = []
 
@@ -148,8 +127,8 @@ class OurStep:
         return float(self.state.sums["loss"])
 
 
-def synthetic_crops(config: Config, runtime: Runtime, count: int) -> tuple[BatchAugmenter, Iterator[Batch]]:
-    """The augmenter of a run, and `count` batches of synthetic uint8 crops on the device for it."""
+def synthetic_settings(config: Config, runtime: Runtime, count: int) -> PipelineConfig:
+    """The settings of `count` batches of synthetic views on the device, augmented as the run's."""
     size = config.recipe.global_batch
     settings = PipelineConfig(
         str(count * size),
@@ -160,7 +139,12 @@ def synthetic_crops(config: Config, runtime: Runtime, count: int) -> tuple[Batch
         world_size=runtime.world_size,
         device=runtime.device,
     )
-    settings = finished_views(settings, config, runtime)
+    return finished_views(settings, config, runtime)
+
+
+def synthetic_crops(config: Config, runtime: Runtime, count: int) -> tuple[BatchAugmenter, Iterator[Batch]]:
+    """The augmenter of a run, and `count` batches of synthetic uint8 crops on the device for it."""
+    settings = synthetic_settings(config, runtime, count)
     # The crops come as they are, so that their augmentation can be timed.
     return BatchAugmenter(settings), iter(SyntheticPipeline(replace(settings, augment="")))
 
@@ -250,13 +234,10 @@ def configure(
         flags += ["--queue-size", str(options.queue)]
     if shared_forward:
         flags += ["--region.shared-forward", "true"]
-    try:
-        # Twice: the recipe's group size is known only after resolving, and it may not divide this batch.
-        config = resolve(flags)
-        size = config.recipe.bn.group_size if group_size is None else group_size
-        return resolve([*flags, "--bn.group-size", str(size if size and batch % size == 0 else 0)])
-    except RunEnd as reason:
-        raise ValueError(str(reason)) from None
+    # Twice: the recipe's group size is known only after resolving, and it may not divide this batch.
+    config = resolve(flags)
+    size = config.recipe.bn.group_size if group_size is None else group_size
+    return resolve([*flags, "--bn.group-size", str(size if size and batch % size == 0 else 0)])
 
 
 def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
@@ -603,8 +584,6 @@ def main(argv: Sequence[str]) -> int:
             if runtime.device.type == "cuda":
                 torch.set_float32_matmul_precision("high")  # TF32 for the fp32 contenders, as in the released run
             measure(options, runtime)
-    except RunEnd as reason:
-        raise ValueError(str(reason)) from None
     finally:
         torch.set_float32_matmul_precision(precision)
         POOL.set("auto")

@@ -29,7 +29,6 @@ from tools.bench.rows import RESULTS, Report, Row, Summary, usable_cores
 from tools.bench.timing import add_common_flags, choose_device
 from tools.bench_step import OurStep, configure
 from tools.support import cli
-from train.errors import RunEnd
 from train.inputs import InputStream, finished_views
 from train.loop import take_step
 from train.runtime import Runtime, start, wrap_distributed
@@ -236,11 +235,8 @@ def main(argv: Sequence[str]) -> int:
     if min(options.steps, options.rounds) < 1 or options.settle < 0:
         raise ValueError("--steps and --rounds must be at least 1, --settle at least 0")
     choose_device(options.device)
-    try:
-        with start(configure(options, options.batch, None, options.precision).run) as runtime:
-            measure(options, runtime)
-    except RunEnd as reason:
-        raise ValueError(str(reason)) from None
+    with start(configure(options, options.batch, None, options.precision).run) as runtime:
+        measure(options, runtime)
     return 0
 
 

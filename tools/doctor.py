@@ -14,10 +14,10 @@ if not __package__:
 
 from collections.abc import Iterable, Sequence
 
-from tools.support.cli import TOO_MANY_BAD, USER_MISTAKE, call, make_parser, parse, run_main
+from tools.support.cli import call, make_parser, parse, run_main
 from tools.support.machine import check_environment
 from tools.support.packed import check_packed
-from train.errors import UserMistake, run_to_exit_code
+from train.errors import EXIT_BAD_IMAGES, EXIT_USER_MISTAKE, UserMistake
 from train.record.diagnosis import Finding, diagnose
 from train.record.run import CONFIG, read_run
 
@@ -62,18 +62,18 @@ def run(argv: Sequence[str]) -> int:
     if arguments.decode < 0:
         raise UserMistake(f"--decode {arguments.decode}: must not be negative")
     if not arguments.targets:
-        return USER_MISTAKE if show(check_environment()) else 0
+        return EXIT_USER_MISTAKE if show(check_environment()) else 0
     code = 0
     for target in arguments.targets:
         print(target)
         if show(examine(target, arguments.decode or sys.maxsize)):
-            code = max(code, USER_MISTAKE if Path(target).is_dir() else TOO_MANY_BAD)
+            code = max(code, EXIT_USER_MISTAKE if Path(target).is_dir() else EXIT_BAD_IMAGES)
     return code
 
 
 def main(argv: Sequence[str]) -> int:
     """The exit code; mistakes become one line on standard error."""
-    return call(lambda arguments: run_to_exit_code(lambda: run(arguments)), argv)
+    return call(run, argv)
 
 
 if __name__ == "__main__":

@@ -459,10 +459,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--arch", default="", help="architecture; empty finds it out")
     parser.add_argument("--image-size", type=int, default=0, help="for onnx and Swin; 0: the run's own, or 224")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    try:
-        arguments = parse(parser, argv)
-    except ValueError as reason:
-        raise UserMistake(str(reason)) from None
+    arguments = parse(parser, argv)
     loaded = load(arguments.source, arguments.arch)
     out = Path(arguments.out)
     size = _image_size(loaded, arguments.image_size)

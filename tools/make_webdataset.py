@@ -19,7 +19,7 @@ from pipeline.atomic import remove, replacing
 from pipeline.beton import page_size_for
 from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
 from tools.support.class_list import open_chosen
-from tools.support.cli import TOO_MANY_BAD, make_parser, parse, run_main
+from tools.support.cli import make_parser, parse, run_main
 from tools.support.packing import (
     SHUFFLE_SEED,
     Source,
@@ -29,6 +29,7 @@ from tools.support.packing import (
     make_records,
     with_progress,
 )
+from train.errors import EXIT_BAD_IMAGES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         if problem is not None:
             remove(partial)  # what is at DEST stays
             print(f"{problem}; all are listed in {rejected}", file=sys.stderr)
-            return TOO_MANY_BAD
+            return EXIT_BAD_IMAGES
         settings = {
             "max_resolution": options.max_resolution,
             "jpeg_quality": options.jpeg_quality,

@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.listing import list_images
 from tools.support.cli import call, make_parser, parse, run_main
 from tools.support.sample_photos import cut_photos
-from train.errors import RunEnd, UserMistake, run_to_exit_code
+from train.errors import RunEnd, UserMistake
 from train.record.page import build_report
 from train.record.run import Run, chance_level, read_run
 
@@ -126,10 +126,7 @@ def pack_folder(folder: Path, run_dir: Path) -> Packed:
     if train.is_dir() and validation.is_dir():
         say(f"{folder} has a train and a val folder; using them as they are")
         return _pack_both(run_dir, train, validation)
-    try:
-        listing = list_images(folder)
-    except ValueError as reason:
-        raise UserMistake(str(reason)) from None
+    listing = list_images(folder)
     files, labels = listing.files, listing.labels
     # Spread over the listing, which stands class by class: the first ones would be of few classes.
     chosen = np.unique(np.linspace(0, len(files) - 1, min(len(files), _MOST_IMAGES)).astype(np.int64))
@@ -408,7 +405,7 @@ def start(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """The exit code; mistakes become one line on standard error."""
-    return call(lambda arguments: run_to_exit_code(lambda: start(arguments)), argv)
+    return call(start, argv)
 
 
 if __name__ == "__main__":

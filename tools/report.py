@@ -12,7 +12,7 @@ if not __package__:
 from collections.abc import Sequence
 
 from tools.support.cli import call, make_parser, parse, run_main
-from train.errors import UserMistake, run_to_exit_code
+from train.errors import UserMistake
 from train.record.page import build_report
 
 
@@ -32,7 +32,7 @@ def write(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """The exit code; mistakes become one line on standard error."""
-    return call(lambda arguments: run_to_exit_code(lambda: write(arguments)), argv)
+    return call(write, argv)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,7 @@ def _base_config(config: Config, runtime: Runtime, data: str) -> PipelineConfig:
 
 
 def _build(config: Config, settings: PipelineConfig, quiet: bool = True) -> Pipeline:
-    try:
-        return build_pipeline(config.run.loader, settings, quiet)
-    except (ValueError, OSError, ImportError) as reason:
-        raise UserMistake(str(reason)) from None
+    return build_pipeline(config.run.loader, settings, quiet)
 
 
 @dataclass

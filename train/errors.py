@@ -1,8 +1,16 @@
-"""Ways a run ends other than well, each with the exit code that scripts rely on."""
+"""The one error regime of all commands: what ends them other than well, with which exit code, and who says so.
+
+Libraries (`pipeline`, `models`) and the modules here raise `ValueError` for what the user can mend, naming the value,
+what is accepted and the remedy. Nobody on the way translates it: `run_to_exit_code`, around every command, prints one
+line and returns the code. A `ValueError` that no `raise` statement of ours made, such as one of torch or numpy, is a
+fault of the program and keeps its traceback.
+"""
 
 from __future__ import annotations
 
+import dis
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,6 +19,10 @@ EXIT_BAD_IMAGES = 3
 EXIT_NON_FINITE = 4
 EXIT_CHECKPOINT = 5
 EXIT_REQUEUE = 75
+EXIT_INTERRUPTED = 130
+
+_OURS = ("pipeline", "models", "train", "tools", "__main__")
+_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 class RunEnd(Exception):
@@ -51,17 +63,53 @@ class Stopped(RunEnd):
     code = EXIT_REQUEUE
 
 
-def run_to_exit_code(main: Callable[[], int]) -> int:
-    """Call `main` and turn a `RunEnd` or a failing disk into one line on standard error and its exit code."""
+def is_refusal(error: BaseException) -> bool:
+    """Whether a `raise` statement in our own code made this error, to tell the user something.
+
+    Args:
+        error: a caught exception, with its traceback.
+
+    Returns:
+        False for an error that came out of another package, or out of a call into C such as `int("x")`.
+    """
+    at = error.__traceback__
+    if at is None:
+        return False
+    while at.tb_next is not None:
+        at = at.tb_next
+    package = str(at.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package in _OURS and at.tb_frame.f_code.co_code[at.tb_lasti] == _RAISE
+
+
+def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE) -> int:
+    """Call a command and give its exit code; what the user can mend becomes one line on standard error.
+
+    With REGATTA_TRACEBACK=1 in the environment everything is raised instead, for whoever looks for a fault here.
+
+    Args:
+        main: the command.
+        disk_full: code where the disk is full; training says then that no checkpoint could be written.
+    """
     try:
         return main()
-    except RunEnd as end:
-        # On one line, whatever line breaks the cause of it has.
-        print(f"regatta: {' '.join(str(end).split())}", file=sys.stderr)
-        return end.code
-    except OSError as reason:
-        # What the run itself could not write: a full disk ends it as a failed checkpoint does.
-        full = reason.errno == errno.ENOSPC
-        remedy = "free space" if full else "check the path and its permissions"
-        print(f"regatta: {reason}; {remedy}, then run the same command again", file=sys.stderr)
-        return EXIT_CHECKPOINT if full else EXIT_USER_MISTAKE
+    except (RunEnd, ValueError, ImportError, OSError) as error:
+        if os.environ.get("REGATTA_TRACEBACK") == "1":
+            raise
+        if isinstance(error, RunEnd):
+            return _tell(str(error), error.code)
+        if is_refusal(error):
+            return _tell(str(error), EXIT_USER_MISTAKE)
+        if not isinstance(error, OSError):
+            raise
+        # The system's own errors name cause and path only.
+        full = error.errno == errno.ENOSPC
+        remedy = "free space" if full else "check the path, its permissions and the free space"
+        return _tell(f"{error}; {remedy}, then run the same command again", disk_full if full else EXIT_USER_MISTAKE)
+    except KeyboardInterrupt:
+        return _tell("stopped before it was done; nothing was left under a final name", EXIT_INTERRUPTED)
+
+
+def _tell(message: str, code: int) -> int:
+    # On one line, whatever line breaks the cause of it has.
+    print(f"regatta: {' '.join(message.split())}", file=sys.stderr)
+    return code

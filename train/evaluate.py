@@ -9,11 +9,11 @@ if not __package__:
     # Python puts the script's folder on the path, not the checkout.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import difflib
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from train.errors import UserMistake, run_to_exit_code
+from train.errors import EXIT_CHECKPOINT, UserMistake, run_to_exit_code
+from train.flags import nearest
 
 # Module of train/eval and what the protocol is; each module has `run(argv) -> exit code`. Imported on use, because
 # detection and segmentation need packages that classification does not.
@@ -43,8 +43,9 @@ def protocol(name: str) -> Callable[[Sequence[str]], int]:
         UserMistake: for a name that is none; it names the nearest.
     """
     if name not in PROTOCOLS:
-        nearest = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0.0)[0]
-        raise UserMistake(f"unknown protocol {name}; the nearest is {nearest}; choose from {', '.join(PROTOCOLS)}")
+        near = nearest(name, PROTOCOLS)
+        advice = f"the nearest is {near}; " if near else ""
+        raise UserMistake(f"unknown protocol {name}; {advice}choose from {', '.join(PROTOCOLS)}")
     run: Callable[[Sequence[str]], int] = import_module(f"train.eval.{PROTOCOLS[name][0]}").run
     return run
 
@@ -61,7 +62,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_to_exit_code(lambda: _dispatch(arguments))
+    return run_to_exit_code(lambda: _dispatch(arguments), disk_full=EXIT_CHECKPOINT)
 
 
 if __name__ == "__main__":

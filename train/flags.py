@@ -112,7 +112,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def nearest_flag(flag: str, known: Sequence[str]) -> str:
-    """The flag of a command that an unknown one most likely means: a synonym, a nested one's last part, or a typo.
+    """The flag of a command that an unknown one most likely means: a synonym, a part of one alone, or a typo.
 
     Args:
         flag: what was typed, with its dashes.
@@ -126,13 +126,13 @@ def nearest_flag(flag: str, known: Sequence[str]) -> str:
     for candidate in SYNONYMS.get(name, ()):
         if candidate in by_name:
             return by_name[candidate]
-    # A known word that this command has no flag for: a guess by spelling would mislead.
+    part = re.compile(rf"(^|[-.]){re.escape(name)}($|[-.])")
+    whole = [each for each in by_name if part.search(each)]
+    # A part may belong to two nested flags; only a single fit is a good guess.
+    if len(whole) == 1:
+        return by_name[whole[0]]
     if name in SYNONYMS or name in INSTEAD:
-        return ""
-    ends = [each for each in by_name if each.rpartition(".")[2] == name]
-    # `--momentum` may mean two nested flags; only a single fit is a good guess.
-    if len(ends) == 1:
-        return by_name[ends[0]]
+        return ""  # what it means is known, so that a flag that only looks like it is a wrong one
     return by_name.get(nearest(name, by_name), "")
 
 

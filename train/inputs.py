@@ -50,7 +50,17 @@ def finished_views(settings: PipelineConfig, config: Config, runtime: Runtime) -
 
 
 def batch_per_device(config: Config, world_size: int) -> int:
-    """Images of a global batch on one device.
+    """Images of a global batch on one device."""
+    return config.recipe.global_batch // world_size
+
+
+def images_per_forward(config: Config, world_size: int) -> int:
+    """Images of one forward pass on one device: its micro-batch, or its whole part of the batch."""
+    return config.run.micro_batch or batch_per_device(config, world_size)
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Refuse sizes that do not divide, or a queue that cannot take a step's keys.
 
     Raises:
         UserMistake: when batch, ranks, micro-batches, BN groups and queue do not fit together.
@@ -60,10 +70,20 @@ def batch_per_device(config: Config, world_size: int) -> int:
         raise UserMistake(
             f"--global-batch {total} does not divide over {world_size} ranks; choose a multiple of {world_size}"
         )
-    local = total // world_size
-    micro = config.run.micro_batch or local
+    local, micro = batch_per_device(config, world_size), images_per_forward(config, world_size)
     if local % micro:
         raise UserMistake(f"--micro-batch {micro} does not divide the {local} images of a device; choose a divisor")
+    _check_groups(config, micro)
+    # A batch that does not fit would overwrite its own first keys.
+    queue_size = getattr(config.model, "queue_size", None)
+    if queue_size is not None and queue_size < total and getattr(config.model, "global_loss", True):
+        raise UserMistake(
+            f"--queue-size {queue_size} is smaller than --global-batch {total}, whose keys enter it at every step; "
+            "raise it"
+        )
+
+
+def _check_groups(config: Config, micro: int) -> None:
     # CARE's attention stream has groups of its own.
     stream_group = getattr(config.model, "t_bn_group_size", 0)
     groups = max(bn_group_size(config), pairing_group_size(config))
@@ -73,14 +93,6 @@ def batch_per_device(config: Config, world_size: int) -> int:
                 f"{flag} {group} does not divide the {micro} images of one forward pass; choose a divisor of {micro}, "
                 "or another --global-batch"
             )
-    # A batch that does not fit would overwrite its own first keys.
-    queue_size = getattr(config.model, "queue_size", None)
-    if queue_size is not None and queue_size < total and getattr(config.model, "global_loss", True):
-        raise UserMistake(
-            f"--queue-size {queue_size} is smaller than --global-batch {total}, whose keys enter it at every step; "
-            "raise it"
-        )
-    return local
 
 
 def bn_group_size(config: Config) -> int:

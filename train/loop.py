@@ -48,9 +48,9 @@ class Job:
         total_steps: optimizer steps of the recipe's schedule.
         last_step: where this run ends, `total_steps` or an earlier `--max-steps`.
         steps_per_epoch: optimizer steps of an epoch.
-        evaluate: called as `evaluate(step, epoch)` at the start, every `knn_every` epochs and at the end; gives the
-            online k-NN accuracy where there is one.
         checkpoints: where the state is kept.
+        evaluate: called as `evaluate(step, epoch)` at the start, every `knn_every` epochs and at the end; gives the
+            online k-NN accuracy where there is one. By default it does nothing.
         graphed: forward and backward as a CUDA graph, with `--cuda-graph`.
     """
 
@@ -63,8 +63,8 @@ class Job:
     total_steps: int
     last_step: int
     steps_per_epoch: int
-    evaluate: Callable[[int, int], float | None]
     checkpoints: Checkpoints
+    evaluate: Callable[[int, int], float | None] = lambda step, epoch: None
     graphed: GraphedForwardBackward | None = None
 
 

@@ -1,26 +1,21 @@
-"""What every command of the tools shares: flags that fail in one line, and exit codes."""
+"""What every command of the tools shares: a parser that shows defaults, and the way from arguments to an exit code."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-USER_MISTAKE = 2
-TOO_MANY_BAD = 3
-INTERRUPTED = 130
+from train.errors import run_to_exit_code
+from train.flags import OneLineParser
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` shows every default and which takes no abbreviated flags."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+def make_parser(description: str) -> OneLineParser:
+    """A parser whose `--help` shows every default."""
+    return OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
 def positive(text: str) -> int:
@@ -30,46 +25,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parse(parser: OneLineParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments.
 
     Raises:
-        ValueError: one line that says what is wrong; for an unknown flag it names the nearest valid one.
+        UserMistake: one line that says what is wrong; for an unknown flag it names the nearest valid one.
     """
-    known = list(parser._option_string_actions)
-    for token in argv:
-        if token == "--":
-            break
-        flag = token.split("=")[0]
-        if re.fullmatch(r"-[-\w.]*[A-Za-z][-\w.]*", flag) and flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown flag {flag}; the nearest valid one is {near[0]} (see --help)")
-
-    def fail(message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
-
-    parser.error = fail  # type: ignore[method-assign]
-    return parser.parse_args(argv)
+    return parser.parse_once(argv)
 
 
 def call(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command and give its exit code; a user's mistake becomes one line on standard error and code 2.
-
-    A `ValueError` or an `OSError` (a path that is missing, read-only or full) is taken for the user's mistake. With
-    REGATTA_TRACEBACK=1 in the environment it is raised instead, for whoever looks for a fault in the program.
-    """
-    try:
-        return main(argv)
-    except (ValueError, OSError) as error:
-        if os.environ.get("REGATTA_TRACEBACK") == "1":
-            raise
-        # The system's own errors name cause and path only.
-        remedy = "; check the path, its permissions and the free space" if getattr(error, "errno", None) else ""
-        print(" ".join(str(error).split()) + remedy, file=sys.stderr)
-        return USER_MISTAKE
-    except KeyboardInterrupt:
-        print("stopped before it was done; nothing was left under a final name", file=sys.stderr)
-        return INTERRUPTED
+    """Run a command and give its exit code, as `train.errors.run_to_exit_code`."""
+    return run_to_exit_code(lambda: main(argv))
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -211,10 +211,7 @@ class Session(ProtocolSession):
             population=population,
             augment=augment,
         )
-        try:
-            pipeline = build_pipeline(self.config.loader, settings, quiet=True)
-        except (ValueError, OSError, ImportError) as reason:
-            raise UserMistake(str(reason)) from None
+        pipeline = build_pipeline(self.config.loader, settings, quiet=True)
         # Unlabelled images outside the population are harmless: nobody looks at them.
         used = pipeline.labels if population is None else pipeline.labels[population]
         if (used < 0).any():

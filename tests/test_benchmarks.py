@@ -104,7 +104,7 @@ def test_bench_ops_measures_fused_batch_norm(tmp_path, capsys):
     assert {row["contender"] for row in rows_of(path)} == {f"batch_norm_act: {name}" for name in names}
     assert "batch_norm_act (definition) " in capsys.readouterr().out.splitlines()[-1]
     with pytest.raises(ValueError, match="--batch 4 is not a multiple of --norm-groups 3"):
-        bench_ops.main([*NORM, "--norm-groups", "3"])
+        bench_ops.main(last_wins([*NORM, "--norm-groups", "3"]))
 
 
 def test_bench_ops_refuses_a_wrong_fused_batch_norm(monkeypatch):

@@ -106,7 +106,8 @@ def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE
         remedy = "free space" if full else "check the path, its permissions and the free space"
         return _tell(f"{error}; {remedy}, then run the same command again", disk_full if full else EXIT_USER_MISTAKE)
     except KeyboardInterrupt:
-        return _tell("stopped before it was done; nothing was left under a final name", EXIT_INTERRUPTED)
+        print("stopped before it was done; nothing was left under a final name", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _tell(message: str, code: int) -> int:

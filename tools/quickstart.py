@@ -139,13 +139,18 @@ def pack_folder(folder: Path, run_dir: Path) -> Packed:
     elif len(chosen) == len(files):
         return _pack_both(run_dir, folder, None)
     for name, part in (("train", to_train), ("val", to_validate)):
-        for path in (files[chosen[position]] for position in part):
-            # Links, not copies: the packer follows them, and the folder's own layout keeps the labels.
-            link = run_dir / "images" / name / path.relative_to(folder)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
+        _link([files[chosen[position]] for position in part], folder, run_dir / "images" / name)
     images = run_dir / "images"
     return _pack_both(run_dir, images / "train", images / "val" if len(to_validate) else None)
+
+
+def _link(files: Sequence[Path], root: Path, destination: Path) -> None:
+    """Make links to files below `root` in `destination`, at the places that they have below `root`."""
+    for path in files:
+        # Links, not copies: the packer follows them, and the folder's own layout keeps the labels.
+        link = destination / path.relative_to(root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
 
 
 def split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

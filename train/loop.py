@@ -251,17 +251,22 @@ class _Clock:
         self.started = time.perf_counter()
 
 
-def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
-    """Read the sums (the host waits for the device here), write a row of means over the steps taken, start the next."""
-    step = state.step - 1
-    recipe = job.config.recipe
-    method = state.method
+def _read_sums(job: Job, state: TrainState) -> dict[str, float]:
+    """The sums on the host, as means over all ranks; the host waits for the device here."""
     names = list(state.sums)
     totals = torch.stack([state.sums[name] for name in names])
     if job.runtime.world_size > 1:
         # A row tells the mean over all ranks, and all must agree on the number of steps taken.
         average_buffers([totals])
-    sums = dict(zip(names, totals.tolist(), strict=True))
+    return dict(zip(names, totals.tolist(), strict=True))
+
+
+def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
+    """Read the sums (the host waits for the device here), write a row of means over the steps taken, start the next."""
+    step = state.step - 1
+    recipe = job.config.recipe
+    method = state.method
+    sums = _read_sums(job, state)
     taken = round(sums.pop(_TAKEN))
     skipped = state.sum_steps - taken
     if skipped and job.runtime.device.type != "cpu":

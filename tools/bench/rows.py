@@ -104,13 +104,9 @@ class Report:
         ]
         return format_table(header, body)
 
-    def append_csv(self, path: Path | None = None) -> Path:
-        """Append the rows to `path` (default `tools/results/<benchmark>.csv`), with date, commit, machine, versions."""
-        path = RESULTS / f"{self.benchmark}.csv" if path is None else path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Runs append to one file, so only the first writes the header.
-        fresh = not path.exists() or path.stat().st_size == 0
-        common = {
+    def _provenance(self) -> dict[str, str]:
+        """The columns that say where and with what the figures of this run were measured."""
+        return {
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "commit": commit(),
             "benchmark": self.benchmark,
@@ -120,6 +116,14 @@ class Report:
             "torch": torch.__version__,
             "libraries": library_versions(),
         }
+
+    def append_csv(self, path: Path | None = None) -> Path:
+        """Append the rows to `path` (default `tools/results/<benchmark>.csv`), with date, commit, machine, versions."""
+        path = RESULTS / f"{self.benchmark}.csv" if path is None else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Runs append to one file, so only the first writes the header.
+        fresh = not path.exists() or path.stat().st_size == 0
+        common = self._provenance()
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
             if fresh:

@@ -227,6 +227,20 @@ def train_heads(
         after_epoch(epoch + 1)
 
 
+def _lbfgs(parameters: list[Tensor], iterations: int) -> torch.optim.LBFGS:
+    """A solver that stops at a gradient of 1e-7 or after `iterations`."""
+    return torch.optim.LBFGS(
+        parameters,
+        max_iter=iterations,
+        # The line search evaluates more than once an iteration; PyTorch's default of 1.25 would end the search early.
+        max_eval=2 * iterations,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+    )
+
+
 def fit_logistic(
     features: Tensor, labels: Tensor, classes: int, l2: float, iterations: int = 500
 ) -> tuple[Tensor, Tensor]:
@@ -240,16 +254,7 @@ def fit_logistic(
     # The problem is convex, so the start decides only how many iterations it takes.
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=iterations,
-        # The line search evaluates more than once an iteration; PyTorch's default of 1.25 would end the search early.
-        max_eval=2 * iterations,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
-    )
+    solver = _lbfgs([weight, bias], iterations)
 
     def objective() -> Tensor:
         solver.zero_grad()

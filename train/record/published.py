@@ -137,7 +137,11 @@ def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str 
     ]
     if not rows:
         return []
-    epochs = recipe.get("epochs", 0)
+    return _nearest_schedule(rows, recipe.get("epochs", 0))
+
+
+def _nearest_schedule(rows: Sequence[Published], epochs: int) -> list[Published]:
+    """The rows of the schedule whose length is nearest to `epochs`."""
     # Of two schedules equally near the shorter one, so that the order of the table does not decide.
     nearest = min({row.epochs for row in rows}, key=lambda schedule: (abs(schedule - epochs), schedule))
     return [row for row in rows if row.epochs == nearest]

@@ -69,10 +69,12 @@ class DaliPipeline(EpochPipeline):
         if is_shard_pattern(config.data):
             self._shards = open_shards(config.data, config.order, config.world_size, config.shard_window)
             self.store = self._shards
-            super().__init__(config, self.store.labels, self.store.data_hash, self._shards.index.samples)
+            super().__init__(
+                config, self.store.labels, self.store.data_hash, self._shards.index.samples, classes=self.store.classes
+            )
         else:
             self.store = open_store(config.data)
-            super().__init__(config, self.store.labels, self.store.data_hash)
+            super().__init__(config, self.store.labels, self.store.data_hash, classes=self.store.classes)
         self._threads = decoding_threads(config.workers)
         arguments = (config.seed, self.plan.population, self._threads, self.note_bad)
         self.decoder = ViewDecoder(self.store, config.views, *arguments)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .augmenter import BATCHES, BatchAugmenter, augmented_by
+from .classes import renumbered
 from .geometry import validate_view
 from .interface import Batch, PipelineConfig, PipelineStats
 from .rng import SLOT_SUBSTITUTE, integers, philox
@@ -109,6 +110,7 @@ class EpochPipeline:
         data_hash: SHA-256 (hex) of the store.
         block_sizes: blocks of the "sharded" order; None is even blocks.
         compiled_threads: the subclass decodes with threads of the compiled decoder, which can augment as well.
+        classes: class names of the store by label, empty where it has numbers only.
 
     Attributes:
         augmented_by: who augments the views, as `augmenter.augmented_by` says.
@@ -121,9 +123,12 @@ class EpochPipeline:
         data_hash: str,
         block_sizes: np.ndarray | None = None,
         compiled_threads: bool = False,
+        classes: tuple[str, ...] = (),
     ):
         self.config = config
-        self.labels = labels
+        by_name = bool(classes and config.classes)
+        self.labels = renumbered(labels, classes, config.classes) if by_name else labels
+        self.classes = config.classes if by_name else classes
         self.num_samples = len(labels)
         self.data_hash = data_hash
         self.plan = EpochPlan(config, self.num_samples, block_sizes)

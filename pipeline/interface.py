@@ -60,6 +60,7 @@ class PipelineConfig:
         implementation: of the augmentation, one of `augment.IMPLEMENTATIONS`.
         dtype: of augmented views.
         load_kernels: compiles and launches the fused GPU kernel, for implementation "kernel" only.
+        classes: number labels by these class names, where the store has names too; empty keeps the store's numbers.
     """
 
     data: str
@@ -79,6 +80,7 @@ class PipelineConfig:
     implementation: str = "auto"
     dtype: torch.dtype = torch.float32
     load_kernels: LoadKernels | None = None
+    classes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -124,6 +126,9 @@ class Pipeline(Protocol):
 
     labels: np.ndarray
     """(num_samples,) int64, -1 where there is none."""
+
+    classes: tuple[str, ...]
+    """Class names by label; empty where the store keeps numbers only."""
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""

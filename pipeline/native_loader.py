@@ -58,7 +58,7 @@ class NativePipeline(EpochPipeline):
         self.store = store
         # Known before the decoder is made: the base class decides with it who augments.
         compiled = native and decoder.native_library() is not None
-        super().__init__(config, store.labels, store.data_hash, block_sizes, compiled_threads=compiled)
+        super().__init__(config, store.labels, store.data_hash, block_sizes, compiled, store.classes)
         self.decoder = ViewDecoder(
             store,
             config.views,

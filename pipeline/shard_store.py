@@ -19,7 +19,7 @@ class ShardStore:
 
     def __init__(self, index: ShardIndex, files: ShardFiles, where: str):
         self.index, self.files = index, files
-        self.labels, self.data_hash = index.labels, index.data_hash
+        self.labels, self.classes, self.data_hash = index.labels, index.classes, index.data_hash
         self.shard_of = index.shard_of()
         self._where = where
 

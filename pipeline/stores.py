@@ -22,6 +22,9 @@ class Store(Protocol):
     labels: np.ndarray
     """(N,) int64, -1 where there is none."""
 
+    classes: tuple[str, ...]
+    """Class names by label; empty where the store keeps numbers only."""
+
     data_hash: str
     """SHA-256 (hex), equal for equal content."""
 
@@ -47,6 +50,7 @@ class PackedStore:
         # Files packed by FFCV itself have no manifest and therefore no checksums.
         manifest = manifest_of(self.reader)
         self.checksums = None if manifest is None else manifest.checksums
+        self.classes = () if manifest is None else manifest.classes
         self.data_hash = self.reader.fingerprint() if manifest is None else manifest.data_hash
         self._base = self.reader.data.ctypes.data
 
@@ -84,7 +88,7 @@ class FileStore:
         if not source.exists():
             raise ValueError(f"{source} does not exist; give a folder of photos or a list with one path a line")
         listing = list_images(source)
-        self.files, self.labels = listing.files, listing.labels
+        self.files, self.labels, self.classes = listing.files, listing.labels, listing.classes
         # Encoded once; C++ wants bytes that end in a zero.
         self._encoded = [os.fsencode(file) + b"\0" for file in self.files]
         # Hashing every byte of a large folder would take minutes: names and sizes stand for the content.

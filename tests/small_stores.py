@@ -31,7 +31,7 @@ def pack(source: Path, target: Path, with_manifest: bool = True) -> Path:
             data_hash=data_hash(digests, store.labels),
             fingerprint=reader.fingerprint(),
             checksums=np.array([zlib.crc32(record) for record in records], dtype=np.uint32),
-            classes=(),
+            classes=store.classes,
             source_names=pack_sources([str(index) for index in range(len(records))]),
         )
         manifest_path(target).write_text(manifest.to_json())

@@ -254,8 +254,9 @@ def test_classes_of_both_data_sets_must_agree(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "1.jpg").touch()
     splits.check_classes(str(tmp_path / "train"), str(tmp_path / "same"))
+    splits.check_classes(str(tmp_path / "train"), str(tmp_path / "val"))  # a lacking class shifts nothing
     with pytest.raises(UserMistake, match="for example in cat"):
-        splits.check_classes(str(tmp_path / "train"), str(tmp_path / "val"))
+        splits.check_classes(str(tmp_path / "val"), str(tmp_path / "train"))
 
 
 def test_semi_learning_rates() -> None:

@@ -110,7 +110,14 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     bank = queries = None
     if config.run.val_data:
         queries = _build(
-            config, dataclasses.replace(base, data=config.run.val_data, views=(center_view(config.recipe.image_size),))
+            config,
+            dataclasses.replace(
+                base,
+                data=config.run.val_data,
+                views=(center_view(config.recipe.image_size),),
+                # By name: a class that the validation images lack would shift the numbers of those behind it.
+                classes=whole.classes,
+            ),
         )
         bank = whole
         # At the start: k-NN looks at labels only after the first epochs have been paid for.

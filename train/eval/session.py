@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from ..measure.features import Features, center_view, extract_features
 from ..record.run import read_config
 from ..runtime import Runtime, start
 from ..versions import versions
-from .splits import check_classes
+from .splits import check_classes, class_names
 
 FEATURE_BATCH = 256
 DEFAULT_IMAGE_SIZE = 224
@@ -198,6 +199,8 @@ class Session(ProtocolSession):
         world = self.runtime.world_size
         settings = PipelineConfig(
             data=data,
+            # Folders number the classes that they happen to have; a class that one side lacks must shift no other.
+            classes=self.training_classes if data == self.config.val_data else (),
             views=views,
             # Each rank takes an equal part of a batch, so the size for feature extraction is rounded to the ranks.
             global_batch=global_batch or max(FEATURE_BATCH // world, 1) * world,
@@ -221,6 +224,13 @@ class Session(ProtocolSession):
                 "sub-folder a class, or a file packed from one"
             )
         return pipeline
+
+    @functools.cached_property
+    def training_classes(self) -> tuple[str, ...]:
+        """Class names of `--data`, by which validation labels are numbered; empty where it has numbers only."""
+        if self.config.loader == "synthetic":
+            return ()
+        return tuple(class_names(self.config.data) or ())
 
     def open_training(self, data: str, global_batch: int, population: np.ndarray) -> Pipeline:
         """The pipeline that a probe or fine-tuning trains on: random crops and flips, normalised fp32, channels-last.

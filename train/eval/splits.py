@@ -11,6 +11,8 @@ from pipeline.beton import BetonReader
 from pipeline.listing import list_images
 from pipeline.manifest import manifest_of
 from pipeline.rng import permutation
+from pipeline.shard_store import open_shards
+from pipeline.stores import is_shard_pattern
 
 from ..errors import UserMistake
 
@@ -50,28 +52,39 @@ def source_names(data: str) -> list[str] | None:
 
 
 def class_names(data: str) -> list[str] | None:
-    """The names of the classes in label order, None where the store keeps none."""
-    path = Path(data)
-    if path.suffix == ".beton":
-        manifest = manifest_of(BetonReader(path))
-        return list(manifest.classes) or None if manifest is not None else None
-    names = source_names(data)
-    return None if names is None else sorted({Path(name).parts[0] for name in names})
+    """The names of the classes in label order, None where the store keeps none.
+
+    Args:
+        data: a `.beton` file, a folder, a list of files, or shards with an index.
+
+    Raises:
+        UserMistake: the data cannot be read.
+    """
+    try:
+        if is_shard_pattern(data):
+            store = open_shards(data, "sequential", readers=1, window=1)
+            store.files.close()
+            return list(store.classes) or None
+        if data.endswith(".beton"):
+            manifest = manifest_of(BetonReader(Path(data)))
+            return None if manifest is None else list(manifest.classes) or None
+        return list(list_images(Path(data)).classes) or None
+    except (ValueError, OSError) as reason:
+        raise UserMistake(str(reason)) from None
 
 
 def check_classes(data: str, val_data: str) -> None:
-    """Labels are numbers in order of class name: refuse data whose names do not give equal numbers.
+    """Refuse validation data with a class that the training data lack; classes that only the latter have are harmless.
 
     Raises:
-        UserMistake: both stores know their classes, and they differ.
+        UserMistake: both stores know their classes, and one of `val_data` is not among those of `data`.
     """
     train, val = class_names(data), class_names(val_data)
-    # Labels are positions in the sorted names: one more class would shift the numbers of all that follow.
-    if train is not None and val is not None and train != val:
-        odd = sorted(set(train) ^ set(val)) or [train[0]]
+    lacking = [] if train is None or val is None else sorted(set(val) - set(train))
+    if lacking:
         raise UserMistake(
-            f"--data has {len(train)} classes and --val-data {len(val)}, which differ, for example in {odd[0]}; label "
-            "numbers would not mean the same; give both with the same class folders"
+            f"--data has {len(train or ())} classes and --val-data {len(val or ())}, which differ, for example in "
+            f"{lacking[0]}; label numbers would not mean the same; give both with the same class folders"
         )
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from models.methods import METHODS
+from models.swin import SwinTrunk
 from pipeline.interface import Batch, PipelineConfig, PipelineStats
 from pipeline.loaders import build_pipeline
 from tests.runs import last_wins
@@ -141,8 +146,49 @@ def test_learning_rates_over_the_epochs() -> None:
     assert [round(at("lewel-b", e, 5), 6) for e in (0, 2.9, 3, 4)] == [1, 1, 0.1, 0.01]  # milestones move with epochs
     assert at("simsiam", 45) == pytest.approx(0.5) and at("simsiam", 45.99) == at("simsiam", 45)
     assert at("care", 40.5) < at("care", 40) == pytest.approx(0.5)
-    assert [at("moby", e) for e in (0, 2.5, 5)] == pytest.approx([0, 0.5, 1.0])
-    assert at("moby", 99.99) < 1e-6
+
+
+def test_mobys_cosine_counts_from_the_start_of_the_run_and_ends_above_zero() -> None:
+    recipe, steps = LINEAR_RECIPES["moby"], 10_000
+
+    def at(step: int) -> float:
+        return recipe.lr * linear.lr_factor(recipe, recipe.epochs, step, steps // recipe.epochs)
+
+    assert [at(step) for step in (0, 250)] == pytest.approx([0, 0.5])  # the warm-up of 500 steps goes to the peak
+    assert at(500) == pytest.approx(5e-6 + (1 - 5e-6) * (1 + math.cos(math.pi / 20)) / 2, rel=1e-12)
+    assert at(steps // 2) == pytest.approx((1 + 5e-6) / 2, rel=1e-12)
+    assert 5e-6 < at(steps - 1) < 5.1e-6
+
+
+def test_moby_trains_its_head_with_drop_path_and_validates_without() -> None:
+    encoder = SwinTrunk(8, (1, 1, 1, 1), (1, 1, 1, 1)).eval()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    half = [Batch({"view": images[i : i + 3]}, torch.arange(i, i + 3), torch.arange(i, i + 3)) for i in (0, 3)]
+
+    def session(rank: int = 0, world_size: int = 1) -> Any:
+        runtime = SimpleNamespace(
+            device=torch.device("cpu"), autocast=contextlib.nullcontext, rank=rank, world_size=world_size
+        )
+        return SimpleNamespace(encoder=encoder, runtime=runtime, config=SimpleNamespace(seed=3))
+
+    def trained(epoch: int, recipe: str = "moby", batches: Sequence[Batch] = half, **ranks: int) -> torch.Tensor:
+        rate = linear.drop_path_of(encoder, LINEAR_RECIPES[recipe])
+        deliver = linear.epoch_features(session(**ranks), ListPipeline(batches), rate)
+        return torch.cat([features for features, _ in deliver(epoch)])
+
+    whole = [Batch({"view": images}, torch.arange(6), torch.arange(6))]
+    validated = extract_features(encoder, ListPipeline(whole), torch.device("cpu"), transform=lambda _, view: view)[0]
+    assert torch.allclose(validated, encoder(images).mean(dim=(2, 3)), atol=1e-6)
+    assert (trained(0) - validated).abs().max() > 1e-3
+    assert torch.equal(trained(1), trained(1)) and not torch.equal(trained(0), trained(1))
+    assert torch.allclose(trained(0, "moco-v3"), validated, atol=1e-6)
+    # Two ranks of one batch see what one rank sees.
+    parts = [trained(0, batches=[half[rank]], rank=rank, world_size=2) for rank in (0, 1)]
+    assert torch.allclose(torch.cat(parts), trained(0, batches=whole), atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert not any(module.training for module in encoder.modules())
+    assert linear.drop_path_of(build_encoder("resnet18"), LINEAR_RECIPES["moby"]) == 0.0
 
 
 def tables(classes: int = 8, width: int = 12, n: int = 1200) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.collectives import average_buffers
 from models.norm import convert_batch_norm
 from models.options import option
+from models.swin import SwinTrunk, draw_branch_scale
 from pipeline.interface import Pipeline
 
 from ..errors import UserMistake
@@ -56,6 +57,10 @@ class LinearRecipe:
         warmup_epochs: of linear warm-up, step by step.
         weight_decay: L2 coupled to the gradient.
         batch_norm: the classifier ends in BatchNorm1d over the logits.
+        cosine_from: the step at which the cosine begins: the warm-up's end, or step 0 of the run, so that the warm-up
+            ends a little below the peak (timm's scheduler).
+        final_factor: what the cosine falls to, as a share of the peak.
+        drop_path: drop rate of the last residual branch of a Swin while the head trains; validation drops none.
     """
 
     source: str
@@ -68,6 +73,9 @@ class LinearRecipe:
     warmup_epochs: int = 0
     weight_decay: float = 0.0
     batch_norm: bool = False
+    cosine_from: Literal["warmup-end", "run-start"] = "warmup-end"
+    final_factor: float = 0.0
+    drop_path: float = 0.0
 
 
 LINEAR_RECIPES: dict[str, LinearRecipe] = {
@@ -75,7 +83,19 @@ LINEAR_RECIPES: dict[str, LinearRecipe] = {
     "regioncl-m": LinearRecipe("RegionCL-M's log: batch 1024", "sgd", 30.0, 1024, 100, "steps", (60, 80)),
     "simsiam": LinearRecipe("SimSiam: 0.1 for each 256 images", "lars", 1.6, 4096, 90, "cosine-epoch"),
     "moco-v3": LinearRecipe("MoCo v3: 0.1 for each 256 images", "sgd", 0.4, 1024, 90, "cosine-epoch"),
-    "moby": LinearRecipe("MoBY", "nesterov", 1.0, 512, 100, "cosine-step", warmup_epochs=5),
+    # SwinTransformer/Transformer-SSL, moby_linear.py: the backbone is in training mode, the rate falls to 5e-6.
+    "moby": LinearRecipe(
+        "MoBY: drop-path in training",
+        "nesterov",
+        1.0,
+        512,
+        100,
+        "cosine-step",
+        warmup_epochs=5,
+        cosine_from="run-start",
+        final_factor=5e-6,
+        drop_path=0.2,
+    ),
     "care": LinearRecipe("CARE: BatchNorm after the linear layer", "sgd", 0.2, 256, 80, "cosine-step", batch_norm=True),
     "lewel-b": LinearRecipe("LEWEL-B", "sgd", 0.4, 256, 50, "steps", (30, 40)),
     "lewel-m": LinearRecipe("LEWEL-M", "lars", 3.2, 4096, 90, "cosine-epoch"),
@@ -166,7 +186,9 @@ def lr_factor(recipe: LinearRecipe, epochs: int, step: int, steps_per_epoch: int
         return step / warmup
     # "cosine-epoch" keeps the rate of the epoch's first step, as MoCo v3 and SimSiam do for their linear probe.
     at = step if recipe.schedule == "cosine-step" else step // steps_per_epoch * steps_per_epoch
-    return 0.5 * (1 + math.cos(math.pi * (at - warmup) / (total - warmup)))
+    start = warmup if recipe.cosine_from == "warmup-end" else 0
+    cosine = 0.5 * (1 + math.cos(math.pi * (at - start) / (total - start)))
+    return recipe.final_factor + (1 - recipe.final_factor) * cosine
 
 
 def head_optimizer(heads: LinearHeads, recipe: LinearRecipe, lrs: Sequence[float]) -> torch.optim.Optimizer:
@@ -349,18 +371,45 @@ def batch_for(recipe_batch: int, wanted: int, images: int, world_size: int) -> i
     return batch
 
 
-def epoch_features(session: Session, pipeline: Pipeline) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
-    """Epoch -> features (B, C) fp32 and labels of freshly augmented images through the frozen backbone."""
+def drop_path_of(encoder: nn.Module, recipe: LinearRecipe) -> float:
+    """The recipe's drop-path rate, 0 for a backbone that has none."""
+    return recipe.drop_path if isinstance(encoder, SwinTrunk) else 0.0
+
+
+def _frozen_features(session: Session, images: Tensor, drop_path: float, step: int) -> Tensor:
+    """Features (B, C) fp32 of one rank's images, with the residual branches that drop-path leaves at this step."""
+    encoder, runtime = session.encoder, session.runtime
+    if not drop_path:
+        return pool(encoder(images))
+    assert isinstance(encoder, SwinTrunk)
+    # Drawn for the global batch from (seed, step): neither a restart nor the number of ranks changes the masks.
+    rows = slice(runtime.rank * len(images), (runtime.rank + 1) * len(images))
+    total = runtime.world_size * len(images)
+    scale = draw_branch_scale(encoder.num_blocks, drop_path, session.config.seed, step, 0, rows, total)
+    return pool(encoder(images, scale.to(images.device)))
+
+
+def epoch_features(
+    session: Session, pipeline: Pipeline, drop_path: float = 0.0
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """Epoch -> features (B, C) fp32 and labels of freshly augmented images through the frozen backbone.
+
+    Args:
+        session: the backbone, and where and in which precision it runs.
+        pipeline: training images, one view each.
+        drop_path: drop rate of the last residual branch; above 0 for a `SwinTrunk` only.
+    """
     device, encoder = session.runtime.device, session.encoder
 
     def deliver(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         # Crops and flips follow from (seed, epoch, image), so an epoch can be repeated after a stop.
         pipeline.set_epoch(epoch)
-        for batch in pipeline:
+        for step, batch in enumerate(pipeline, epoch * len(pipeline)):
             (images,) = batch.views.values()
-            # In training mode batch norm would move its statistics, and the backbone would no longer be frozen.
+            # In training mode batch norm would move its statistics, and the backbone would no longer be frozen. A Swin
+            # has none: with drop-path's factors its evaluation mode computes what its training mode would.
             with torch.no_grad(), evaluation_mode(encoder), session.runtime.autocast():
-                features = pool(encoder(images))
+                features = _frozen_features(session, images, drop_path, step)
             # Outside the block above: `no_grad` in a suspended generator would also hold in the caller's training step.
             yield features, batch.label.to(device, non_blocking=True)
 
@@ -437,6 +486,7 @@ def _train_by_steps(
             f"linear: {recipe.source}; {len(population)} images, {classes} classes, {epochs} epochs of {len(pipeline)} "
             f"steps of {batch}, {recipe.optimizer}, lr {', '.join(f'{lr:g}' for lr in lrs)}"
         )
+        drop_path = drop_path_of(session.encoder, recipe)
         width = val.features.shape[1]
         heads = LinearHeads(width, classes, len(lrs), recipe.batch_norm, config.seed).to(runtime.device)
         # The figures so far are part of the state, so that a continued run still knows its best epoch.
@@ -473,7 +523,7 @@ def _train_by_steps(
 
         train_heads(
             heads,
-            epoch_features(session, pipeline),
+            epoch_features(session, pipeline, drop_path),
             len(pipeline),
             epochs,
             recipe,
@@ -494,6 +544,7 @@ def _train_by_steps(
             "batch_norm": recipe.batch_norm,
             "optimizer": recipe.optimizer,
             "weight_decay": recipe.weight_decay,
+            **({"drop_path": drop_path} if recipe.drop_path else {}),
         }
         return records, facts
     finally:

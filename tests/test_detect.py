@@ -64,6 +64,9 @@ def test_learning_rate_warms_up_and_falls() -> None:
 
 def test_plan_follows_the_format_and_the_flags() -> None:
     assert plan_of(DetectConfig(), "coco").task == "COCO Mask R-CNN FPN 1x"
+    assert plan_of(DetectConfig(box_head="4conv1fc"), "coco").task == "COCO Mask R-CNN FPN 4conv1fc 1x"
+    short = DetectConfig(detector="faster-rcnn-fpn", box_head="4conv1fc", steps=60)
+    assert plan_of(short, "voc").task == "VOC07+12 Faster R-CNN FPN 4conv1fc 60 steps"
     assert plan_of(DetectConfig(detector="faster-rcnn-c4"), "voc").task == "VOC07+12 Faster R-CNN C4"
     assert plan_of(DetectConfig(), "cityscapes").task == "Cityscapes Mask R-CNN FPN"
     assert plan_of(DetectConfig(schedule="12k"), "coco").task == "COCO Mask R-CNN 12k"

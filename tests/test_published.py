@@ -42,6 +42,26 @@ def test_rows_of_lewels_table_7_are_those_of_dim_alone() -> None:
     assert shown(f"{run} --c 256", data_images=126_689) == set()
 
 
+@pytest.mark.parametrize(
+    ("flags", "task", "figures"),
+    [
+        ("--method lewel-b", "COCO Mask R-CNN FPN 4conv1fc 1x", {41.3}),
+        ("--method lewel-b", "COCO Mask R-CNN FPN 4conv1fc 60 steps", {41.3}),
+        ("--method lewel-b --recipe lewel-b-400ep", "COCO Mask R-CNN FPN 4conv1fc 2x", {43.4}),
+        ("--method care --recipe care-200ep", "COCO Mask R-CNN FPN 1x", {39.5}),
+        ("--method care --recipe care-200ep", "COCO Mask R-CNN FPN 4conv1fc 1x", set()),
+    ],
+)
+def test_a_detector_is_compared_with_those_of_its_box_head(flags: str, task: str, figures: set[float]) -> None:
+    assert shown(flags, "detect", task=task) == figures
+
+
+def test_a_plain_box_head_stands_beside_no_row_of_lewels_four_convolutions() -> None:
+    config = json.loads(json.dumps(resolve(["--method", "lewel-b"]).to_json()))
+    rows = candidates({**config, "data_images": 1_281_167}, "detect", "COCO Mask R-CNN FPN 1x")
+    assert not [row for row in rows if "FPN" in row.task]
+
+
 def test_every_row_is_there_once() -> None:
     rows = [(row.method, row.arch, row.epochs, row.protocol, row.task, str(row.flags), row.source) for row in PUBLISHED]
     assert len(rows) == len(set(rows)) == 298

@@ -158,14 +158,16 @@ def plan_of(config: DetectConfig, kind: Format) -> Plan:
 
 
 def task_name(config: DetectConfig, kind: Format, schedule: str) -> str:
-    """Data, detector and length as the table of published figures calls them."""
-    model = MODEL_NAMES[config.detector]
+    """Data, detector and length as the table of published figures calls them; a box head other than 2fc is in it."""
+    # The head is a part of the detector, so a published figure counts for runs with the same head only.
+    head = "" if config.box_head == "2fc" else f" {config.box_head}"
+    model = MODEL_NAMES[config.detector] + head
     if config.steps:
         return f"{DATA_NAMES[kind]} {model} {config.steps} steps"
     if schedule == "24k" and kind != "coco":
         return f"{DATA_NAMES[kind]} {model}"
     if schedule == "12k" and config.detector.startswith("mask"):
-        return f"{DATA_NAMES[kind]} Mask R-CNN 12k"  # the paper does not say which
+        return f"{DATA_NAMES[kind]} Mask R-CNN{head} 12k"  # the paper does not say which
     return f"{DATA_NAMES[kind]} {model} {schedule}"
 
 

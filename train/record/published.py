@@ -18,6 +18,8 @@ DATA_IMAGES = {"ImageNet-1K": 1_281_167, "ImageNet-100": 126_689}
 _COMPARED_APART = ("arch", "epochs", "image_size", "global_batch")
 _WORDY = ("detect", "segment")
 """Protocols whose tasks are words, so that one can be like another."""
+_NAMED_BOX_HEADS = ("4conv1fc",)
+"""Box heads that the name of a task contains: another head is another detector, never a similar one."""
 _NO_DIFFERENCE = ("augment.implementation",)
 """Which code computes a value is no difference of protocol."""
 
@@ -110,6 +112,11 @@ def _trained_on(images: int | None) -> str:
     return "ImageNet-100" if images is not None and abs(images - small) < 0.05 * small else "ImageNet-1K"
 
 
+def _box_head(task: str) -> str:
+    """The box head that a detector's task names; empty for the plain one of two linear layers, which has no name."""
+    return next((head for head in _NAMED_BOX_HEADS if head in task.split()), "")
+
+
 def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str = "") -> list[Published]:
     """The published figures nearest to a run under one protocol: its backbone where there are any, then its schedule.
 
@@ -118,7 +125,8 @@ def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str 
     Args:
         config: the run's `config.json`.
         protocol: protocol whose figures are wanted.
-        task: its variant, empty where it has none; of a detector or segmenter the most similar one counts.
+        task: its variant, empty where it has none; of a detector or segmenter the most similar one counts, but only
+            one with the same box head.
         method: whose figures; the run's own method when empty.
 
     Returns:
@@ -129,6 +137,8 @@ def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str 
     asked = (method, protocol, _trained_on(config.get("data_images")))
     rows = [row for row in PUBLISHED if (row.method, row.protocol, row.data) == asked]
     rows = [row for row in rows if all(_flag_fits(config, flag, values) for flag, values in row.flags.items())]
+    # Before the nearest task is sought: that looks for the most words in common, and the head is only one of them.
+    rows = [row for row in rows if _box_head(row.task) == _box_head(task)]
     wanted = nearest_task(task, [row.task for row in rows]) if protocol in _WORDY else task
     rows = [row for row in rows if row.task == wanted]
     # Without the same backbone the papers' usual one stands there, and the page says that it differs.

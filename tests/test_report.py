@@ -15,10 +15,10 @@ import torch
 from models.methods import METHODS
 from tests.runs import last_wins
 from tools import report
+from train.build import build_method, feature_grid
 from train.data import open_data
 from train.errors import UserMistake
 from train.inputs import InputBuilder, InputStream
-from train.main import build_method, feature_grid
 from train.record import charts
 from train.record.evaluations import NAMES, PROTOCOLS
 from train.record.page import build_report, render

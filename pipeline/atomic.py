@@ -19,7 +19,8 @@ from pathlib import Path
 def replacing(final: Path, durable: bool = True) -> Iterator[Path]:
     """A path to write a file or make a folder at; it takes the place of `final` when the block ends without an error.
 
-    A kill at any moment leaves at `final` what was there before or what is new, never a part. A block that raises, or
+    A kill at any moment leaves at `final` what was there before or what is new, never a part. Where a folder replaces a
+    folder, there is nothing at `final` between two renames, for an instant. A block that raises, or
     that leaves nothing at the path, changes nothing at `final`. Of several nested blocks the outermost gets its name
     last.
 
@@ -126,5 +127,9 @@ def _put_in_place(temporary: Path, final: Path) -> None:
         return
     old = final.with_name(f".{final.stem}.{os.getpid()}-{threading.get_ident()}.old.tmp{final.suffix}")
     os.rename(final, old)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        os.rename(old, final)  # a new folder that cannot get its name must not cost the one that had it
+        raise
     shutil.rmtree(old)

@@ -25,8 +25,8 @@ def renumbered(labels: np.ndarray, own: Sequence[str], wanted: Sequence[str]) ->
     Raises:
         ValueError: a labelled image is of a class that `wanted` lacks. It names that class.
     """
-    number = {_composed(name): place for place, name in enumerate(wanted)}
-    table = np.array([number.get(_composed(name), -1) for name in own], dtype=np.int64)
+    number = {composed(name): place for place, name in enumerate(wanted)}
+    table = np.array([number.get(composed(name), -1) for name in own], dtype=np.int64)
     used = np.unique(labels[labels >= 0])
     lacking = [own[label] for label in used.tolist() if table[label] < 0]
     if lacking:
@@ -39,5 +39,6 @@ def renumbered(labels: np.ndarray, own: Sequence[str], wanted: Sequence[str]) ->
     return np.where(labels >= 0, table[labels], -1) if len(table) else labels
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
+    """A class name in Unicode's composed form, in which two names are compared."""
     return unicodedata.normalize("NFC", name)

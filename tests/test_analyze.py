@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from models.alignment import AlignmentHead
 from tools.analyze import main
 from train.backbone_io import save_backbone
 from train.build import build_method
+from train.checkpoint import write_checkpoint
 from train.eval import analysis
 from train.record.page import render
 from train.record.run import read_run
@@ -95,12 +95,9 @@ def write_run(run: Path, *flags: str) -> Path:
     knn = [{"kind": "knn", "step": step, "epoch": 0, "time_s": 1.0, "k": 20, "top1": 0.3} for step in (0, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in knn))
     save_backbone(method.encoder, run / "backbone.safetensors", arch=config.recipe.arch, method=config.run.method)
-    folder = run / "checkpoints" / "step_00000003"
-    folder.mkdir(parents=True)
     state = {name: value.contiguous() for name, value in method.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({"files": {"model.safetensors": digest}}))
+    files = {"model.safetensors": save(state), "optimizer.safetensors": save({}), "state.json": b'{"step": 3}'}
+    write_checkpoint(run / "checkpoints", "step_00000003", files)
     return run
 
 

@@ -51,12 +51,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, encoder, monkeypatch:
     save_backbone(encoder, path, arch="resnet18")
     before = path.read_bytes()
 
-    def half(tensors, target, metadata):
-        Path(target).write_bytes(b"half")
+    write_all = Path.write_bytes
+
+    def half(target: Path, data: bytes) -> int:
+        write_all(target, data[: len(data) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(backbone_io, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(Path, "write_bytes", half)
         save_backbone(encoder, path, arch="resnet18")
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["backbone.safetensors"]
 

@@ -332,7 +332,7 @@ class Checkpoints:
         if needed > free:
             raise UserMistake(
                 f"{self.place}: checkpoints of {state_bytes(state) / 1e9:.2f} GB need {needed / 1e9:.2f} GB in all, "
-                f"{free / 1e9:.2f} GB are free; free space, keep fewer, or choose another disk"
+                f"{free / 1e9:.2f} GB are free; free space or choose another disk"
             )
 
     def save(self, state: State, also: Callable[[Path], None] | None = None, best: int | None = None) -> None:

@@ -162,7 +162,7 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class BnConfig:
-    """Which images share batch-normalisation statistics (methods.md 1.2)."""
+    """Which images share batch-normalisation statistics."""
 
     mode: BnMode = option(
         "group", "group: consecutive images of the global batch; sync: all of it; plain: the rank's batch"

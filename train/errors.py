@@ -106,7 +106,7 @@ def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE
         remedy = "free space" if full else "check the path, its permissions and the free space"
         return _tell(f"{error}; {remedy}, then run the same command again", disk_full if full else EXIT_USER_MISTAKE)
     except KeyboardInterrupt:
-        print("stopped before it was done; nothing was left under a final name", file=sys.stderr)
+        print("stopped before it was done; files that have their final name are whole", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -102,7 +102,8 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
             # After the last step there is nothing left to stop.
             asks = runtime.device.type == "cpu" or state.step % run.log_every == 0
             if asks and state.step < job.last_step and runtime.agree(bool(watch.asked)):
-                save(job, state, epoch)
+                if saved_at != state.step:
+                    save(job, state, epoch)
                 raise stopped(state.step, watch)
             if state.step % run.checkpoint_every == 0 and saved_at != state.step < job.last_step:
                 save(job, state, epoch)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.beton import BetonReader
+from pipeline.classes import composed
 from pipeline.listing import list_images
 from pipeline.manifest import manifest_of
 from pipeline.rng import permutation
@@ -55,7 +56,8 @@ def class_names(data: str) -> list[str] | None:
     """The names of the classes in label order, None where the store keeps none.
 
     Args:
-        data: a `.beton` file, a folder, a list of files, or shards with an index.
+        data: a `.beton` file, a folder, a list of files, or shards with an index. What is not there has no names: a
+            number of synthetic images, for example.
 
     Raises:
         UserMistake: the data cannot be read.
@@ -65,6 +67,8 @@ def class_names(data: str) -> list[str] | None:
             store = open_shards(data, "sequential", readers=1, window=1)
             store.files.close()
             return list(store.classes) or None
+        if not Path(data).exists():
+            return None
         if data.endswith(".beton"):
             manifest = manifest_of(BetonReader(Path(data)))
             return None if manifest is None else list(manifest.classes) or None
@@ -80,7 +84,8 @@ def check_classes(data: str, val_data: str) -> None:
         UserMistake: both stores know their classes, and one of `val_data` is not among those of `data`.
     """
     train, val = class_names(data), class_names(val_data)
-    lacking = [] if train is None or val is None else sorted(set(val) - set(train))
+    known = {composed(name) for name in train or ()}
+    lacking = [] if train is None or val is None else sorted(name for name in val if composed(name) not in known)
     if lacking:
         raise UserMistake(
             f"--data has {len(train or ())} classes and --val-data {len(val or ())}, which differ, for example in "

@@ -351,7 +351,7 @@ def test_options_are_explicit_and_explained(name):
             if dataclasses.is_dataclass(value):
                 check(value)
             else:
-                assert item.metadata.get("help"), f"{type(config).__name__}.{item.name}"
+                assert item.metadata["option"].help, f"{type(config).__name__}.{item.name}"
 
     check(cls.Config())
 

@@ -477,7 +477,7 @@ def test_the_order_is_each_epochs_permutation_whatever_the_ranks() -> None:
     pairs = [Pair(Path(str(n)), Path(str(n))) for n in range(7)]
 
     def feed(rank: int, world: int) -> TrainingFeed:
-        return TrainingFeed(pairs, label_map({0: "a"}, ()), Geometry((32, 32), (0, 0)), 4, 3, rank, world, 1)
+        return TrainingFeed(pairs, label_map({0: "a", 1: "b"}, ()), Geometry((32, 32), (0, 0)), 4, 3, rank, world, 1)
 
     one = [feed(0, 1).addresses(step) for step in range(14)]
     samples, epochs = (np.concatenate([pair[part] for pair in one]) for part in (0, 1))

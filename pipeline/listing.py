@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,14 @@ class Listing:
         names: what to call them: the path relative to the source.
         labels: (N,) int64, -1 where there are no classes.
         classes: class names by label, empty where there are none.
+        passed_over: what a folder holds beside them: an ending, as ".txt", or "system files", and how many.
     """
 
     files: list[Path]
     names: list[str]
     labels: np.ndarray
     classes: tuple[str, ...]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
 
 def list_images(source: Path) -> Listing:
@@ -50,9 +53,10 @@ def list_images(source: Path) -> Listing:
     Raises:
         ValueError: there are no images, or a folder cannot be read.
     """
+    passed_over: Counter[str] = Counter()
     if source.is_dir():
         # As bytes: the order must not depend on the locale.
-        names = sorted(_walk(source), key=os.fsencode)
+        names = sorted(_walk(source, passed_over), key=os.fsencode)
         files = [source / name for name in names]
         labels, classes = label_by_folder(names)
     else:
@@ -64,8 +68,25 @@ def list_images(source: Path) -> Listing:
         files = [source.parent / name for name in names]
         labels, classes = label_by_folder(_relative([os.path.abspath(file) for file in files]))
     if not files:
-        raise ValueError(f"{source} holds no image files; give a folder of photos or a list with one path a line")
-    return Listing(files, names, labels, classes)
+        raise ValueError(f"{source} holds no image files; {_instead(passed_over)}")
+    return Listing(files, names, labels, classes, passed_over)
+
+
+def _instead(passed_over: Mapping[str, int]) -> str:
+    """What to give instead of a folder or list without images."""
+    if passed_over.get(".tar"):
+        return (
+            f"it has {passed_over['.tar']} tar files without an index: pack them with tools/make_webdataset.py "
+            "'FOLDER/*.tar' SHARDS, and give SHARDS"
+        )
+    return "give a folder of photos or a list with one path a line"
+
+
+def describe_passed_over(passed_over: Mapping[str, int]) -> str:
+    """What was found beside the images, in words: "3 .mp4, 2 .txt"; empty where nothing was."""
+    # The commonest first; equal numbers by name, so that the text does not depend on the order of a folder.
+    kinds = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {kind}" for kind, count in kinds)
 
 
 def label_by_folder(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -93,8 +114,8 @@ def _relative(paths: Sequence[str]) -> list[str]:
     return [os.path.relpath(path, folder) for path in paths]
 
 
-def _walk(source: Path) -> Iterator[str]:
-    """Relative paths of the image files below a folder, in no order."""
+def _walk(source: Path, passed_over: Counter[str]) -> Iterator[str]:
+    """Relative paths of the image files below a folder, in no order; other files are counted in `passed_over`."""
     # Folders are told apart by device and inode, so that a link back to one above ends the walk there only.
     start = os.stat(source)
     folders = [("", frozenset([(start.st_dev, start.st_ino)]))]
@@ -106,6 +127,7 @@ def _walk(source: Path) -> Iterator[str]:
             raise ValueError(f"the folder {source / prefix} cannot be read: {error.strerror}") from error
         for entry in entries:
             if is_clutter(entry.name):
+                passed_over["system files"] += 1
                 continue
             name = prefix + entry.name
             if entry.is_dir():
@@ -113,6 +135,10 @@ def _walk(source: Path) -> Iterator[str]:
                 identity = (status.st_dev, status.st_ino)
                 if identity not in above:
                     folders.append((name + "/", above | {identity}))
+                continue
+            suffix = os.path.splitext(name)[1].lower()
             # A link that leads nowhere is listed, so that it is refused by name.
-            elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and (entry.is_file() or entry.is_symlink()):
+            if suffix in IMAGE_SUFFIXES and (entry.is_file() or entry.is_symlink()):
                 yield name
+            else:
+                passed_over[suffix or "without ending"] += 1

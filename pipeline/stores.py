@@ -14,6 +14,7 @@ from .beton import BetonReader
 from .layouts import CHECK_CRC, REFUSE_ROTATED, WHOLE_IMAGE
 from .listing import list_images
 from .manifest import manifest_of
+from .shards import INDEX_NAME
 
 
 class Store(Protocol):
@@ -122,9 +123,12 @@ class FileStore:
 
 
 def is_shard_pattern(data: str) -> bool:
-    """Whether the text names tar shards: a pattern, a tar file, an address, or a folder with a shard index."""
+    """Whether the text names tar shards: a pattern, a tar file, an address, or a folder with a shard index.
+
+    Tar files alone make no shards of a folder: archives that were unpacked are often left beside the photos.
+    """
     path = Path(data)
-    return data.endswith(".tar") or "://" in data or (path.is_dir() and any(path.glob("*.tar")))
+    return data.endswith(".tar") or "://" in data or ((path / INDEX_NAME).is_file() and any(path.glob("*.tar")))
 
 
 def open_store(path: str) -> PackedStore | FileStore:

@@ -22,13 +22,13 @@ from tools.support.class_list import open_chosen
 from tools.support.cli import make_parser, parse, run_main
 from tools.support.packing import (
     SHUFFLE_SEED,
-    Source,
     Tally,
     add_packing_flags,
     check_packing_flags,
     make_records,
     with_progress,
 )
+from tools.support.source import Source
 from train.errors import EXIT_BAD_IMAGES
 
 
@@ -87,7 +87,7 @@ def _final_paths(dest: Path, overwrite: bool) -> list[Path]:
 
 
 def _write(source: Source, path: Path, max_side_px: int, quality: int, workers: int) -> Tally:
-    tally = Tally()
+    tally = Tally(passed_over=source.passed_over)
     page_size = page_size_for(max_side_px)
     with open(path, "xb") as file:
         writer = BetonWriter(file, len(source), page_size)
@@ -109,7 +109,7 @@ def _report(tally: Tally, source: Source, dest: Path, data_hash: str, seconds: f
     print(
         f"{dest}: {count} images, {classes}, {dest.stat().st_size / 2**20:.1f} MiB, {tally.kept} stored as they were, "
         f"{count - tally.kept} coded anew, {bad} refused{f' (see {rejected_path(dest)})' if bad else ''}; "
-        f"data hash {data_hash[:12]}; {seconds:.1f} s, {len(source) / seconds:.0f} images/s"
+        f"{tally.passed_over_words()}data hash {data_hash[:12]}; {seconds:.1f} s, {len(source) / seconds:.0f} images/s"
     )
 
 

@@ -22,13 +22,13 @@ from tools.support.class_list import open_chosen
 from tools.support.cli import make_parser, parse, run_main
 from tools.support.packing import (
     SHUFFLE_SEED,
-    Source,
     Tally,
     add_packing_flags,
     check_packing_flags,
     make_records,
     with_progress,
 )
+from tools.support.source import Source
 from train.errors import EXIT_BAD_IMAGES
 
 
@@ -77,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
     seconds = time.perf_counter() - started
     print(
         f"{dest}: {len(tally.sources)} images in {len(shards['shards'])} shards, {tally.kept} stored as they were, "
-        f"{len(tally.rejected)} refused; data hash {manifest.data_hash[:12]}; {seconds:.1f} s"
+        f"{len(tally.rejected)} refused; {tally.passed_over_words()}"
+        f"data hash {manifest.data_hash[:12]}; {seconds:.1f} s"
     )
     if len(source.classes) > 1 and not options.shuffle:
         print("the shards hold class after class; for training from streams pack with --shuffle, which mixes them")
@@ -98,7 +99,7 @@ def _check_dest(dest: Path, rejected: Path, overwrite: bool) -> None:
 
 
 def _write(source: Source, folder: Path, options) -> tuple[Tally, dict]:  # type: ignore[no-untyped-def, type-arg]
-    tally = Tally()
+    tally = Tally(passed_over=source.passed_over)
     writer = ShardWriter(folder, int(options.shard_size_mib * 2**20))
     # The same limit on a record as in a packed file, so that both hold the same records.
     limit = page_size_for(options.max_resolution)

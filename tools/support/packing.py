@@ -1,4 +1,4 @@
-"""What both packers share: where images come from, making records on all cores, and what is said about them."""
+"""What both packers share: making records on all cores, counting what became of them, and flags."""
 
 from __future__ import annotations
 
@@ -6,146 +6,24 @@ import argparse
 import itertools
 import json
 import os
-import re
-import stat
-import tarfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.listing import IMAGE_SUFFIXES, common_folder_removed, label_by_folder, list_images
+from pipeline.listing import describe_passed_over
 from pipeline.manifest import Manifest, data_hash, pack_sources
 from pipeline.records import Record, make_record
 from pipeline.refusal import ImageRefused
-from pipeline.shards import expand_braces
 
-MAX_FILE_BYTES = 1 << 29
+from .source import Source
+
 SHUFFLE_SEED = 0
 _CHUNK = 16
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images to pack, in order.
-
-    Attributes:
-        names: what to call them.
-        labels: (N,) int64, -1 where there are no classes.
-        classes: class names by label.
-        places: (file, offset, bytes) of each; offset and bytes -1 for a whole file.
-    """
-
-    names: list[str]
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    places: list[tuple[str, int, int]]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, index: int) -> bytes:
-        """The bytes of one image file.
-
-        Raises:
-            ImageRefused: it cannot be read or is absurdly large.
-        """
-        path, offset, size = self.places[index]
-        try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ImageRefused("not a regular file")  # reading a pipe would wait for ever
-            with open(path, "rb") as file:
-                if offset >= 0:
-                    file.seek(offset)
-                data = file.read(MAX_FILE_BYTES + 1 if size < 0 else min(size, MAX_FILE_BYTES + 1))
-        except OSError as error:
-            raise ImageRefused(f"the file cannot be read: {error.strerror}") from error
-        if len(data) > MAX_FILE_BYTES:
-            raise ImageRefused(f"more than {MAX_FILE_BYTES >> 20} MiB of file")
-        return data
-
-    def shuffled(self, seed: int) -> Source:
-        """A source with these images in a random order, which depends only on the seed and the number of images."""
-        # Philox by name: NumPy may change what its default generator draws.
-        order = np.random.Generator(np.random.Philox(seed)).permutation(len(self)).tolist()
-        return Source([self.names[i] for i in order], self.labels[order], self.classes, [self.places[i] for i in order])
-
-
-def open_source(text: str) -> Source:
-    """The images that SOURCE names: a folder, a text file with one path a line, a tar file or a shard pattern.
-
-    Raises:
-        ValueError: it does not exist, holds no images, or a shard is damaged.
-    """
-    path = Path(text)
-    if text.endswith(".tar") and not path.is_dir():
-        return _open_shards([Path(name) for name in expand_braces(text)])
-    if not path.exists():
-        raise ValueError(f"{text} does not exist; give a folder of images, a list of paths or a shard pattern")
-    listing = list_images(path)
-    return Source(listing.names, listing.labels, listing.classes, [(str(file), -1, -1) for file in listing.files])
-
-
-def _open_shards(shards: list[Path]) -> Source:
-    names, places, given = [], [], []
-    for shard in shards:
-        members = _tar_members(shard)
-        labels = {_key(name): place for name, place in members.items() if name.endswith(".cls")}
-        with open(shard, "rb") as file:
-            for name, (offset, size) in members.items():
-                if os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES:
-                    continue
-                names.append(name)
-                places.append((str(shard), offset, size))
-                given.append(_read_label(file, shard, name, labels.get(_key(name))))
-    if not names:
-        raise ValueError(f"{shards[0]} and {len(shards) - 1} more hold no image files; give shards with images")
-    # Class files decide where there are any; otherwise the folders inside the shards do.
-    if any(label is not None for label in given):
-        numbers = np.array([-1 if label is None else label for label in given], dtype=np.int64)
-        classes = tuple(str(number) for number in range(int(numbers.max()) + 1))
-        return Source(names, numbers, classes, places)
-    numbers, classes = label_by_folder(common_folder_removed(names))
-    return Source(names, numbers, classes, places)
-
-
-def _key(name: str) -> str:
-    """What the members of one sample share: the path up to the first dot of the last part."""
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.split('.', 1)[0]}"
-
-
-def _read_label(file: Any, shard: Path, name: str, place: tuple[int, int] | None) -> int | None:
-    if place is None:
-        return None
-    file.seek(place[0])
-    # A class number is short; a damaged header must not make this read a gigabyte.
-    text = file.read(min(place[1], 64)).decode("ascii", "replace").strip()
-    if not re.fullmatch(r"-?\d{1,9}", text) or int(text) < -1:
-        raise ValueError(f"the label of {name} in {shard} is {text!r}, not a class number; repair the shard")
-    return int(text)
-
-
-def _tar_members(shard: Path) -> dict[str, tuple[int, int]]:
-    """Name -> (offset of the data, bytes) of the regular files, in order."""
-    if not shard.exists():
-        raise ValueError(f"shard {shard} does not exist; check the pattern")
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            members = {m.name: (m.offset_data, m.size) for m in archive if m.isreg()}
-    except tarfile.TarError as error:
-        raise ValueError(f"shard {shard} is not an uncompressed tar file or is damaged ({error}); copy it again") from (
-            error
-        )
-    end = max((offset + size for offset, size in members.values()), default=0)
-    if end > shard.stat().st_size:
-        raise ValueError(f"shard {shard} is truncated; copy it again")
-    return members
 
 
 @dataclass
@@ -159,6 +37,7 @@ class Tally:
         digests: SHA-256 of each record, one after the other.
         kept: how many were stored as they were.
         rejected: (name, reason) of the others.
+        passed_over: what the source holds beside images: kind and number.
     """
 
     sources: list[str] = field(default_factory=list)
@@ -167,6 +46,7 @@ class Tally:
     digests: bytearray = field(default_factory=bytearray)
     kept: int = 0
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def add(self, name: str, label: int, record: Record) -> None:
         """Count a packed image."""
@@ -195,6 +75,7 @@ class Tally:
                 "coded_anew": len(self.sources) - self.kept,
                 "repeated": self.repeated,
                 "rejected": len(self.rejected),
+                "passed_over": dict(sorted(self.passed_over.items())),
                 "settings": settings,
             },
         )
@@ -202,6 +83,10 @@ class Tally:
     def rejected_lines(self) -> str:
         """The text of the list of refused files: one JSON object a line."""
         return "".join(json.dumps({"file": name, "reason": reason}) + "\n" for name, reason in self.rejected)
+
+    def passed_over_words(self) -> str:
+        """What a packer's last line says of files that are no images; empty where there were none."""
+        return f"passed over {describe_passed_over(self.passed_over)}; " if self.passed_over else ""
 
     def too_many(self, total: int, max_bad: float) -> str | None:
         """One line about the refused images where they are more than the share allowed, otherwise None."""

@@ -47,7 +47,7 @@ def source_names(data: str) -> list[str] | None:
     if path.suffix == ".beton":
         manifest = manifest_of(BetonReader(path))
         return None if manifest is None else manifest.sources
-    if path.is_dir() and not any(path.glob("*.tar")):
+    if path.is_dir() and not is_shard_pattern(data):
         return [file.relative_to(path).as_posix() for file in list_images(path).files]
     return None
 

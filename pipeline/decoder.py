@@ -30,7 +30,7 @@ from .layouts import (
     view_array,
 )
 from .native_build import load, try_load
-from .refusal import MAX_PIXELS, ImageRefused
+from .refusal import MAX_PIXELS, ImageRefused, TooManyBad
 from .stores import Store
 
 _REASONS = {
@@ -144,7 +144,7 @@ class ViewDecoder:
             outs: per view a C-contiguous uint8 array of at least (B, size, size, 3); rows 0..B-1 are filled.
 
         Raises:
-            RuntimeError: a bad record, and 64 others drawn for its place are bad too.
+            TooManyBad: a bad record, and 64 others drawn for its place are bad too.
         """
         jobs = self._jobs(index, index, np.arange(len(index)))
         self.repair(epoch, index, self._native_pass(epoch, jobs, index, outs), outs)
@@ -199,7 +199,7 @@ class ViewDecoder:
             outs: as for `decode`.
 
         Raises:
-            RuntimeError: a bad record, and 64 others drawn for its place are bad too.
+            TooManyBad: a bad record, and 64 others drawn for its place are bad too.
         """
         # The usual case: every image of the batch was decoded.
         if not status.any():
@@ -217,9 +217,9 @@ class ViewDecoder:
             sources = np.array([substitute(self._seed, epoch, key, attempt, self._population) for key in keys.tolist()])
             # The substitute's pixels are cut with the draws of the sample whose place it takes.
             status = self._native_pass(epoch, self._jobs(sources, keys, slots), sources, outs)
-        raise RuntimeError(
-            f"sample {index[slots[0]]} is bad, and so are {SUBSTITUTE_ATTEMPTS} others drawn for its place; "
-            "pack the images again"
+        raise TooManyBad(
+            f"{self._store.name(int(index[slots[0]]))} cannot be used, nor can {SUBSTITUTE_ATTEMPTS} others that were "
+            "drawn for its place; copy the images again, or pack them: the packer lists what is wrong with each"
         )
 
     def _jobs(self, sources: np.ndarray, keys: np.ndarray, slots: np.ndarray) -> np.ndarray:

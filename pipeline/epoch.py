@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from .sampling import RankSlice, global_order, sharded_order, sharded_windows
 
 ORDERS = ("global", "sharded", "sequential")
 SUBSTITUTE_ATTEMPTS = 64
+_told: set[str] = set()  # data of which this process has named a bad record
 
 
 def substitute(seed: int, epoch: int, index: int, attempt: int, population: np.ndarray) -> int:
@@ -181,8 +183,31 @@ class EpochPipeline:
             running.close()  # type: ignore[attr-defined]
 
     def note_bad(self, index: int, reason: str) -> None:
-        """Count and name a record that could not be used."""
+        """Count and name a record that could not be used; the first one is told at once."""
+        # At once: the count comes at the end, which may be days away. A run has several pipelines over the same data.
+        if self.config.data not in _told:
+            _told.add(self.config.data)
+            print(f"cannot be used: {reason}; told once for {self.config.data}, counted at the end", file=sys.stderr)
         self._stats.bad_records.setdefault(int(index), reason)
+
+    def shown(self, epoch: int, index: np.ndarray) -> np.ndarray:
+        """(B,) the samples whose pixels were delivered for the samples `index`: others where a record is bad.
+
+        Args:
+            epoch: in which they were delivered.
+            index: (B,) int64, samples that have been delivered.
+        """
+        bad = self._stats.bad_records
+        samples = (self._instead(epoch, each) if each in bad else each for each in index.tolist())
+        return np.fromiter(samples, dtype=np.int64, count=len(index))
+
+    def _instead(self, epoch: int, index: int) -> int:
+        # The decoder took the first of the list that it could decode, and noted those before it as bad.
+        drawn = (
+            substitute(self.config.seed, epoch, index, attempt, self.plan.population)
+            for attempt in range(SUBSTITUTE_ATTEMPTS)
+        )
+        return next(sample for sample in drawn if sample not in self._stats.bad_records)
 
     def stats(self) -> PipelineStats:
         """Running totals."""

@@ -139,6 +139,9 @@ class Pipeline(Protocol):
     def __iter__(self) -> Iterator[Batch]:
         """Deliver the rest of the chosen epoch; may be abandoned early at no cost."""
 
+    def shown(self, epoch: int, index: np.ndarray) -> np.ndarray:
+        """(B,) the samples whose pixels were delivered for the samples `index`: others where a record is bad."""
+
     def stats(self) -> PipelineStats:
         """Running totals."""
 

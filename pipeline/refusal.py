@@ -10,6 +10,10 @@ class ImageRefused(ValueError):
     """A file that cannot be used as an image; the message is the reason, in a few words and without the file's name."""
 
 
+class TooManyBad(ValueError):
+    """So many images cannot be used that the outcome would not be about the data that were given."""
+
+
 def refuse_if_huge(width: int, height: int, max_pixels: int) -> None:
     """Raise `ImageRefused` where width * height is above the limit."""
     if width * height > max_pixels:

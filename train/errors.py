@@ -14,6 +14,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from pipeline.refusal import TooManyBad
+
 EXIT_USER_MISTAKE = 2
 EXIT_BAD_IMAGES = 3
 EXIT_NON_FINITE = 4
@@ -97,6 +99,8 @@ def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE
             raise
         if isinstance(error, RunEnd):
             return _tell(str(error), error.code)
+        if isinstance(error, TooManyBad):
+            return _tell(str(error), EXIT_BAD_IMAGES)
         if is_refusal(error):
             return _tell(str(error), EXIT_USER_MISTAKE)
         if not isinstance(error, OSError):

@@ -41,7 +41,8 @@ def run(argv: Sequence[str]) -> int:
         real = None
         if config.real_labels:
             names = source_names(config.val_data)
-            real = read_real_labels(config.real_labels, names, len(queries.labels), classes)
+            every = read_real_labels(config.real_labels, names, len(queries.labels) + queries.bad, classes)
+            real = [every[sample] for sample in queries.samples.tolist()]
         predictions = knn_predict(
             bank.features, bank.labels, queries.features, config.k, config.temperature, classes, config.block
         )

@@ -30,13 +30,13 @@ from .session import (
     EvalConfig,
     Session,
     class_count,
+    labels_of_pixels,
     linear_views,
     open_session,
     parse_config,
     percent,
     result_path,
     table,
-    warn_of_bad,
 )
 from .splits import source_names
 from .tuning import TuningCheckpoints, discard_state, fingerprint, state_folder
@@ -411,7 +411,7 @@ def epoch_features(
             with torch.no_grad(), evaluation_mode(encoder), session.runtime.autocast():
                 features = _frozen_features(session, images, drop_path, step)
             # Outside the block above: `no_grad` in a suspended generator would also hold in the caller's training step.
-            yield features, batch.label.to(device, non_blocking=True)
+            yield features, labels_of_pixels(pipeline, epoch, batch).to(device, non_blocking=True)
 
     return deliver
 
@@ -438,7 +438,9 @@ def probe(
 def _real_labels(config: LinearConfig, val: Features, classes: int) -> list[list[int]] | None:
     if not config.real_labels:
         return None
-    return read_real_labels(config.real_labels, source_names(config.val_data), len(val.labels), classes)
+    names = source_names(config.val_data)
+    real = read_real_labels(config.real_labels, names, len(val.labels) + val.bad, classes)
+    return [real[sample] for sample in val.samples.tolist()]
 
 
 def _solve_exactly(
@@ -534,7 +536,7 @@ def _train_by_steps(
         )
         records = head_records(lrs, state)
         # After training, because a damaged record is found when it is decoded.
-        warn_of_bad(session, config.data, pipeline)
+        session.count_bad(pipeline, "were replaced by others with their labels")
         facts = {
             "data_hash": pipeline.data_hash,
             "train_images": len(population),

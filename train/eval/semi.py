@@ -17,7 +17,7 @@ from models.norm import convert_batch_norm, running_buffers
 from models.options import option
 from pipeline.interface import Pipeline
 
-from ..measure.features import center_view, extract_features, pool
+from ..measure.features import center_view, pool
 from ..state import TuningState
 from .accuracy import Accuracy, accuracy
 from .fewshot import labelled_subset
@@ -26,12 +26,12 @@ from .session import (
     EvalConfig,
     Session,
     class_count,
+    labels_of_pixels,
     open_session,
     parse_config,
     percent,
     result_path,
     table,
-    warn_of_bad,
 )
 from .tuning import TuningCheckpoints, discard_state, state_folder
 
@@ -107,7 +107,8 @@ def fine_tune_epoch(
         (images,) = batch.views.values()
         with session.runtime.autocast():
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), batch.label.to(device, non_blocking=True))
+        labels = labels_of_pixels(pipeline, epoch, batch).to(device, non_blocking=True)
+        loss = F.cross_entropy(logits.float(), labels)
         # Dropped, not zeroed: backward then writes gradients instead of adding to zeros.
         optimizer.zero_grad(set_to_none=True)
         (loss if scaler is None else scaler.scale(loss)).backward()
@@ -125,7 +126,7 @@ def fine_tune_epoch(
 def _validate(session: Session, model: Classifier, val: Pipeline) -> Accuracy:
     # The centre view draws nothing, but an iteration needs an epoch.
     val.set_epoch(0)
-    features = extract_features(model.encoder, val, session.runtime.device, session.autocast_dtype)
+    features = session.extract(model.encoder, val)
     with torch.no_grad():
         return accuracy(model.fc(features.features), features.labels)
 
@@ -190,12 +191,12 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
             checkpoints.save(state)
         record = head_records([lrs[1]], state)[0]
         # After training, because a damaged record is found when it is decoded.
-        warn_of_bad(session, config.data, train)
+        session.count_bad(train, "were replaced by others with their labels")
         return record, {
             "data_hash": train.data_hash,
             "val_data_hash": val.data_hash,
             "train_images": len(population),
-            "val_images": val.num_samples,
+            "val_images": val.num_samples - session.bad_images.get("--val-data", 0),
             "classes": classes,
             "global_batch": batch,
             "epochs": config.epochs,

@@ -14,12 +14,12 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.options import option
 from pipeline import augment
 from pipeline.atomic import write_atomically
-from pipeline.interface import Pipeline, PipelineConfig, ViewSpec
+from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 
 from ..backbone_io import BackboneSource, build_encoder, load
@@ -27,7 +27,7 @@ from ..config import RunConfig
 from ..errors import UserMistake
 from ..fields import check, flatten, unflatten
 from ..flags import OneLineParser, add_leaf, parse_fields
-from ..measure.features import Features, center_view, extract_features
+from ..measure.features import MAX_BAD, Features, center_view, extract_features
 from ..record.run import read_config
 from ..runtime import Runtime, start
 from ..versions import versions
@@ -69,6 +69,12 @@ class EvalConfig(ProtocolConfig):
         "auto", "where images come from; for synthetic, --data and --val-data are numbers of images"
     )
     image_size: int = option(0, "side of the evaluated square in pixels; 0 is the run's own, or 224", least=0)
+    max_bad: float = option(
+        MAX_BAD,
+        "share of the images that may be unreadable; figures are over the others, and the result counts them",
+        least=0,
+        most=1,
+    )
 
 
 ConfigT = TypeVar("ConfigT", bound=ProtocolConfig)
@@ -174,10 +180,12 @@ class Session(ProtocolSession):
 
     Attributes:
         image_size: side of a view in pixels.
+        bad_images: flag -> images of that data set that could not be read.
     """
 
     config: EvalConfig
     image_size: int = DEFAULT_IMAGE_SIZE
+    bad_images: dict[str, int] = field(default_factory=dict)
 
     def open(
         self,
@@ -246,15 +254,40 @@ class Session(ProtocolSession):
         pipeline = self.open(data, (center_view(self.image_size),), population=population)
         try:
             pipeline.set_epoch(0)
-            features = extract_features(self.encoder, pipeline, self.runtime.device, self.autocast_dtype)
-            warn_of_bad(self, data, pipeline)
-            return features, pipeline.data_hash
+            return self.extract(self.encoder, pipeline), pipeline.data_hash
         finally:
             pipeline.close()
 
+    def extract(self, encoder: nn.Module, pipeline: Pipeline) -> Features:
+        """Features of a pipeline's one view, without the images that cannot be read, which are counted.
+
+        Raises:
+            TooManyBad: more than `--max-bad` of them cannot be read.
+        """
+        device, dtype = self.runtime.device, self.autocast_dtype
+        features = extract_features(encoder, pipeline, device, dtype, max_bad=self.config.max_bad)
+        self.count_bad(pipeline, "are left out")
+        return features
+
+    def count_bad(self, pipeline: Pipeline, done: str) -> None:
+        """Count what any rank could not read of a data set, and say so on the first rank; every rank must call it.
+
+        Args:
+            pipeline: over the data set, after its images were read.
+            done: what was done about them.
+        """
+        data = pipeline.config.data  # type: ignore[attr-defined]
+        flag = "--val-data" if data == self.config.val_data else "--data"
+        found: dict[int, str] = {}
+        for each in self.runtime.gather_objects(pipeline.stats().bad_records):
+            found |= each
+        if len(found) > self.bad_images.get(flag, 0):
+            self.bad_images[flag] = len(found)
+            self.say(f"{data}: {len(found)} images cannot be read and {done}, for example {next(iter(found.values()))}")
+
     def facts(self) -> dict[str, Any]:
-        """The facts of every protocol, and the side of the views in pixels."""
-        return {**super().facts(), "image_size": self.image_size}
+        """The facts of every protocol, the side of the views in pixels, and how many images could not be read."""
+        return {**super().facts(), "image_size": self.image_size, "bad_images": self.bad_images}
 
 
 def result_path(session: ProtocolSession) -> Path:
@@ -268,13 +301,6 @@ def result_path(session: ProtocolSession) -> Path:
         return session.source.folder / name
     path = Path(session.source.origin)
     return path.with_name(f"{path.stem}.{name}")
-
-
-def warn_of_bad(session: Session, data: str, pipeline: Pipeline) -> None:
-    """Say on the first rank how many damaged records had another image take their place."""
-    bad = pipeline.stats().bad_records
-    if bad:
-        session.say(f"{data}: {len(bad)} damaged records were replaced, for example {next(iter(bad.items()))}")
 
 
 def _check_exists(name: str, data: str) -> None:
@@ -363,6 +389,16 @@ def class_count(train_labels: np.ndarray, val_labels: np.ndarray) -> int:
     return int(train_labels.max()) + 1
 
 
+def labels_of_pixels(pipeline: Pipeline, epoch: int, batch: Batch) -> Tensor:
+    """(B,) int64 labels of the images that a batch shows.
+
+    Where an image cannot be read another one is shown, and its picture must not be learnt under the other label.
+    """
+    if not pipeline.stats().bad_records:
+        return batch.label
+    return torch.from_numpy(pipeline.labels[pipeline.shown(epoch, batch.index.numpy())])
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned to the right under a header line."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
@@ -381,6 +417,7 @@ __all__ = [
     "ProtocolSession",
     "Session",
     "class_count",
+    "labels_of_pixels",
     "linear_views",
     "open_protocol",
     "open_session",
@@ -388,5 +425,4 @@ __all__ = [
     "percent",
     "result_path",
     "table",
-    "warn_of_bad",
 ]

@@ -14,14 +14,22 @@ from torch import Tensor, nn
 from models.collectives import world
 from pipeline.augment import MEAN, STD
 from pipeline.interface import Batch, Pipeline, ViewSpec
+from pipeline.refusal import TooManyBad
+
+MAX_BAD = 0.5
+"""Share of a data set's images that may be unreadable before no figure is given; the figure is over the others."""
 
 
 class Features(NamedTuple):
-    """Features of a data set sorted by sample index: (N, C) fp32 on the device; the rest (N,) int64 on the CPU."""
+    """Features of a data set sorted by sample index: (N, C) fp32 on the device; the rest (N,) int64 on the CPU.
+
+    `bad` is the number of images beside these N that could not be read.
+    """
 
     features: Tensor
     labels: Tensor
     samples: Tensor
+    bad: int = 0
 
 
 def center_view(size: int, name: str = "center", interpolation: str = "bilinear") -> ViewSpec:
@@ -70,6 +78,7 @@ def extract_features(
     autocast_dtype: torch.dtype | None = None,
     view: str | None = None,
     transform: Callable[[Batch, Tensor], Tensor] | None = None,
+    max_bad: float = MAX_BAD,
 ) -> Features:
     """Globally average-pooled features of every image of a pipeline, the encoder in eval mode.
 
@@ -82,12 +91,15 @@ def extract_features(
         autocast_dtype: bf16 or fp16 autocast of the encoder; None computes in the encoder's own dtype.
         view: which view to encode; None is the pipeline's only one.
         transform: (batch, uint8 view) -> normalised images, where the view needs augmentation; None normalises.
+        max_bad: share of the images that may be unreadable. A loader delivers other pixels in their place; those rows
+            are left out, since they would count a picture under another one's label.
 
     Returns:
-        Features (features, labels, samples) sorted by sample index.
+        Features sorted by sample index, of the images that can be read.
 
     Raises:
         ValueError: when the pipeline is empty or delivers several views and `view` is None.
+        TooManyBad: when more than `max_bad` of the images cannot be read, on every rank.
     """
     features: list[Tensor] = []
     labels: list[Tensor] = []
@@ -114,7 +126,36 @@ def extract_features(
     )
     # Ranks deliver their parts one after the other; storage order makes the result independent of their number.
     order = gathered.samples.argsort()
-    return Features(gathered.features[order.to(device)], gathered.labels[order], gathered.samples[order])
+    return _readable(
+        Features(gathered.features[order.to(device)], gathered.labels[order], gathered.samples[order]),
+        _bad_samples(pipeline, device),
+        max_bad,
+    )
+
+
+def _bad_samples(pipeline: Pipeline, device: torch.device) -> Tensor:
+    """(M,) int64 on the CPU, ascending: the samples that any rank found to be unreadable."""
+    own = torch.tensor(sorted(pipeline.stats().bad_records), dtype=torch.int64)
+    return gather_rows(torch.zeros(len(own), 0, device=device), own, own).samples.unique()
+
+
+def _readable(found: Features, bad: Tensor, max_bad: float) -> Features:
+    """The rows of images that can be read.
+
+    Raises:
+        TooManyBad: more than a share of `max_bad` cannot.
+    """
+    lost = torch.isin(found.samples, bad)
+    count, asked = int(lost.sum()), len(lost)
+    if count == 0:
+        return found
+    if count > max_bad * asked or count == asked:
+        raise TooManyBad(
+            f"{count} of {asked} images cannot be read, more than a share of {max_bad:g}; a figure over the rest would "
+            "not be about these data: copy them again, or allow more where there is a --max-bad"
+        )
+    kept = ~lost
+    return Features(found.features[kept.to(found.features.device)], found.labels[kept], found.samples[kept], count)
 
 
 def _common_width(width: int, device: torch.device) -> int:

@@ -28,13 +28,18 @@ def health_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str,
         NonFinite: when the features are not finite, which no figure could tell.
     """
     features: dict[str, list[torch.Tensor]] = {name: [] for name in VIEWS}
+    samples: list[torch.Tensor] = []
     data.health.set_epoch(0)
     with evaluation_mode(method.encoder):
         for batch in data.health:
+            samples.append(batch.index)
             for name in VIEWS:
                 with runtime.autocast():
                     features[name].append(method.features(batch.views[name]).float().cpu())
-    first, second = (torch.cat(features[name]) for name in VIEWS)
+    # Where an image cannot be read another one is delivered, which would be there twice.
+    bad = torch.tensor(list(data.health.stats().bad_records), dtype=torch.int64)
+    kept = ~torch.isin(torch.cat(samples), bad)
+    first, second = (torch.cat(features[name])[kept] for name in VIEWS)
     if not (first.isfinite().all() and second.isfinite().all()):
         raise NonFinite(
             "features are not finite: the backbone has diverged; lower --optim.lr, or use "
@@ -44,7 +49,10 @@ def health_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str,
 
 
 def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, float | int]:
-    """20-NN top-1 of the backbone, all training images as bank and `--val-data` as queries."""
+    """20-NN top-1 of the backbone, all training images as bank and `--val-data` as queries.
+
+    Images that cannot be read are left out and counted as `train_bad` and `val_bad`.
+    """
     assert data.bank is not None and data.queries is not None
     autocast_dtype = None if runtime.dtype is torch.float32 else runtime.dtype
     bank, queries = (
@@ -59,4 +67,5 @@ def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, fl
         "k": k,
         "train_images": len(bank.features),
         "val_images": len(queries.features),
+        **{name: found.bad for name, found in (("train_bad", bank), ("val_bad", queries)) if found.bad},
     }

@@ -92,6 +92,13 @@ def _task(facts: dict[str, Any]) -> str:
     return "" if share is None else f"{100 * share:.2g}%"
 
 
+def unread(facts: Mapping[str, Any]) -> str:
+    """What a result says of validation images that could not be read: " without 3 unreadable ones", or nothing."""
+    # An online k-NN row has its own field; older result files have none.
+    count = facts.get("bad_images", {}).get("--val-data", 0) or facts.get("val_bad", 0)
+    return f" without {count} unreadable ones" if count else ""
+
+
 def describe(figures: Mapping[str, float]) -> str:
     """Figures in words, in the order of `NAMES`."""
     return ", ".join(f"{label} {figures[name]:.1f}" for name, label in NAMES.items() if name in figures)
@@ -103,7 +110,8 @@ def differences(row: Published, measured: Measurement) -> list[str]:
     found = [] if row.task == measured.task else [f"task: {row.task} there, {measured.task} here"]
     images = facts.get("val_images")
     if row.protocol in ("linear", "knn", "fewshot", "semi") and images != _IMAGENET_VAL:
-        found.append(f"measured on: {row.data}'s validation images there, {images or '?'} other images here")
+        ours = f"{images or '?'} other images{unread(facts)}"
+        found.append(f"measured on: {row.data}'s validation images there, {ours} here")
     if row.protocol == "knn":
         found.append("vote: not stated there, weighted by exp(cosine / 0.07) here")
     found += _classifier_differences(row, facts) if row.protocol in ("linear", "fewshot") else []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train.backbone_io import LoadedBackbone, version
-from train.record.evaluations import Measurement, describe, measurements
+from train.record.evaluations import Measurement, describe, measurements, unread
 from train.record.run import Run, read_results, read_run
 
 
@@ -36,7 +36,7 @@ def _score_lines(loaded: LoadedBackbone, run: Run | None) -> list[str]:
         facts = each.facts
         name = f"{each.protocol} {each.task}".strip() + (" (untrained baseline)" if each.untrained else "")
         recipe = f", recipe {facts['recipe']}" if "recipe" in facts else ""
-        where = f"{facts['val_images']} images, " if "val_images" in facts else ""
+        where = f"{facts['val_images']} images{unread(facts)}, " if "val_images" in facts else ""
         lines.append(
             f"| {name}{recipe} | {describe(each.figures) or f'see {each.file}'} | {where}data "
             f"{str(facts.get('val_data_hash', '?'))[:12]} |"

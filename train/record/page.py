@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.atomic import write_atomically
 from train.errors import UserMistake
 from train.record.charts import COLOURS, Series, line_chart
-from train.record.evaluations import PROTOCOLS, Measurement, describe, results
+from train.record.evaluations import PROTOCOLS, Measurement, describe, results, unread
 from train.record.evaluations import differences as evaluation_differences
 from train.record.published import candidates, differences
 from train.record.run import Run, chance_level, read_run
@@ -111,7 +111,10 @@ def _result_row(
     run: Run, number: int, key: tuple[str, str], measured: Measurement | None, baseline: Measurement | None
 ) -> str:
     def cell(found: Measurement | None) -> str:
-        return "–" if found is None else f'{_text(describe(found.figures))}<p class="note">{_text(found.file)}</p>'
+        if found is None:
+            return "–"
+        note = f"{found.file}{unread(found.facts)}"
+        return f'{_text(describe(found.figures))}<p class="note">{_text(note)}</p>'
 
     published = candidates(run.config, *key)
     there, apart = [], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -128,24 +128,27 @@ def extract_features(
     order = gathered.samples.argsort()
     return _readable(
         Features(gathered.features[order.to(device)], gathered.labels[order], gathered.samples[order]),
-        _bad_samples(pipeline, device),
+        pipeline.stats().bad_records,
         max_bad,
     )
 
 
-def _bad_samples(pipeline: Pipeline, device: torch.device) -> Tensor:
-    """(M,) int64 on the CPU, ascending: the samples that any rank found to be unreadable."""
-    own = torch.tensor(sorted(pipeline.stats().bad_records), dtype=torch.int64)
-    return gather_rows(torch.zeros(len(own), 0, device=device), own, own).samples.unique()
-
-
-def _readable(found: Features, bad: Tensor, max_bad: float) -> Features:
+def _readable(found: Features, own: Iterable[int], max_bad: float) -> Features:
     """The rows of images that can be read.
 
+    Args:
+        found: rows of all ranks, equal on all of them.
+        own: samples that this rank found to be unreadable.
+        max_bad: share of the rows that may be.
+
     Raises:
-        TooManyBad: more than a share of `max_bad` cannot.
+        TooManyBad: more are, on every rank.
     """
-    lost = torch.isin(found.samples, bad)
+    lost = torch.isin(found.samples, torch.tensor(sorted(own), dtype=torch.int64))
+    if world() > 1:
+        said = lost.to(found.features.device, torch.uint8)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        lost = said.bool().cpu()
     count, asked = int(lost.sum()), len(lost)
     if count == 0:
         return found

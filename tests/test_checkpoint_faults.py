@@ -466,6 +466,14 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 
+def test_all_stay_where_none_is_to_be_dropped(tmp_path: Path) -> None:
+    checkpoints, state = TuningCheckpoints(tmp_path, SETTINGS, RUNTIME, keep=0), tiny_state()
+    for _ in range(4):
+        advance(state)
+        checkpoints.save(state)
+    assert [int(folder.name[-1]) for folder in steps_on_disk(tmp_path)] == [4, 3, 2, 1]
+
+
 def test_a_damaged_checkpoint_does_not_count_as_one_of_the_newest(tmp_path: Path) -> None:
     make(tmp_path)
     checkpoints, state = TuningCheckpoints(tmp_path, SETTINGS, RUNTIME), tiny_state()

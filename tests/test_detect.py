@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.detection_cases import COLOURS, coco_document, write_coco
 from tests.distributed import run_ranks
 from tests.runs import last_wins
+from tools.support.drawn_sets import COLOURS, coco_document, write_coco
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import NonFinite, UserMistake
 from train.eval.detect import DetectConfig, check, headline, plan_of

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from tests.detection_cases import found, write_cityscapes
+from tests.detection_cases import found
+from tools.support.drawn_sets import write_cityscapes
 from train.eval.detection import rle
 from train.eval.detection.cityscapes_ap import cityscapes_ap, curve_area
 from train.eval.detection.coco_ap import METRICS, coco_ap, coco_results

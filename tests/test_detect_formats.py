@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.detection_cases import coco_document, rectangle, write_cityscapes, write_coco, write_voc
+from tools.support.drawn_sets import coco_document, rectangle, write_cityscapes, write_coco, write_voc
 from train.errors import UserMistake
 from train.eval.detection import proof, rle
 from train.eval.detection.coco_ap import coco_ap

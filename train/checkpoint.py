@@ -228,7 +228,7 @@ class Checkpoints:
         place: how messages call the folder and the flag to change it, such as "--run-dir runs/a".
         remedy: what else the user can do about a checkpoint that does not fit.
         resume: continue from the newest good checkpoint; otherwise what is there is overwritten.
-        keep: newest checkpoints that stay on disk.
+        keep: newest checkpoints that stay on disk; 0 for all.
     """
 
     root: Path
@@ -336,7 +336,7 @@ class Checkpoints:
             )
 
     def save(self, state: State, also: Callable[[Path], None] | None = None, best: int | None = None) -> None:
-        """Write a checkpoint of `state`, then drop all but the newest `keep` and the best.
+        """Write a checkpoint of `state`, then drop all but the newest `keep` (0: none is dropped) and the best.
 
         Args:
             state: what is saved.
@@ -356,7 +356,8 @@ class Checkpoints:
         folder = persistently(f"checkpoint {self.root / name}", lambda: write_checkpoint(self.root, name, files))
         self._history = [older for older in self._history if older != name] + [name]
         # What is not in the history is damaged or another run's (--resume never): it must not crowd this one out.
-        stays = {*self._history[-self.keep :], *self._name_best(best)}
+        newest = self._history[-self.keep :] if self.keep else self._history
+        stays = {*newest, *self._name_best(best)}
         self._history = [older for older in self._history if older in stays]
         # After writing: until then the older ones are all that is left of the run.
         for other in steps_on_disk(self.root):

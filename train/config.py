@@ -72,7 +72,7 @@ class RunConfig:
     checkpoint_every: int = option(
         1000, "steps between checkpoints; the end of the run always has one", least=1, free_on_resume=True
     )
-    keep_checkpoints: int = option(2, "newest checkpoints kept", least=1, free_on_resume=True)
+    keep_checkpoints: int = option(2, "newest checkpoints kept; 0 keeps all", least=0, free_on_resume=True)
     resume: Literal["auto", "never"] = option(
         "auto", "auto continues from the run folder's newest good checkpoint", free_on_resume=True
     )

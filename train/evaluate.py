@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from train.errors import EXIT_CHECKPOINT, UserMistake, run_to_exit_code
+from train.eval.trials import run_trials, take_trials
 from train.flags import nearest
 
 # Module of train/eval and what the protocol is; each module has `run(argv) -> exit code`. Imported on use, because
@@ -32,7 +33,10 @@ def usage() -> str:
     lines = [f"  {name:<8} {what}" for name, (_, what) in PROTOCOLS.items()]
     return (
         "usage: train/evaluate.py PROTOCOL --checkpoint RUN_OR_FILE --data DATA --val-data DATA [flags]\n\n"
-        "protocols (PROTOCOL --help lists the flags of each):\n" + "\n".join(lines)
+        "protocols (PROTOCOL --help lists the flags of each):\n" + "\n".join(lines) + "\n\n"
+        "flags of every protocol but knn, with --output FILE.json:\n"
+        "  --trials N           run with N seeds, from --seed on; the result has means and deviations\n"
+        "  --sweep-lrs A,B,...  (detect, segment) run with each rate as --lr; the best one counts"
     )
 
 
@@ -56,7 +60,9 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
-    return protocol(arguments[0])(arguments[1:])
+    run = protocol(arguments[0])
+    trials, rest = take_trials(arguments[0], arguments[1:])
+    return run(rest) if trials is None else run_trials(run, trials, rest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -101,7 +101,14 @@ def _means(value: Any, text: str) -> bool:
         return False
 
 
-def _flag_fits(config: Mapping[str, Any], flag: str, values: Sequence[str]) -> bool:
+def flag_fits(config: Mapping[str, Any], flag: str, values: Sequence[str]) -> bool:
+    """Whether a run's setting has one of the values that a published figure belongs to.
+
+    Args:
+        config: a run's `config.json`; "recipe" and "model" are enough.
+        flag: name of the setting, such as `region.lower`.
+        values: as `published.csv` writes them.
+    """
     return any(_means(_setting(config, flag), value) for value in values)
 
 
@@ -136,7 +143,7 @@ def candidates(config: Mapping[str, Any], protocol: str, task: str, method: str 
     method = method or config.get("run", {}).get("method", "")
     asked = (method, protocol, _trained_on(config.get("data_images")))
     rows = [row for row in PUBLISHED if (row.method, row.protocol, row.data) == asked]
-    rows = [row for row in rows if all(_flag_fits(config, flag, values) for flag, values in row.flags.items())]
+    rows = [row for row in rows if all(flag_fits(config, flag, values) for flag, values in row.flags.items())]
     # Before the nearest task is sought: that looks for the most words in common, and the head is only one of them.
     rows = [row for row in rows if _box_head(row.task) == _box_head(task)]
     wanted = nearest_task(task, [row.task for row in rows]) if protocol in _WORDY else task
@@ -212,7 +219,7 @@ def _reference(row: Published) -> tuple[str, dict[str, Any]]:
             continue
         # Through JSON, as the run's own: tuples become lists.
         made = json.loads(json.dumps(Config(RunConfig(), *make()).to_json()))
-        wrong = sum(not _flag_fits(made, flag, values) for flag, values in row.flags.items())
+        wrong = sum(not flag_fits(made, flag, values) for flag, values in row.flags.items())
         if made["recipe"]["image_size"] == 224:
             settings = {**flatten(made["model"]), **flatten(made["recipe"])}
             plain = {flag: leaf.value for flag, leaf in settings.items()}

@@ -11,6 +11,7 @@ import pytest
 
 from tools.reproduce import main
 from tools.reproduction.commands import Plan, jobs, pictures, result_file
+from tools.reproduction.cost import cost
 from tools.reproduction.figure import points
 from tools.reproduction.scales import Sources
 from tools.reproduction.sheet import figures, sheet
@@ -134,6 +135,24 @@ def test_figures_of_two_numbers_of_neighbours_are_told_apart(tmp_path: Path) -> 
     assert len(jobs(line, 0, here)) == 3, "one run of k-NN has both"
     write_result(line, line.cells[0], 0, here, results=[{"k": 20, "top1": 0.5}, {"k": 100, "top1": 0.4}])
     assert [figures(cell, line, (0,), here)[0].ours for cell in line.cells[:2]] == [(50.0,), (40.0,)]
+
+
+@pytest.mark.parametrize(
+    ("arch", "parameters", "operations"),
+    # Published by torchvision beside its weights; CARE's table 1b has 25, 45, 60 and 69 million.
+    [
+        ("resnet50", 25.557, 4.09),
+        ("resnet101", 44.549, 7.80),
+        ("resnet152", 60.193, 11.51),
+        ("resnet50-2x", 68.883, 11.40),
+    ],
+)
+def test_costs_of_a_backbone_are_the_published_ones(arch: str, parameters: float, operations: float) -> None:
+    found = cost(arch)
+    assert found == (pytest.approx(parameters, abs=1e-3), pytest.approx(operations, abs=0.01))
+    line = next(line for line in lines(TABLES["care-table1b"]) if line.training.arch == "resnet101")
+    shown = sheet({1: line}, (0,), plan(Path()), TABLES["care-table1b"].costs)
+    assert "(resnet101, 44.5 M parameters, 7.8 GFLOPs)" in shown
 
 
 def test_pictures_show_all_runs_of_a_figure(tmp_path: Path) -> None:

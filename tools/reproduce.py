@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     if not options.run:
         print("\n".join(job.text(options.processes) for job in every), end="\n\n")
     print(f"{options.table}: {TABLES[options.table].title}. Scale: {SCALES[options.scale]}.")
-    print(sheet(numbered, options.seeds, plan))
+    print(sheet(numbered, options.seeds, plan, TABLES[options.table].costs))
     if TABLES[options.table].note:
         print(f"Note: {TABLES[options.table].note}")
     if options.plot:

@@ -57,12 +57,30 @@ def _measured(path: Path, cell: Cell) -> Mapping[str, float]:
     return fitting[0].figures if fitting else {}
 
 
-def sheet(lines: Mapping[int, Line], seeds: Sequence[int], plan: Plan) -> str:
-    """The lines of a table by number, as text."""
+def sheet(lines: Mapping[int, Line], seeds: Sequence[int], plan: Plan, costs: bool = False) -> str:
+    """The lines of a table as text.
+
+    Args:
+        lines: by their numbers.
+        seeds: of the runs to average over.
+        plan: what all commands share.
+        costs: whether parameters and operations of each backbone are named.
+    """
     text = []
     for number, line in lines.items():
-        text.append(f"{number:3d}  {line.training.name} ({line.training.arch})")
+        text.append(f"{number:3d}  {line.training.name} ({_backbone(line, costs)})")
         for cell in line.cells:
             shown = "; ".join(each.text() for each in figures(cell, line, seeds, plan)) or "no figure"
             text.append(f"       {' '.join(filter(None, [cell.protocol, cell.task]))}: {shown}")
     return "\n".join(text)
+
+
+def _backbone(line: Line, costs: bool) -> str:
+    arch = line.training.arch
+    if not costs or line.training.missing:
+        return arch
+    # Imported here, because only some tables need a model.
+    from tools.reproduction.cost import cost
+
+    parameters, operations = cost(arch)
+    return f"{arch}, {parameters:.1f} M parameters, {operations:.1f} GFLOPs"

@@ -99,6 +99,7 @@ class Table:
         recipes: method -> recipe that this table's baseline was trained with, where that is not the method's own.
         flags: method -> flags that this table's runs of the method have beside its recipe.
         note: what a reader must know to compare.
+        costs: whether the paper has columns of parameters and operations.
     """
 
     title: str
@@ -107,6 +108,7 @@ class Table:
     recipes: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     note: str = ""
+    costs: bool = False
 
     def rows(self) -> list[Row]:
         """The published figures in the order of `published.csv`, then the rows without figures."""
@@ -237,6 +239,7 @@ TABLES: dict[str, Table] = {
             Pick("linear", (("care", 100), ("care", 200)), ("resnet50-2x", "resnet101", "resnet152"), source="CARE"),
         ),
         recipes=_CARE_BYOL,
+        costs=True,
     ),
     "care-table2": Table(
         "Linear classification after longer pre-training",
@@ -245,6 +248,7 @@ TABLES: dict[str, Table] = {
             Pick("linear", (("care", 400), ("care", 800)), source="CARE repository"),
         ),
         recipes=_CARE_BYOL,
+        costs=True,
     ),
     "care-table3": Table(
         "Fine-tuning on 1% and 10% of the labels", (Pick("semi", source="CARE paper|BYOL paper"),), recipes=_CARE_BYOL

@@ -1,29 +1,61 @@
-"""Files behind an address, copied over HTTP."""
+"""Files behind an address, copied into local ones: over HTTP, or through fsspec where an address needs that.
+
+Servers of large data sets answer 429 or 503 when they are asked too often, redirect to other hosts, expect a signature
+in the address, and pause. What they ask for is done, within a stated time (`PATIENCE_S`); what has arrived is kept and
+the rest is asked for.
+"""
 
 from __future__ import annotations
 
+import email.utils
+import errno
 import http.client
+import os
+import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import IO, BinaryIO
 
 from .atomic import replacing
+from .refusal import SourceBusy, SourceClosed
+from .remote import copy_remote, needs_fsspec
+
+PATIENCE_S = float(os.environ.get("REGATTA_HTTP_PATIENCE", 900))
+"""Seconds that a file is waited for; after them `SourceBusy` ends the command, which can be started again later."""
+HEADERS = "REGATTA_HTTP_HEADERS"
+"""Environment variable with headers for every request, one `Name: value` a line. No flag: those are recorded."""
 
 _ATTEMPTS = 4
+_FIRST_PAUSE_S = 0.8
 _TIMEOUT_S = 30
 _PIECE = 1 << 20
 _SCHEMES = ("http", "https", "s3", "gs", "hf")
+_CLOSED = (401, 403, 404, 410)
+_BUSY = (429, 503)
+_OWN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_not_before: dict[str, float] = {}  # host -> time before which it does not want to be asked
+_stopping = False
+
+
+def stop_waiting() -> None:
+    """Let waits for busy servers end at once with `SourceBusy`; for signal handlers, after which the process ends."""
+    global _stopping
+    _stopping = True
 
 
 def public_url(address: str) -> str:
     """The http(s) address of what users write as s3://, gs:// or hf:// (public objects; a signed https works as it is).
 
+    Addresses that fsspec reads with the user's own credentials are left as they are.
+
     Raises:
         ValueError: another kind of address.
     """
     scheme, _, rest = address.partition("://")
-    if scheme in ("http", "https"):
+    if scheme in ("http", "https") or needs_fsspec(address):
         return address
     if scheme == "gs":
         return f"https://storage.googleapis.com/{rest}"
@@ -41,41 +73,199 @@ def public_url(address: str) -> str:
     )
 
 
-def fetch(url: str, into: Path, expected_bytes: int | None = None) -> None:
+def member_url(base: str, name: str) -> str:
+    """The address of a file in a folder with an address; a query of the folder, as a signature, goes with the file."""
+    if not base.startswith(("http://", "https://")):
+        return f"{base.rstrip('/')}/{name}"
+    parts = urllib.parse.urlsplit(base)
+    return urllib.parse.urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{urllib.parse.quote(name)}"))
+
+
+def shown(url: str) -> str:
+    """An address for a message: a query may hold a signature, which does not belong into logs."""
+    return url.partition("?")[0] + ("?…" if "?" in url else "")
+
+
+def fetch(url: str, into: Path, expected_bytes: int | None = None, persistent: bool = False) -> None:
     """Copy an address into a file, which appears under its name when it is whole.
 
+    Args:
+        url: http(s), or what `remote.needs_fsspec` says.
+        into: the file.
+        expected_bytes: its size, where that is known.
+        persistent: wait out failures of the network as well as a busy server. For a server that has answered before; a
+            mistyped name shall be told at once.
+
     Raises:
-        ValueError: it does not exist or may not be read.
-        OSError: it could not be fetched after several attempts, or has another size than expected.
+        SourceClosed: it does not exist or may not be read.
+        SourceBusy: it could not be fetched in time, or has another size than expected.
+        OSError: the file cannot be written.
     """
-    problem: Exception = OSError("nothing was tried")
-    for attempt in range(_ATTEMPTS):
-        # Servers that refuse for being busy want a growing pause: 0.8, 3.2 and 12.8 seconds.
-        if attempt:
-            time.sleep(0.2 * 4**attempt)
-        try:
-            _fetch_once(url, into, expected_bytes)
-            return
-        except urllib.error.HTTPError as error:
-            # Asking again cannot help where the address is wrong or closed; every other answer may be a passing one.
-            if error.code in (401, 403, 404, 410):
-                raise ValueError(
-                    f"{url} cannot be read (HTTP {error.code} {error.reason}); check the address, make it public or "
-                    "sign it, and make shards with tools/make_webdataset.py, which writes their index"
-                ) from error
-            problem = error
-        except (OSError, http.client.HTTPException) as error:
-            problem = error
-    raise OSError(f"{url} could not be fetched in {_ATTEMPTS} attempts: {problem}; check the network and the server")
-
-
-def _fetch_once(url: str, into: Path, expected_bytes: int | None) -> None:
+    waiting = _Waiting(url, persistent)
     # Fetched files can be fetched again, so nothing waits for the disk.
-    with replacing(into, durable=False) as partial:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer, open(partial, "wb") as file:
-            while piece := answer.read(_PIECE):
-                file.write(piece)
-            size = file.tell()
+    with replacing(into, durable=False) as partial, open(partial, "wb") as file:
+        while True:
+            waiting.for_host()
+            arrived = file.tell()
+            try:
+                _receive(url, file, expected_bytes)
+                return
+            except urllib.error.HTTPError as error:
+                if error.code in _CLOSED:
+                    raise SourceClosed(
+                        f"{shown(url)} cannot be read (HTTP {error.code} {error.reason}); check the address, make it "
+                        f"public or sign it (or set headers in {HEADERS}), and make shards with "
+                        "tools/make_webdataset.py, which writes their index"
+                    ) from error
+                waiting.after(error, busy=error.code in _BUSY, asked_s=_retry_after(error.headers.get("Retry-After")))
+            except (OSError, http.client.HTTPException) as error:
+                # A full disk does not get better by asking the server again.
+                if getattr(error, "errno", None) in _OWN_DISK:
+                    raise
+                if file.tell() > arrived:
+                    waiting.attempts = 0  # it comes, only slowly
+                waiting.after(error)
+
+
+class _Waiting:
+    """How long one file has been waited for, and whether to go on.
+
+    Attributes:
+        attempts: since something arrived last.
+    """
+
+    def __init__(self, url: str, persistent: bool):
+        self._url, self._persistent = url, persistent
+        self._host = urllib.parse.urlsplit(url).netloc
+        self._started = time.monotonic()
+        self.attempts = 0
+
+    def for_host(self) -> None:
+        """Wait until the host may be asked again: one answer of "too many requests" is meant for all threads."""
+        while (pause := _not_before.get(self._host, 0) - time.monotonic()) > 0:
+            self._sleep(pause, "its host asked to wait")
+
+    def after(self, problem: Exception, busy: bool = False, asked_s: float | None = None) -> None:
+        """Wait after a failure.
+
+        Args:
+            problem: what failed.
+            busy: the server says that it is.
+            asked_s: seconds that it asks to be left alone.
+
+        Raises:
+            SourceBusy: enough was tried.
+        """
+        self.attempts += 1
+        # 0.8, 3.2 and 12.8 seconds, then every 30: servers that refuse for being busy want a growing pause.
+        pause = min(_FIRST_PAUSE_S * 4 ** min(self.attempts - 1, 9), 30.0) if asked_s is None else asked_s
+        wrong_size = isinstance(problem, _WrongSize)
+        patient = busy or (self._persistent and not wrong_size)
+        if not patient and self.attempts >= _ATTEMPTS:
+            raise SourceBusy(
+                f"{shown(self._url)} could not be fetched in {self.attempts} attempts: {problem}; check the network "
+                "and the server"
+            )
+        if patient and time.monotonic() - self._started + pause > PATIENCE_S:
+            raise SourceBusy(
+                f"{shown(self._url)} could not be fetched: {problem}; the next attempt would come after more than the "
+                f"{PATIENCE_S:g} s that REGATTA_HTTP_PATIENCE allows; start the same command again later"
+            )
+        if busy and asked_s is not None:
+            _not_before[self._host] = time.monotonic() + pause
+        self._sleep(pause, str(problem))
+
+    def _sleep(self, seconds: float, reason: str) -> None:
+        until = time.monotonic() + seconds
+        if seconds >= 5:
+            print(f"waits {seconds:.0f} s for {shown(self._url)}: {reason}", file=sys.stderr)
+        # In slices, so that a signal's request to stop is seen within its grace period.
+        while (left := until - time.monotonic()) > 0:
+            if _stopping:
+                raise SourceBusy(f"stopped while {shown(self._url)} was waited for ({reason})")
+            time.sleep(min(left, 0.25))
+
+
+def _retry_after(text: str | None) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date; None without one."""
+    if not text:
+        return None
+    try:
+        return max(float(text), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError):
+        return None
+
+
+class _WrongSize(OSError):
+    """A whole answer of another length than the index says."""
+
+
+class _SameHostHeaders(urllib.request.HTTPRedirectHandler):
+    """Redirects without the user's own headers where they lead to another host.
+
+    Stores redirect to signed addresses, which refuse a second authorization, and a key is meant for one host.
+    """
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        """The next request; see the base class."""
+        following = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if following is not None and following.host != req.host:
+            for name in _own_headers():
+                following.remove_header(name.capitalize())
+        return following
+
+
+_opener = urllib.request.build_opener(_SameHostHeaders)
+
+
+def _own_headers() -> dict[str, str]:
+    lines = os.environ.get(HEADERS, "").splitlines()
+    pairs = (line.partition(":") for line in lines if line.strip())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _receive(url: str, file: BinaryIO, expected_bytes: int | None) -> None:
+    """Append to a file what it lacks of an address."""
+    if needs_fsspec(url):
+        file.seek(0)
+        file.truncate()
+        copy_remote(url, file)
+    else:
+        _receive_http(url, file)
+    size = file.tell()
+    if expected_bytes is not None and size != expected_bytes:
+        # What is there cannot be the beginning of what is wanted.
+        file.seek(0)
+        file.truncate()
+        raise _WrongSize(f"it has {size} bytes, the index says {expected_bytes}")
+
+
+def _receive_http(url: str, file: BinaryIO) -> None:
+    # Some servers refuse Python's own name.
+    request = urllib.request.Request(url, headers={"User-Agent": "regatta", **_own_headers()})
+    have = file.tell()
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    with _opener.open(request, timeout=_TIMEOUT_S) as answer:
+        # A server that knows no ranges sends the whole file.
+        if have and answer.status != 206:
+            file.seek(0)
+            file.truncate()
+        start, promised = file.tell(), answer.headers.get("Content-Length")
+        while piece := answer.read(_PIECE):
+            file.write(piece)
         # A connection that is cut can look like the end of the file.
-        if expected_bytes is not None and size != expected_bytes:
-            raise OSError(f"it has {size} bytes, the index says {expected_bytes}")
+        if promised is not None and file.tell() - start < int(promised):
+            raise OSError(f"the connection ended after {file.tell()} bytes")

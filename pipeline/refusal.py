@@ -1,4 +1,4 @@
-"""The refusal of an image file, and the limit on its size that every reader shares."""
+"""What ends the use of an image or of a data set, and the limit on an image's size that every reader shares."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ class ImageRefused(ValueError):
 
 class TooManyBad(ValueError):
     """So many images cannot be used that the outcome would not be about the data that were given."""
+
+
+class SourceBusy(OSError):
+    """A file behind an address that did not arrive in time; the same command may succeed later."""
+
+
+class SourceClosed(ValueError):
+    """A file behind an address that is not there or may not be read."""
 
 
 def refuse_if_huge(width: int, height: int, max_pixels: int) -> None:

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .fetch import fetch
+from .fetch import fetch, member_url
+from .refusal import SourceBusy
 from .shards import ShardIndex
 
 _FETCHERS = 4
@@ -102,7 +103,8 @@ class StreamedShards:
         """The bytes of a shard, uint8; waits for it.
 
         Raises:
-            OSError: it cannot be fetched.
+            SourceBusy: it did not arrive in time.
+            SourceClosed: it is not there or may not be read.
         """
         with self._changed:
             # Only a shard's first use moves the window on; later uses of it say nothing about what comes next.
@@ -115,6 +117,9 @@ class StreamedShards:
             if shard in self._maps:
                 self._maps.move_to_end(shard)
                 return self._maps[shard]
+            # A thread has waited for it as long as is allowed already.
+            if isinstance(self._errors.get(shard), SourceBusy):
+                raise self._errors.pop(shard)
             # Entered under the lock, fetched outside it: a fetch takes seconds, and others must go on.
             self._fetching.add(shard)
         return self._fetch(shard)
@@ -125,7 +130,8 @@ class StreamedShards:
         path = Path(self._folder.name, name)
         mapped: np.ndarray | None = None
         try:
-            fetch(f"{self._base}/{name}", path, int(self._index.shard_bytes[shard]))
+            # The server has sent the index: what fails from now on may pass.
+            fetch(member_url(self._base, name), path, int(self._index.shard_bytes[shard]), persistent=True)
             mapped = np.memmap(path, dtype=np.uint8, mode="r")
             # The mapping keeps the bytes for whoever uses them; the name is not needed.
             path.unlink()

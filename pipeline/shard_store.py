@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .fetch import fetch, public_url
+from .fetch import fetch, member_url, public_url, shown
 from .layouts import CHECK_CRC
 from .shard_files import LocalShards, ShardFiles, StreamedShards
 from .shards import INDEX_NAME, ShardIndex, expand_braces, parse_index
@@ -59,15 +59,17 @@ class ShardStore:
 
 def split_location(data: str) -> tuple[str, list[str] | None]:
     """(folder or address of the shards, the shard names chosen or None for all of them)."""
+    # A signature stays behind the path: of the index and of every shard.
+    data, mark, query = data.partition("?") if data.startswith(("http://", "https://")) else (data, "", "")
     data = data.removesuffix("/" + INDEX_NAME)
     if not data.endswith(".tar"):
-        return data.rstrip("/") or "/", None
+        return (data.rstrip("/") or "/") + mark + query, None
     paths = expand_braces(data)
     folders = {path.rpartition("/")[0] for path in paths}
     # One index describes one folder.
     if len(folders) > 1:
         raise ValueError(f"the shards of {data} lie in {len(folders)} folders; they must share one, with its index")
-    return folders.pop() or ".", [path.rpartition("/")[2] for path in paths]
+    return (folders.pop() or ".") + mark + query, [path.rpartition("/")[2] for path in paths]
 
 
 def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
@@ -81,7 +83,8 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
 
     Raises:
         ValueError: there is no index, shards are missing, or there are fewer shards than readers.
-        OSError: an address could not be reached.
+        SourceBusy: an address could not be reached.
+        SourceClosed: there is no index behind an address, or it may not be read.
     """
     base, chosen = split_location(data)
     # The index comes first: it is small, and tells every rank the same epoch.
@@ -90,7 +93,7 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
         base = public_url(base)
         with tempfile.TemporaryDirectory(prefix="regatta-index-") as folder:
             copy = Path(folder, INDEX_NAME)
-            fetch(f"{base}/{INDEX_NAME}", copy)
+            fetch(member_url(base, INDEX_NAME), copy)
             text = copy.read_text(encoding="utf-8", errors="replace")
     else:
         path = Path(base, INDEX_NAME)
@@ -100,7 +103,7 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
                 "folders, lists and other tar shards as SOURCE"
             )
         text = path.read_text(encoding="utf-8", errors="replace")
-    index = parse_index(text, f"{base}/{INDEX_NAME}")
+    index = parse_index(text, shown(member_url(base, INDEX_NAME)))
     if chosen is not None:
         index = index.only(chosen)
     if len(index.names) < readers:
@@ -115,4 +118,4 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
         )
     # Two windows: the one in use and the one that is being fetched.
     files = StreamedShards(base, index, ahead=window, capacity=2 * window) if remote else LocalShards(Path(base), index)
-    return ShardStore(index, files, base)
+    return ShardStore(index, files, shown(base))

@@ -193,19 +193,19 @@ def test_a_server_that_fails_for_a_moment(shards, server, monkeypatch):
     from pipeline import fetch
 
     address, _ = server
-    once, failed = fetch._fetch_once, []
+    once, failed = fetch._receive, []
 
-    def sometimes(url, into, expected):
+    def sometimes(url, file, expected):
         if url.endswith("0.tar") and url not in failed:
             failed.append(url)
             raise OSError("connection reset")
-        once(url, into, expected)
+        once(url, file, expected)
 
-    monkeypatch.setattr(fetch, "_fetch_once", sometimes)
+    monkeypatch.setattr(fetch, "_receive", sometimes)
     pipeline = WebDatasetPipeline(config(address))
     assert sorted(samples(epoch_of(pipeline))) == list(range(COUNT)) and failed
-    monkeypatch.setattr(fetch, "_ATTEMPTS", 1)
-    monkeypatch.setattr(fetch, "_fetch_once", lambda *_: (_ for _ in ()).throw(OSError("connection reset")))
+    monkeypatch.setattr(fetch, "PATIENCE_S", 0)
+    monkeypatch.setattr(fetch, "_receive", lambda *_: (_ for _ in ()).throw(OSError("connection reset")))
     with pytest.raises(OSError, match="connection reset"):
         epoch_of(pipeline, 7)
         epoch_of(pipeline, 8)

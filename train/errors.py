@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from pipeline.refusal import TooManyBad
+from pipeline.refusal import SourceBusy, TooManyBad
 
 EXIT_USER_MISTAKE = 2
 EXIT_BAD_IMAGES = 3
@@ -99,6 +99,8 @@ def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE
             raise
         if isinstance(error, RunEnd):
             return _tell(str(error), error.code)
+        if isinstance(error, SourceBusy):
+            return _tell(str(error), EXIT_REQUEUE)
         if isinstance(error, TooManyBad):
             return _tell(str(error), EXIT_BAD_IMAGES)
         if is_refusal(error):

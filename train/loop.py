@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from models.collectives import average_buffers
 from models.methods.base import StepInputs, StepOutput
 from models.norm import running_buffers
 from pipeline.atomic import remove_leftovers
+from pipeline.refusal import SourceBusy, SourceClosed
 
 from .backbone_io import BACKBONE_FILE, save_backbone
 from .checkpoint import Checkpoints, stopped
@@ -72,6 +74,7 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
     """Take optimizer steps from `state.step` to the end of the run.
 
     Raises:
+        SourceBusy, SourceClosed: after saving, when data behind an address cease to come.
         NonFinite: when the loss stays non-finite for `PATIENCE` steps.
         Stopped: after saving, when a signal asked for it.
         CheckpointFailed: when a checkpoint cannot be written.
@@ -85,7 +88,9 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
         clock.restart()
     while state.step < job.last_step:
         epoch, first = divmod(state.step, job.steps_per_epoch)
-        for step, inputs in job.stream.epoch(epoch, first, state.step):
+        for step, inputs in _fed(job, state, epoch, first):
+            if isinstance(inputs, Exception):
+                _save_and_raise(job, state, epoch, inputs, saved_at)
             take_step(job, state, step, inputs)
             state.step = step + 1
             clock.steps += 1
@@ -93,7 +98,7 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
                 _write_row(job, state, epoch, clock)
             ends_epoch = state.step % job.steps_per_epoch == 0
             if ends_epoch and run.knn_every and (epoch + 1) % run.knn_every == 0 and state.step < job.last_step:
-                if _evaluate(job, state, epoch + 1):
+                if _evaluate(job, state, epoch + 1, saved_at):
                     # The best is kept for good, so it must be written now, wherever the regular steps fall.
                     save(job, state, epoch)
                     saved_at = state.step
@@ -113,14 +118,49 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
                 break
     last_epoch = state.step // job.steps_per_epoch
     if saved_at != state.step:
-        _evaluate(job, state, last_epoch)
+        _evaluate(job, state, last_epoch, saved_at)
         save(job, state, last_epoch)
 
 
-def _evaluate(job: Job, state: TrainState, epoch: int) -> bool:
+def _fed(job: Job, state: TrainState, epoch: int, first: int) -> Iterator[tuple[int, list[StepInputs] | Exception]]:
+    """Steps of an epoch with their inputs; on every rank an exception at the end where data ceased to come on one."""
+    source = job.stream.epoch(epoch, first, state.step)
+    while True:
+        problem, fed = None, None
+        try:
+            fed = next(source, None)
+        except (SourceBusy, SourceClosed) as reason:
+            problem = reason
+        # A rank that has no batch must not leave the others in the step's exchanges. Other data cannot go away so.
+        told = job.runtime.gather_objects(problem) if "://" in job.config.run.data else [problem]
+        problem = next((each for each in told if each is not None), None)
+        if problem is not None:
+            yield state.step, problem
+        if fed is None or problem is not None:
+            return
+        yield fed
+
+
+def _save_and_raise(job: Job, state: TrainState, epoch: int, problem: Exception, saved_at: int) -> NoReturn:
+    """Raise on every rank what keeps the run from its data, after saving: the same command goes on from here."""
+    if saved_at != state.step:
+        save(job, state, epoch)
+    raise problem
+
+
+def _evaluate(job: Job, state: TrainState, epoch: int, saved_at: int) -> bool:
     """Measure the backbone; whether its online k-NN accuracy is the highest so far, which `state.best` then holds."""
+    top1: float | None | Exception
+    try:
+        top1 = job.evaluate(state.step, epoch)
+    except (SourceBusy, SourceClosed) as reason:
+        top1 = reason
+    told = job.runtime.gather_objects(top1)
+    for problem in told:
+        if isinstance(problem, Exception):
+            _save_and_raise(job, state, epoch, problem, saved_at)
     # Rank 0's figure counts: ranks that differed in a last digit would part over whether to save.
-    top1 = job.runtime.gather_objects(job.evaluate(state.step, epoch))[0]
+    top1 = told[0]
     if top1 is None or (state.best is not None and top1 <= state.best["top1"]):
         return False
     state.best = {"step": state.step, "top1": top1}

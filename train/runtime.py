@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.fetch import stop_waiting
+
 from .config import RunConfig
 from .errors import RunEnd, UserMistake
 
@@ -246,4 +248,6 @@ class SignalWatch:
             signal.signal(number, signal.SIG_DFL)
             # The default action, not `exit`: the parent then sees which signal ended the process.
             os.kill(os.getpid(), number)
+        # A wait for a busy server must not outlast the time that a scheduler leaves for saving.
+        stop_waiting()
         self.asked = signal.Signals(number).name

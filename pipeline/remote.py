@@ -1,0 +1,63 @@
+"""Addresses that need more than HTTP: object stores with the credentials that people have set up, through fsspec."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from typing import Any, BinaryIO
+
+from .refusal import SourceClosed
+
+# fsspec's packages by scheme; without the package public objects of the first two are still read over HTTP.
+_PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "hdfs": "pyarrow",
+    "sftp": "paramiko",
+    "webhdfs": "requests",
+    "memory": "fsspec",
+}
+
+
+def needs_fsspec(address: str) -> bool:
+    """Whether fsspec is to read an address: it is of a scheme of its own, and the package for it is installed."""
+    package = _PACKAGES.get(address.partition("://")[0])
+    if package is None or "://" not in address:
+        return False
+    return importlib.util.find_spec("fsspec") is not None and importlib.util.find_spec(package) is not None
+
+
+def copy_remote(address: str, file: BinaryIO) -> None:
+    """Append the bytes behind an address to a file.
+
+    Raises:
+        SourceClosed, OSError: as `opened`.
+    """
+    with opened(address) as source:
+        shutil.copyfileobj(source, file, 1 << 20)
+
+
+def opened(address: str) -> Any:
+    """A binary file behind an address, for reading; close it.
+
+    Raises:
+        SourceClosed: it is not there or may not be read.
+        OSError: the network failed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.open(address, "rb").open()
+    except (FileNotFoundError, PermissionError) as error:
+        raise SourceClosed(
+            f"{address} is not there or may not be read ({error}); check the address and the credentials of this machine"
+        ) from error
+    except OSError:
+        raise
+    # The stores' clients raise types of their own for credentials and names.
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

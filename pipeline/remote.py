@@ -54,7 +54,7 @@ def opened(address: str) -> Any:
         return fsspec.open(address, "rb").open()
     except (FileNotFoundError, PermissionError) as error:
         raise SourceClosed(
-            f"{address} is not there or may not be read ({error}); check the address and the credentials of this machine"
+            f"{address} is not there or may not be read ({error}); check the address and this machine's credentials"
         ) from error
     except OSError:
         raise

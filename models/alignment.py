@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Grouping = Literal["contiguous", "interleaved"]
+from .hyperparameters import Grouping
 
 
 class ColumnMlp(nn.Sequential):

@@ -6,13 +6,13 @@ Letters: B images, C channels, s cells a side, N = s * s tokens in row-major ord
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Position = Literal["absolute", "relative", "sincos", "none"]
+from .hyperparameters import Position
+
 POSITIONS: tuple[Position, ...] = ("absolute", "relative", "sincos", "none")
 
 

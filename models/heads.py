@@ -7,8 +7,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from .hyperparameters import HeadInit
+
 OutputNorm = Literal["none", "affine", "fixed"]
-HeadInit = Literal["torch", "fan_in"]
 
 
 def global_pool(feature_map: Tensor) -> Tensor:

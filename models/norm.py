@@ -182,6 +182,19 @@ class SyncBatchNorm(_ViewsBatchNorm):
     PyTorch's `nn.SyncBatchNorm` refuses CPU tensors and makes the host wait in every layer; this one does neither.
     """
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        # A compiled graph would have to trace the collectives. Not a decorator: that imports the compiler, 1.4 s of
+        # CPU time, with this module, also for whoever only exports a backbone.
+        self._over_ranks = torch.compiler.disable(sync_batch_norm)
+
     def _local_groups(self, rows: int) -> int | None:
         if rows % self.views:
             raise ValueError(f"{rows} rows are not {self.views} stacked views of equal size")
@@ -197,7 +210,7 @@ class SyncBatchNorm(_ViewsBatchNorm):
     def _normalise_one(self, x: Tensor) -> Tensor:
         if world() == 1:
             return self._normalise_whole(x)
-        y, mean, variance = sync_batch_norm(x, self.weight, self.bias, self.eps)
+        y, mean, variance = self._over_ranks(x, self.weight, self.bias, self.eps)
         self._update_running(mean, variance)
         return y
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 from torchvision.models.resnet import ResNet
 
+from .hyperparameters import ConvInit
 from .norm import norm_relu
 from .swin import SwinTrunk
-
-ConvInit = Literal["fan_out", "fan_in", "torch"]
 
 
 class BasicBlock(TorchvisionBasicBlock):

@@ -111,9 +111,8 @@ def _gather_statistics(first: Tensor, second: Tensor, rows: int) -> tuple[Tensor
     return one.contiguous(), two.contiguous(), counts.contiguous()
 
 
-@torch.compiler.disable
 def sync_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise the rows of all ranks together. Left out of compiled graphs, which would have to trace its collectives.
+    """Normalise the rows of all ranks together. A caller leaves it out of compiled graphs, which cannot trace its sums.
 
     Args:
         x: (N, C, ...) this rank's rows; ranks may hold unequal numbers of them.

@@ -10,8 +10,9 @@ from PIL import Image, ImageEnhance
 from torchvision.transforms.v2 import functional as tv
 
 from pipeline import augment, color
-from pipeline.augment import COLUMN, COLUMNS, JITTER_ORDERS, MEAN, PROFILES, STD, draw, params_from_table
+from pipeline.augment import COLUMN, COLUMNS, JITTER_ORDERS, MEAN, STD, draw, params_from_table
 from pipeline.blur import blur_radius, gaussian_blur
+from pipeline.profiles import PROFILES
 
 # This file tests the definition; test_fused_augment.py holds the other implementations against it.
 apply = functools.partial(augment.apply, implementation="reference")

@@ -18,13 +18,14 @@ from tests.runs import last_wins
 from tools.support.drawn_sets import COLOURS, coco_document, write_coco
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import NonFinite, UserMistake
-from train.eval.detect import DetectConfig, check, headline, plan_of
+from train.eval.detect import check, headline, plan_of
 from train.eval.detection.data import read_data
 from train.eval.detection.feed import TrainingFeed
 from train.eval.detection.models import DetectorConfig, build_detector
 from train.eval.detection.records import trainable
 from train.eval.detection.schedule import Sizes, draw_size_and_flip, epoch_batches, resized, schedule_of
 from train.eval.detection.training import Course, build_state, precise_statistics, train, train_step
+from train.eval.options import DetectConfig
 from train.eval.tuning import TuningCheckpoints
 from train.evaluate import main, protocol
 from train.runtime import Runtime, wrap_distributed

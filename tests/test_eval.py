@@ -26,7 +26,9 @@ from train.backbone_io import build_encoder, load_backbone, save_backbone
 from train.errors import UserMistake
 from train.eval import linear, semi, splits
 from train.eval.accuracy import accuracy, read_real_labels
-from train.eval.linear import LINEAR_RECIPES, RECIPE_OF_METHOD, LinearConfig, LinearHeads, LinearRecipe, train_heads
+from train.eval.linear import LinearHeads, train_heads
+from train.eval.linear_recipes import LINEAR_RECIPES, RECIPE_OF_METHOD, LinearRecipe
+from train.eval.options import LinearConfig
 from train.evaluate import PROTOCOLS, main, protocol
 from train.measure.features import center_view, extract_features
 

@@ -13,8 +13,9 @@ import torch
 
 from models.ops.launcher import CudaModule
 from pipeline import augment, augment_native, native_build
-from pipeline.augment import COLUMN, COLUMNS, JITTER_ORDERS, PROFILES, AugmentParams, apply, draw, params_from_table
+from pipeline.augment import COLUMN, COLUMNS, JITTER_ORDERS, AugmentParams, apply, draw, params_from_table
 from pipeline.kernels import fused_augment
+from pipeline.profiles import PROFILES
 
 from .cuda_host import compiles_for
 from .test_augment import SSL_PROFILES, levels_of, sample_images

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from models import losses
-from models.methods.region_method import RegionConfig, Regions, batch_terms, queue_terms
+from models.hyperparameters import RegionConfig
+from models.methods.region_method import Regions, batch_terms, queue_terms
 
 TAU = 0.2
 

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from models.hyperparameters import RegionConfig
 from models.methods import METHODS
 from models.methods.base import StepInputs
-from models.methods.region_method import CompiledMethod, Composites, RegionConfig
+from models.methods.region_method import CompiledMethod, Composites
 
 BATCH, DIM, QUEUE = 4, 8, 64
 

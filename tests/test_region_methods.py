@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from models.hyperparameters import RegionConfig
 from models.methods import METHODS, region_method
-from models.methods.region_method import RegionConfig, Regions, embed_with_regions, paste_sources, source_positions
+from models.methods.region_method import Regions, embed_with_regions, paste_sources, source_positions
 from models.norm import GroupBatchNorm
 from tests.method_cases import BATCH, GROUP, build, composite, make_inputs, partners, small_config
 from tests.method_references import REFERENCES, check_against_formula, gap, ready, rows_n

@@ -26,6 +26,7 @@ from tests.runs import last_wins
 from tools.bench.rows import RESULTS
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import UserMistake
+from train.eval.options import SegmentConfig
 from train.eval.segmentation import augment, layouts
 from train.eval.segmentation.augment import Geometry, fitted_size, random_crop, resample_image, resample_label
 from train.eval.segmentation.fcn import ChannelDropout, dilate_to_stride_8
@@ -35,7 +36,7 @@ from train.eval.segmentation.labels import IGNORED, Pair, inspect, label_map, re
 from train.eval.segmentation.layouts import read_layout
 from train.eval.segmentation.metrics import confusion_matrix, scores
 from train.eval.segmentation.network import build_segmenter, pixel_loss, require_resnet, stages_of
-from train.eval.segmentation.protocol import SegmentConfig, make_plan, task_name
+from train.eval.segmentation.protocol import make_plan, task_name
 from train.eval.segmentation.upernet import UPerNetHead
 from train.eval.tuning import state_folder
 from train.evaluate import main

@@ -1,6 +1,7 @@
 """What a run is made of, as data: every configuration dataclass of training, each field with its help and bounds.
 
-How arguments become a `Config` is in `resolve.py`, which values the recipes have in `recipes.py`.
+How arguments become a `Config` is in `resolve.py`, which values the recipes have in `recipes.py`. Neither these modules
+nor what they import import PyTorch: a mistyped flag is answered before the seconds that PyTorch takes.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from models.methods import METHODS
+from models.hyperparameters import ARCHITECTURES, CONFIGS
 from models.options import option
-from models.resnet import BACKBONES
-from pipeline.augment import PROFILES
+from pipeline.profiles import PROFILES
 
 BnMode = Literal["group", "sync", "plain"]
 TWO_VIEW_PROFILES = tuple(name for name, profile in PROFILES.items() if profile.num_views == 2)
@@ -22,7 +22,7 @@ TWO_VIEW_PROFILES = tuple(name for name, profile in PROFILES.items() if profile.
 class RunConfig:
     """What varies between runs of one recipe; every field is a flag."""
 
-    method: str = option("", "method to train: " + ", ".join(METHODS))
+    method: str = option("", "method to train: " + ", ".join(CONFIGS))
     data: str = option(
         "",
         "packed file, folder, list or shard pattern of images; a number of images for --loader synthetic",
@@ -189,7 +189,7 @@ class AugmentConfig:
 class Recipe:
     """Everything that decides what is computed. Values and their sources are in `recipes.py`."""
 
-    arch: str = option("resnet50", "backbone architecture: " + ", ".join(BACKBONES))
+    arch: str = option("resnet50", "backbone architecture: " + ", ".join(ARCHITECTURES))
     image_size: int = option(224, "side of a view in pixels", least=8)
     epochs: int = option(200, "epochs to train", least=1)
     global_batch: int = option(256, "images of one optimizer step over all devices and micro-batches", least=2)

@@ -10,27 +10,19 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
+from typing import Any
 
 from train.errors import EXIT_CHECKPOINT, UserMistake, run_to_exit_code
+from train.eval.options import PROTOCOLS, parse
 from train.eval.trials import run_trials, take_trials
 from train.flags import nearest
-
-# Module of train/eval and what the protocol is; each module has `run(argv) -> exit code`. Imported on use, because
-# detection and segmentation need packages that classification does not.
-PROTOCOLS: dict[str, tuple[str, str]] = {
-    "knn": ("knn_protocol", "k nearest neighbours on frozen features"),
-    "linear": ("linear", "linear classification on the frozen backbone"),
-    "fewshot": ("fewshot", "the same on a small share of the training images"),
-    "semi": ("semi", "the whole network fine-tuned on 1% or 10% of the labels"),
-    "segment": ("segment", "semantic segmentation by a fine-tuned FCN or UPerNet"),
-    "detect": ("detect", "Faster and Mask R-CNN and RetinaNet, fine-tuned"),
-}
 
 
 def usage() -> str:
     """What `--help` prints."""
-    lines = [f"  {name:<8} {what}" for name, (_, what) in PROTOCOLS.items()]
+    lines = [f"  {name:<8} {protocol.summary}" for name, protocol in PROTOCOLS.items()]
     return (
         "usage: train/evaluate.py PROTOCOL --checkpoint RUN_OR_FILE --data DATA --val-data DATA [flags]\n\n"
         "protocols (PROTOCOL --help lists the flags of each):\n" + "\n".join(lines) + "\n\n"
@@ -40,28 +32,47 @@ def usage() -> str:
     )
 
 
-def protocol(name: str) -> Callable[[Sequence[str]], int]:
-    """The `run` of a protocol.
+def protocol(name: str) -> Callable[[Any], int]:
+    """The `run(config) -> exit code` of a protocol.
+
+    Imported on use: detection and segmentation need packages that classification does not.
 
     Raises:
         UserMistake: for a name that is none; it names the nearest.
+    """
+    check_name(name)
+    run: Callable[[Any], int] = import_module(f"train.eval.{PROTOCOLS[name].module}").run
+    return run
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is no protocol.
+
+    Raises:
+        UserMistake: naming the nearest.
     """
     if name not in PROTOCOLS:
         near = nearest(name, PROTOCOLS)
         advice = f"the nearest is {near}; " if near else ""
         raise UserMistake(f"unknown protocol {name}; {advice}choose from {', '.join(PROTOCOLS)}")
-    run: Callable[[Sequence[str]], int] = import_module(f"train.eval.{PROTOCOLS[name][0]}").run
-    return run
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    # Before the protocol and with it PyTorch is imported, so that a mistyped flag costs no seconds.
+    config = parse(name, argv)
+    return protocol(name)(config)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
     if not arguments:
         raise UserMistake(f"a protocol is needed: {', '.join(PROTOCOLS)}")
-    if arguments[0] in ("-h", "--help"):
+    name = arguments[0]
+    if name in ("-h", "--help"):
         print(usage())
         return 0
-    run = protocol(arguments[0])
-    trials, rest = take_trials(arguments[0], arguments[1:])
+    check_name(name)
+    trials, rest = take_trials(name, arguments[1:])
+    run = partial(_run, name)
     return run(rest) if trials is None else run_trials(run, trials, rest)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from models.methods import METHODS
+from models.hyperparameters import CONFIGS, SymmetricConfig
 
 from .config import AugmentConfig, BnConfig, EmaConfig, LarsConfig, OptimConfig, Recipe, ScheduleConfig
 
@@ -19,7 +19,7 @@ COSINE_TO_ONE: Literal["cosine"] = "cosine"
 
 
 def _model(method: str, **changes: Any) -> Any:
-    return replace(METHODS[method].Config(), **changes)
+    return replace(CONFIGS[method](), **changes)
 
 
 def _sgd(lr: float, reference_batch: int, weight_decay: float = 1e-4) -> OptimConfig:
@@ -60,8 +60,6 @@ def moco_v2_symmetric() -> Made:
 
     Source: RegionCL's comparison row, 72.3; losses and queues joined as in MoCo's public CIFAR demo.
     """
-    from models.methods.moco_v2 import SymmetricConfig
-
     return _moco(epochs=800), _model("moco-v2", symmetric=SymmetricConfig(enabled=True))
 
 
@@ -75,8 +73,6 @@ def regioncl_m(epochs: int = 200) -> Made:
 
 def regioncl_m_symmetric() -> Made:
     """Symmetric RegionCL-M, 800 epochs. Source: RegionCL's starred rows, 73.9; not released, so the joining is ours."""
-    from models.methods.moco_v2 import SymmetricConfig
-
     return _moco(0.0375, 800, 1024, 128), _model("regioncl-m", symmetric=SymmetricConfig(enabled=True))
 
 
@@ -368,6 +364,11 @@ RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
     "lewel-b-400ep": ("lewel-b", lewel_b_400),
 }
 """Recipe name -> the method it belongs to and the function that makes it; a method's own name is its default."""
+
+
+def known_methods() -> tuple[str, ...]:
+    """The methods that have a recipe: the project's own in their usual order, then added ones."""
+    return tuple(dict.fromkeys([*CONFIGS, *(owner for owner, _ in RECIPES.values())]))
 
 
 def default_recipe(method: str) -> str:

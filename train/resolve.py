@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.methods import METHODS
-
 from .config import Config, Recipe, RunConfig, ScheduleConfig
 from .errors import UserMistake
 from .fields import Leaf, check, flatten, unflatten
 from .flags import OneLineParser, add_leaf, parse_fields
-from .recipes import RECIPES, default_recipe
+from .recipes import RECIPES, default_recipe, known_methods
 
 PARTS = ("run", "recipe", "model")
 _HELP_METHOD = "regioncl-m"  # whose recipe `--help` shows where no method is given
@@ -30,7 +28,7 @@ def resolve(argv: Sequence[str]) -> Config:
     document = _read_config_file(chosen["config"]) if chosen["config"] else {}
     method = _choose_method(chosen["method"], document)
     if not method and not any(argument in ("-h", "--help") for argument in argv):
-        raise UserMistake(f"--method is needed: one of {', '.join(METHODS)}")
+        raise UserMistake(f"--method is needed: one of {', '.join(known_methods())}")
     name = _choose_recipe(chosen, document, method)
     base = Config(RunConfig(method=method, recipe=name), *RECIPES[name][1]())
     if document:
@@ -57,8 +55,8 @@ def _read_config_file(path: str) -> dict[str, Any]:
 
 def _choose_method(given: str, document: Mapping[str, Any]) -> str:
     method = given or document.get("run", {}).get("method", "")
-    if method and method not in METHODS:
-        raise UserMistake(f"--method {method}: choose from {', '.join(METHODS)}")
+    if method and method not in known_methods():
+        raise UserMistake(f"--method {method}: choose from {', '.join(known_methods())}")
     return method
 
 
@@ -179,7 +177,9 @@ def _with_defaults(document: Mapping[str, Any]) -> tuple[dict[str, Leaf], dict[s
 
     Both by name, as "recipe.optim.lr".
     """
-    known = flatten(Config(RunConfig(), Recipe(), METHODS[document["run"]["method"]].Config()))
+    _, model = RECIPES[default_recipe(document["run"]["method"])][1]()
+    # Of the model the class alone counts: a recipe's own values are no defaults.
+    known = flatten(Config(RunConfig(), Recipe(), type(model)()))
     given = flatten({part: document[part] for part in PARTS})
     values = {name: leaf.value for name, leaf in {**known, **given}.items()}
     plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists, as in the file

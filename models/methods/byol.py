@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..heads import global_pool, mlp_head
+from ..hyperparameters import ByolConfig
 from ..losses import byol_regression
 from ..norm import convert_batch_norm
-from ..options import option
-from ..resnet import ConvInit, build_backbone
+from ..resnet import build_backbone
 from .base import StepInputs, StepOutput
-from .regression_method import MomentumNorm, RegressionMethod
-
-
-@dataclass(frozen=True)
-class ByolConfig:
-    """Hyper-parameters of BYOL."""
-
-    hidden_dim: int = option(4096, "width of the hidden layer of projector and predictor", above=0)
-    dim: int = option(256, "width of the embeddings", above=0)
-    head_bias: bool = option(False, "biases in the linear layers of projector and predictor")
-    momentum_norm: MomentumNorm = option(
-        "own", "batch norm of the momentum network: own batch statistics, or ema: the online ones averaged (EMAN)"
-    )
-    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
+from .regression_method import RegressionMethod
 
 
 class Byol(RegressionMethod):

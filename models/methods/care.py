@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention_stream import AttentionStream, Position
+from ..attention_stream import AttentionStream
 from ..heads import global_pool, mlp_head
+from ..hyperparameters import AttentionLoss, CareConfig
 from ..losses import unit
 from ..momentum import copy_and_freeze, follow
 from ..norm import convert_batch_norm
-from ..options import option
-from ..resnet import ConvInit, ResNetTrunk, build_backbone
+from ..resnet import ResNetTrunk, build_backbone
 from .base import CompileTarget, Method, StepInputs, StepOutput
-
-AttentionLoss = Literal["mse_mean", "l2norm"]
-
-
-@dataclass(frozen=True)
-class CareConfig:
-    """Hyper-parameters of CARE."""
-
-    design: Literal["parallel", "sequential", "conv"] = option(
-        "parallel",
-        "two streams side by side; the CNN followed by the attention blocks and one head; or the CNN stream alone",
-    )
-    t_input: Literal["layer3", "layer4"] = option(
-        "layer3",
-        "stage that feeds the transformer stream: beside layer4 (the code), or the last one (the paper's text)",
-    )
-    n_blocks: int = option(5, "attention blocks (n)", above=0)
-    heads: int = option(4, "attention heads", above=0)
-    pos: Position = option(
-        "relative", "position encoding of the attention blocks; the released code has absolute, its Table 8 both"
-    )
-    lambda_att: float = option(100.0, "weight of the attention loss (lambda)")
-    att_loss: AttentionLoss = option(
-        "mse_mean",
-        "attention loss: mean squared error over all elements (the code), or length of the difference (Eq. 4)",
-    )
-    att_teacher_terms: bool = option(
-        True, "add the momentum network's attention loss, a constant, to the reported value"
-    )
-    t_zero_init: bool = option(False, "start the last batch norm of each attention block at gamma 0")
-    t_bn_group_size: int = option(
-        128, "images that share batch-norm statistics in the transformer stream; 0 is the rank's whole batch"
-    )
-    hidden_dim: int = option(4096, "width of the hidden layer of projectors and predictors", above=0)
-    dim: int = option(256, "width of the embeddings", above=0)
-    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
-
 
 STREAMS = {"parallel": ("conv", "attn"), "sequential": ("attn",), "conv": ("conv",)}
 """The heads of each design."""

@@ -6,24 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..heads import HeadInit, dense_head, global_pool
+from ..heads import dense_head, global_pool
+from ..hyperparameters import DenseCLConfig
 from ..key_queue import KeyQueue
 from ..losses import best_matches, info_nce, unit
 from ..momentum import copy_and_freeze
-from ..options import option
-from ..resnet import ConvInit
 from .base import StepInputs
-from .moco_v2 import Keys, MoCoV2, MoCoV2Config
-
-
-@dataclass(frozen=True)
-class DenseCLConfig(MoCoV2Config):
-    """Hyper-parameters of DenseCL."""
-
-    conv_init: ConvInit = option("fan_in", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    head_init: HeadInit = option("fan_in", "how the global projector starts: as in PyTorch or Kaiming-normal")
-    dense_weight: float = option(0.5, "share of the dense loss (lambda); the global loss has the rest")
-    dense_warmup_steps: int = option(0, "optimizer steps at the start with the global loss alone")
+from .moco_v2 import Keys, MoCoV2
 
 
 @dataclass

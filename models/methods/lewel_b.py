@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from ..alignment import AlignmentHead, ColumnMlp, Grouping, HeadOutput, random_scores
+from ..alignment import AlignmentHead, ColumnMlp, HeadOutput, random_scores
+from ..hyperparameters import LewelBConfig
 from ..losses import byol_regression
 from ..norm import convert_batch_norm
-from ..options import option
-from ..resnet import ConvInit, build_backbone
+from ..resnet import build_backbone
 from .base import StepInputs, StepOutput
-from .regression_method import MomentumNorm, RegressionMethod
-
-
-@dataclass(frozen=True)
-class LewelBConfig:
-    """Hyper-parameters of LEWEL-B."""
-
-    hidden_dim: int = option(4096, "width of the hidden layers of projectors and predictors", above=0)
-    dim: int = option(256, "width of the projector's output (d); there are d / h maps", above=0)
-    c: int = option(0, "width of an aligned embedding; 0: that of the projector's output, the paper's d = c", least=0)
-    h: int = option(4, "channel groups, each pooled by maps of its own", above=0)
-    beta: float = option(0.5, "weight of the aligned loss; the global loss has 1 - beta (the paper's meaning)")
-    coupled: bool = option(True, "the global projector also makes the maps; false gives them a head of their own")
-    global_loss: bool = option(True, "train the global embedding; alone it has weight 1")
-    aligned_loss: bool = option(True, "train the aligned embeddings; alone they have weight 1")
-    align: Literal["learned", "random"] = option("learned", "learned maps, or random ones drawn anew each step")
-    grouping: Grouping = option("contiguous", "maps of a channel group: neighbours (the code), or every h-th (Eq. 2)")
-    momentum_norm: MomentumNorm = option(
-        "ema", "batch norm of the momentum network: own batch statistics, or ema: the online ones averaged (EMAN)"
-    )
-    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
+from .regression_method import RegressionMethod
 
 
 def loss_weights(beta: float, global_loss: bool, aligned_loss: bool) -> tuple[float, float]:

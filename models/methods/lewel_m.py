@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..alignment import AlignmentHead, Grouping, HeadOutput
+from ..alignment import AlignmentHead, HeadOutput
 from ..collectives import all_gather_rows, shuffle_rows
+from ..hyperparameters import LewelMConfig, Negatives, SameImage
 from ..key_queue import KeyQueue
 from ..losses import info_nce, unit
 from ..momentum import copy_and_freeze
 from ..norm import convert_batch_norm
-from ..options import option
-from ..resnet import ConvInit, build_backbone
+from ..resnet import build_backbone
 from .base import StepInputs, StepOutput
 from .lewel_b import aligned_dim, draw_random, loss_weights
 from .queue_method import QueueMethod
-
-Negatives = Literal["all_maps", "same_map"]
-SameImage = Literal["ignored", "negatives"]
-
-
-@dataclass(frozen=True)
-class AlignedConfig:
-    """Negatives of the aligned loss."""
-
-    negatives: Negatives = option(
-        "all_maps", "aligned embeddings of other images: all of them, or those of the same map"
-    )
-    same_image: SameImage = option(
-        "ignored", "other maps of the query's own image: neither positive nor negative, or negatives as well"
-    )
-    gather: bool = option(True, "take negatives from the images of all devices; false: from this device's batch")
-
-
-@dataclass(frozen=True)
-class LewelMConfig:
-    """Hyper-parameters of LEWEL-M."""
-
-    aligned: AlignedConfig = field(default_factory=AlignedConfig)
-    queue_size: int = option(65536, "global keys kept as negatives (K)", above=0)
-    temperature: float = option(0.2, "softmax temperature (tau) of both losses", above=0)
-    hidden_dim: int = option(2048, "width of the projectors' hidden layers", above=0)
-    dim: int = option(128, "width of the global embedding (d); there are d / h maps", above=0)
-    c: int = option(0, "width of an aligned embedding; 0: that of the projector's output, the paper's d = c", least=0)
-    h: int = option(4, "channel groups, each pooled by maps of its own", above=0)
-    beta: float = option(0.5, "weight of the aligned loss; the global loss has 1 - beta")
-    coupled: bool = option(True, "the global projector also makes the maps; false gives them a head of their own")
-    global_loss: bool = option(True, "train the global embedding; alone it has weight 1")
-    aligned_loss: bool = option(True, "train the aligned embeddings; alone they have weight 1")
-    align: Literal["learned", "random"] = option("learned", "learned maps, or random ones drawn anew each step")
-    grouping: Grouping = option("contiguous", "maps of a channel group: neighbours (the code), or every h-th (Eq. 2)")
-    shuffle_bn: bool = option(True, "compute keys in shuffled order, away from their queries' batch-norm groups")
-    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
-
 
 LOGITS_PER_BLOCK = 2**24
 """Similarities held at a time, 64 MiB in fp32; a batch that needs more is worked off in blocks of images."""

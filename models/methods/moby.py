@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..heads import global_pool, mlp_head
+from ..hyperparameters import MoBYConfig
 from ..key_queue import KeyQueue
 from ..losses import info_nce, unit
 from ..momentum import copy_and_freeze
 from ..norm import convert_batch_norm
-from ..options import option
-from ..resnet import ConvInit, Trunk, build_backbone
+from ..resnet import Trunk, build_backbone
 from ..swin import SwinTrunk, draw_branch_scale
 from .base import StepInputs, StepOutput
 from .queue_method import QueueMethod
 from .simsiam import VIEWS
-
-
-@dataclass(frozen=True)
-class MoBYConfig:
-    """Hyper-parameters of MoBY."""
-
-    queue_size: int = option(4096, "keys kept as negatives in each of the two queues (K)", above=0)
-    temperature: float = option(0.2, "softmax temperature (tau)", above=0)
-    dim: int = option(256, "width of the embeddings", above=0)
-    hidden_dim: int = option(4096, "width of the hidden layers of projector and predictor", above=0)
-    drop_path: float = option(0.2, "drop rate of the online network's last residual branch; 0 for a ResNet")
-    conv_init: ConvInit = option("torch", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
 
 
 class MoBY(QueueMethod):

@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..collectives import shuffle_rows, unshuffle_rows
-from ..heads import HeadInit, global_pool, initialise_linear, mlp_head
+from ..heads import global_pool, initialise_linear, mlp_head
+from ..hyperparameters import MoCoV2Config
 from ..key_queue import KeyQueue
 from ..losses import info_nce, unit
 from ..momentum import copy_and_freeze
 from ..norm import convert_batch_norm
-from ..options import option
-from ..resnet import ConvInit, Trunk, build_backbone
+from ..resnet import Trunk, build_backbone
 from .base import StepInputs, StepOutput
 from .queue_method import QueueMethod
-
-
-@dataclass(frozen=True)
-class SymmetricConfig:
-    """Whether each view acts as query and as key in turn."""
-
-    enabled: bool = option(False, "use both views as queries")
-    reduce: Literal["sum", "mean"] = option("sum", "how the losses of the two directions are joined")
-    enqueue: Literal["both", "first"] = option(
-        "both", "whose keys enter the queue: those of both directions, or of the first, where view 1 asks, alone"
-    )
-
-
-@dataclass(frozen=True)
-class MoCoV2Config:
-    """Hyper-parameters of MoCo v2."""
-
-    symmetric: SymmetricConfig = field(default_factory=SymmetricConfig)
-    queue_size: int = option(65536, "keys kept as negatives (K)", above=0)
-    temperature: float = option(0.2, "softmax temperature (tau)", above=0)
-    dim: int = option(128, "width of the embeddings", above=0)
-    hidden_dim: int = option(2048, "width of the projector's hidden layer", above=0)
-    mlp: bool = option(True, "two-layer projector; false is MoCo v1's single linear layer")
-    extra_head: bool = option(
-        False, "moco-v2 alone: a second projector with a queue and a loss of its own, each loss with half the weight"
-    )
-    shuffle_bn: bool = option(True, "compute keys in shuffled order, away from their queries' batch-norm groups")
-    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    head_init: HeadInit = option("torch", "how the projector starts: as in PyTorch or Kaiming-normal")
-    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
 
 
 @dataclass

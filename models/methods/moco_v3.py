@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..collectives import all_gather_rows
 from ..heads import global_pool, mlp_head
+from ..hyperparameters import MoCoV3Config
 from ..losses import batch_contrast, unit
 from ..momentum import copy_and_freeze, ema_update
 from ..norm import convert_batch_norm
-from ..options import option
-from ..resnet import ConvInit, Trunk, build_backbone
+from ..resnet import Trunk, build_backbone
 from .base import Method, StepInputs, StepOutput
-
-
-@dataclass(frozen=True)
-class MoCoV3Config:
-    """Hyper-parameters of MoCo v3 on ResNets."""
-
-    temperature: float = option(1.0, "softmax temperature (tau)", above=0)
-    dim: int = option(256, "width of the embeddings", above=0)
-    hidden_dim: int = option(4096, "width of the hidden layers of projector and predictor", above=0)
-    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
 
 
 class MoCoV3(Method):

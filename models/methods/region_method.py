@@ -16,67 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..collectives import all_gather_rows
+from ..hyperparameters import RegionConfig
 from ..losses import batch_contrast, info_nce, row_dots, unit
 from ..norm import GroupBatchNorm, stacked_views
 from ..ops.box_pool import box_pool
-from ..options import option
 from .base import Method, StepInputs
 
 PASTE, CANVAS = 0, 1  # rows of box_pool's result
-
-
-@dataclass(frozen=True)
-class RegionConfig:
-    """Region swapping and its losses; the ablations of RegionCL's Tables 9 and 10 are `lower`, `upper` and `use_*`."""
-
-    lower: int = option(0, "smallest side of a region in cells (C_L); 0 is round(3n/7) on an n x n map")
-    upper: int = option(0, "largest side of a region in cells (C_U); 0 is round(5n/7) on an n x n map")
-    sampling: Literal["paper", "official"] = option(
-        "paper", "paper: origins uniform on the grid; official: the released code's, clamped one pixel short"
-    )
-    pairing: Literal["flip", "roll", "randperm"] = option("flip", "whose region an image gets: flip is reversal")
-    pairing_scope: Literal["group", "global"] = option(
-        "group", "pair within groups that share batch-norm statistics, or over the global batch"
-    )
-    per_rank: bool = option(False, "a region for each rank; the result then depends on the number of ranks")
-    use_paste: bool = option(True, "contrast the pasted region with its own image")
-    use_canvas: bool = option(True, "contrast the remaining canvas with its own image")
-    intra_negative: bool = option(True, "paste and canvas of one composite are negatives of each other")
-    weight: float = option(
-        1.0, "weight of the region loss, of which canvas and paste have half each; 2 gives one that is alone all of it"
-    )
-    views: Literal["both", "first"] = option("both", "which query views are region-swapped, where both are queries")
-    shared_forward: bool = option(False, "encode view and composites in one pass; batch statistics stay apart")
-    head_batching: Literal["joint", "separate"] = option(
-        "joint", "instance and region features pass the heads (and their batch norm) together or apart"
-    )
-
-    @property
-    def enabled(self) -> bool:
-        """Whether there is a region loss at all."""
-        return self.use_paste or self.use_canvas
-
-    @property
-    def needs_paste(self) -> bool:
-        """Whether the paste must be embedded, for its own term or as the canvas' negative."""
-        return self.use_paste or (self.use_canvas and self.intra_negative)
-
-    @property
-    def needs_canvas(self) -> bool:
-        """Whether the canvas must be embedded, for its own term or as the paste's negative."""
-        return self.use_canvas or (self.use_paste and self.intra_negative)
-
-    def mixed_views(self, query_views: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the query views that are region-swapped."""
-        if not self.enabled:
-            return ()
-        return query_views if self.views == "both" else query_views[:1]
 
 
 @dataclass

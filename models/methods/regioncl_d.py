@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
 from ..heads import global_pool
+from ..hyperparameters import RegionCLDConfig
 from .base import CompileTarget, StepInputs
-from .densecl import DenseCL, DenseCLConfig
+from .densecl import DenseCL
 from .moco_v2 import Keys
-from .region_method import CompiledMethod, RegionConfig, RegionMixin
-
-
-@dataclass(frozen=True)
-class RegionCLDConfig(DenseCLConfig):
-    """Hyper-parameters of RegionCL-D."""
-
-    region: RegionConfig = field(default_factory=RegionConfig)
+from .region_method import CompiledMethod, RegionMixin
 
 
 class RegionCLD(RegionMixin, DenseCL):

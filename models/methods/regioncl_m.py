@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
-from ..heads import HeadInit, global_pool
-from ..options import option
-from ..resnet import ConvInit
+from ..heads import global_pool
+from ..hyperparameters import RegionCLMConfig
 from .base import CompileTarget, StepInputs
-from .moco_v2 import Keys, MoCoV2, MoCoV2Config
-from .region_method import CompiledMethod, RegionConfig, RegionMixin
-
-
-@dataclass(frozen=True)
-class RegionCLMConfig(MoCoV2Config):
-    """Hyper-parameters of RegionCL-M."""
-
-    conv_init: ConvInit = option("fan_in", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    head_init: HeadInit = option("fan_in", "how the projector starts: as in PyTorch or Kaiming-normal")
-    region: RegionConfig = field(default_factory=RegionConfig)
+from .moco_v2 import Keys, MoCoV2
+from .region_method import CompiledMethod, RegionMixin
 
 
 class RegionCLM(RegionMixin, MoCoV2):

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from ..heads import global_pool
+from ..hyperparameters import RegionCLM3Config
 from ..losses import batch_contrast, unit
 from .base import StepInputs, StepOutput
-from .moco_v3 import MoCoV3, MoCoV3Config
-from .region_method import RegionConfig, RegionMixin, RegionTerms, batch_terms, source_positions
+from .moco_v3 import MoCoV3
+from .region_method import RegionMixin, RegionTerms, batch_terms, source_positions
 from .simsiam import VIEWS
-
-
-@dataclass(frozen=True)
-class RegionCLM3Config(MoCoV3Config):
-    """Hyper-parameters of RegionCL-M3."""
-
-    region: RegionConfig = field(default_factory=RegionConfig)
 
 
 class RegionCLM3(RegionMixin, MoCoV3):

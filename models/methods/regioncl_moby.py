@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
 from ..heads import global_pool
+from ..hyperparameters import RegionCLMoBYConfig
 from .base import StepInputs
-from .moby import MoBY, MoBYConfig
-from .region_method import RegionConfig, RegionMixin
-
-
-@dataclass(frozen=True)
-class RegionCLMoBYConfig(MoBYConfig):
-    """Hyper-parameters of RegionCL on MoBY."""
-
-    region: RegionConfig = field(default_factory=RegionConfig)
+from .moby import MoBY
+from .region_method import RegionMixin
 
 
 class RegionCLMoBY(RegionMixin, MoBY):

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from ..heads import global_pool
+from ..hyperparameters import RegionCLSConfig
 from ..losses import negative_cosine
 from .base import StepInputs, StepOutput
-from .region_method import RegionConfig, RegionMixin, Regions, RegionTerms, paste_sources
-from .simsiam import VIEWS, SimSiam, SimSiamConfig, instance_loss
-
-
-@dataclass(frozen=True)
-class RegionCLSConfig(SimSiamConfig):
-    """Hyper-parameters of RegionCL-S."""
-
-    region: RegionConfig = field(default_factory=lambda: RegionConfig(intra_negative=False))
+from .region_method import RegionMixin, Regions, RegionTerms, paste_sources
+from .simsiam import VIEWS, SimSiam, instance_loss
 
 
 class RegionCLS(RegionMixin, SimSiam):

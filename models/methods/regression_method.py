@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from ..momentum import copy_and_freeze, follow
 from .base import Method, StepOutput
-
-MomentumNorm = Literal["own", "ema"]
 
 
 class RegressionMethod(Method):

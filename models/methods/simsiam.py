@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from ..heads import global_pool, mlp_head
+from ..hyperparameters import SimSiamConfig
 from ..losses import negative_cosine
 from ..norm import convert_batch_norm
-from ..options import option
-from ..resnet import ConvInit, Trunk, build_backbone
+from ..resnet import Trunk, build_backbone
 from .base import Method, StepInputs, StepOutput
 
 VIEWS = ("view1", "view2")
-
-
-@dataclass(frozen=True)
-class SimSiamConfig:
-    """Hyper-parameters of SimSiam."""
-
-    dim: int = option(2048, "width of the projections and predictions", above=0)
-    hidden_dim: int = option(2048, "width of the projector's hidden layers", above=0)
-    predictor_hidden_dim: int = option(512, "width of the predictor's hidden layer", above=0)
-    fixed_predictor_lr: bool = option(True, "keep the predictor's learning rate constant")
-    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
-    zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
 
 
 class SimSiam(Method):

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 
-from models.options import option
 from pipeline.prefetch import decoding_threads
 
 from ..errors import UserMistake
@@ -21,13 +20,14 @@ from .detection.coco_ap import METRICS, coco_ap, coco_results
 from .detection.data import format_of, read_data
 from .detection.feed import TrainingFeed
 from .detection.inference import Detections, detect
-from .detection.models import ANCHOR_SIZES, DetectorConfig, DetectorName, MaskNorm, build_detector
+from .detection.models import DetectorConfig, build_detector
 from .detection.proof import prove_images
 from .detection.records import DetectionData, Format, check_same_classes, trainable
 from .detection.schedule import DEFAULT_SCHEDULE, SIZES, Schedule, Sizes, schedule_of
 from .detection.training import Course, build_state, precise_statistics, train
 from .detection.voc_ap import voc_ap
-from .session import ProtocolConfig, ProtocolSession, open_protocol, parse_config, percent, result_path, table
+from .options import DetectConfig
+from .session import ProtocolSession, open_protocol, percent, result_path, table
 from .tuning import TuningCheckpoints, discard_state, fingerprint, state_folder
 
 MODEL_NAMES = {
@@ -52,63 +52,6 @@ _NO_SETTING = (
     "test_side",
     "test_longest_side",
 )
-
-
-@dataclass(frozen=True)
-class DetectConfig(ProtocolConfig):
-    """Flags of the detection protocol; a value of 0 or an empty one is the published protocol's."""
-
-    data: str = option(
-        "",
-        "training images: COCO's folder or instances JSON; VOCdevkit, VOC2007 or lists of ImageSets/Main, apart by "
-        "commas; Cityscapes' folder",
-    )
-    val_data: str = option("", "validation images of the same format and classes; the same folder may serve for both")
-    detector: DetectorName = option("mask-rcnn-fpn", "what is built on the backbone")
-    schedule: Literal["", "1x", "2x", "24k", "12k"] = option(
-        "", "published length: 1x is 90k steps of 16 images, 2x twice that; empty: 1x for COCO, else 24k"
-    )
-    norm: Literal["sync", "plain", "frozen"] = option(
-        "sync",
-        "batch norm, in the new layers too, over the global batch or each rank's part; or constant in the "
-        "backbone and none elsewhere",
-    )
-    box_head: Literal["2fc", "4conv1fc"] = option("2fc", "box head of the FPN detectors; 4conv1fc is LEWEL's")
-    mask_norm: MaskNorm = option(
-        "protocol",
-        "batch norm in mask-rcnn-fpn's mask head; protocol: with LEWEL's 4conv1fc box head, none with 2fc (RegionCL)",
-    )
-    steps: int = option(0, "optimizer steps, milestones and warm-up move in proportion; 0: the schedule's", least=0)
-    global_batch: int = option(0, "images of a step over all ranks; 0: the schedule's", least=0)
-    lr: float = option(0.0, "peak learning rate at this batch; 0: the schedule's, in proportion to the batch", least=0)
-    weight_decay: float = option(1e-4, "L2 coupled to the gradient, of all but norm layers", least=0)
-    train_sides: tuple[int, ...] = option(
-        (),
-        "short edges of training images in pixels, one drawn for each image; empty: the data's published ones",
-        least=1,
-    )
-    test_side: int = option(0, "short edge of validation images in pixels; 0: the data's published one", least=0)
-    longest_side: int = option(
-        0,
-        "the most a long edge may have in training, in pixels; 0: the data's published one; RegionCL's C4 detectors "
-        "have 1200",
-        least=0,
-    )
-    test_longest_side: int = option(
-        0, "the most a long edge may have at test, in pixels; 0: the data's published one", least=0
-    )
-    anchor_sizes: tuple[float, ...] = option(
-        ANCHOR_SIZES, "sides of anchors in pixels, one a level of a pyramid", least=1
-    )
-    regions: int = option(512, "proposals that an image is trained on (not RetinaNet)", least=1)
-    precise_bn_steps: int = option(
-        200, "training batches for the batch-norm statistics used at test; 0: running ones", least=0
-    )
-    checkpoint_every: int = option(1000, "steps between checkpoints; the last step always has one", least=1)
-    log_every: int = option(20, "steps between lines and rows of losses", least=1)
-    resume: Literal["auto", "never"] = option(
-        "auto", "auto continues from the newest good checkpoint beside the result"
-    )
 
 
 @dataclass(frozen=True)
@@ -296,9 +239,8 @@ def fine_tune(
         feed.close()
 
 
-def run(argv: Sequence[str]) -> int:
+def run(config: DetectConfig) -> int:
     """The `detect` command."""
-    config = parse_config("detect", "Fine-tune a detector on the backbone and measure its AP.", DetectConfig(), argv)
     check(config)
     kind = format_of(config.data)
     variant = f"{config.detector}-{config.schedule or DEFAULT_SCHEDULE[kind]}"

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.options import option
-
 from ..measure.features import center_view
-from .linear import LinearConfig, choose_recipe, probe, report
-from .session import EvalConfig, Session, open_session, parse_config, result_path
+from .linear import choose_recipe, probe, report
+from .options import EvalConfig, FewshotConfig
+from .session import Session, open_session, result_path
 from .splits import balanced_subset, read_list, source_names, write_list
-
-
-@dataclass(frozen=True)
-class FewshotConfig(LinearConfig):
-    """Flags of the few-shot protocol.
-
-    Source: RegionCL (arXiv 2111.12309), table 3. Differs: its hyper-parameters are in a supplement that is not
-    available, so the linear protocol's recipes are used; tune `--lrs` on the baseline.
-    """
-
-    fraction: float = option(0.01, "share of each class's training images: 0.01 or 0.1 in the paper")
-    list: str = option("", "text file with one training image a line, instead of --fraction")
 
 
 def labelled_subset(
@@ -55,11 +40,8 @@ def labelled_subset(
     return chosen, {"fraction": fraction, "list": str(path), "subset_images": len(chosen)}
 
 
-def run(argv: Sequence[str]) -> int:
+def run(config: FewshotConfig) -> int:
     """The `fewshot` command."""
-    config = parse_config(
-        "fewshot", "Linear classification on a small share of the training images.", FewshotConfig(), argv
-    )
     # Flags are refused here, before the backbone is loaded.
     choose_recipe(config, "")
     with open_session("fewshot", config) as session:

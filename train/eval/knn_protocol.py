@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from models.options import option
-
 from ..errors import UserMistake
-from ..measure.knn import DEFAULT_KS, DEFAULT_TEMPERATURE, knn_predict
+from ..measure.knn import knn_predict
 from .accuracy import read_real_labels, real_accuracy
-from .session import EvalConfig, class_count, open_session, parse_config, percent, table
+from .options import KnnConfig
+from .session import class_count, open_session, percent, table
 from .splits import source_names
 
 
-@dataclass(frozen=True)
-class KnnConfig(EvalConfig):
-    """Flags of the k-NN protocol."""
-
-    k: tuple[int, ...] = option(DEFAULT_KS, "how many neighbours vote, comma-separated", least=1)
-    temperature: float = option(
-        DEFAULT_TEMPERATURE, "the weighted vote of a neighbour is exp(cosine / temperature)", above=0
-    )
-    block: int = option(
-        512, "validation images compared with all training images at a time; only memory depends on it", least=1
-    )
-    real_labels: str = option("", "ImageNet-ReaL label file (real.json), for its top-1")
-
-
-def run(argv: Sequence[str]) -> int:
+def run(config: KnnConfig) -> int:
     """The `knn` command."""
-    config = parse_config("knn", "k-nearest neighbours on frozen features.", KnnConfig(), argv)
     if not config.k:
         raise UserMistake("--k needs a number of neighbours, as 20 or 10,20")
     with open_session("knn", config) as session:

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from models.collectives import average_buffers
 from models.norm import convert_batch_norm
-from models.options import option
 from models.swin import SwinTrunk, draw_branch_scale
 from pipeline.interface import Pipeline
 
@@ -26,123 +25,20 @@ from ..measure.features import Features, evaluation_mode, pool
 from ..optim import Lars
 from ..state import TuningState
 from .accuracy import Accuracy, accuracy, read_real_labels
+from .linear_recipes import LINEAR_RECIPES, RECIPE_OF_METHOD, LinearRecipe
+from .options import LinearConfig
 from .session import (
-    EvalConfig,
     Session,
     class_count,
     labels_of_pixels,
     linear_views,
     open_session,
-    parse_config,
     percent,
     result_path,
     table,
 )
 from .splits import source_names
 from .tuning import TuningCheckpoints, discard_state, fingerprint, state_folder
-
-
-@dataclass(frozen=True)
-class LinearRecipe:
-    """How a linear classifier is trained.
-
-    Attributes:
-        source: whose protocol it is.
-        optimizer: momentum is 0.9 in all of them.
-        lr: peak learning rate at `global_batch`; another batch scales it linearly.
-        global_batch: images of a step over all ranks.
-        epochs: passes over the training images.
-        schedule: how the learning rate falls.
-        milestones: epochs at which "steps" multiplies it by 0.1.
-        warmup_epochs: of linear warm-up, step by step.
-        weight_decay: L2 coupled to the gradient.
-        batch_norm: the classifier ends in BatchNorm1d over the logits.
-        cosine_from: the step at which the cosine begins: the warm-up's end, or step 0 of the run, so that the warm-up
-            ends a little below the peak (timm's scheduler).
-        final_factor: what the cosine falls to, as a share of the peak.
-        drop_path: drop rate of the last residual branch of a Swin while the head trains; validation drops none.
-    """
-
-    source: str
-    optimizer: Literal["sgd", "nesterov", "lars", "lbfgs"]
-    lr: float
-    global_batch: int
-    epochs: int
-    schedule: Literal["steps", "cosine-epoch", "cosine-step"] = "cosine-epoch"
-    milestones: tuple[int, ...] = ()
-    warmup_epochs: int = 0
-    weight_decay: float = 0.0
-    batch_norm: bool = False
-    cosine_from: Literal["warmup-end", "run-start"] = "warmup-end"
-    final_factor: float = 0.0
-    drop_path: float = 0.0
-
-
-LINEAR_RECIPES: dict[str, LinearRecipe] = {
-    "moco-v2": LinearRecipe("MoCo v2, DenseCL", "sgd", 30.0, 256, 100, "steps", (60, 80)),
-    "regioncl-m": LinearRecipe("RegionCL-M's log: batch 1024", "sgd", 30.0, 1024, 100, "steps", (60, 80)),
-    "simsiam": LinearRecipe("SimSiam: 0.1 for each 256 images", "lars", 1.6, 4096, 90, "cosine-epoch"),
-    "moco-v3": LinearRecipe("MoCo v3: 0.1 for each 256 images", "sgd", 0.4, 1024, 90, "cosine-epoch"),
-    # SwinTransformer/Transformer-SSL, moby_linear.py: the backbone is in training mode, the rate falls to 5e-6.
-    "moby": LinearRecipe(
-        "MoBY: drop-path in training",
-        "nesterov",
-        1.0,
-        512,
-        100,
-        "cosine-step",
-        warmup_epochs=5,
-        cosine_from="run-start",
-        final_factor=5e-6,
-        drop_path=0.2,
-    ),
-    "care": LinearRecipe("CARE: BatchNorm after the linear layer", "sgd", 0.2, 256, 80, "cosine-step", batch_norm=True),
-    "lewel-b": LinearRecipe("LEWEL-B", "sgd", 0.4, 256, 50, "steps", (30, 40)),
-    "lewel-m": LinearRecipe("LEWEL-M", "lars", 3.2, 4096, 90, "cosine-epoch"),
-    # Ours: no augmentation, so features are computed once and the optimum is exact; `lr` is then the L2 strength.
-    "logistic": LinearRecipe("multinomial logistic regression on centre views", "lbfgs", 1e-4, 0, 0),
-}
-
-RECIPE_OF_METHOD: dict[str, str] = {
-    "moco-v2": "moco-v2",
-    "densecl": "moco-v2",
-    "regioncl-m": "regioncl-m",
-    "regioncl-d": "regioncl-m",
-    "simsiam": "simsiam",
-    "regioncl-s": "simsiam",
-    "moco-v3": "moco-v3",
-    "regioncl-m3": "moco-v3",
-    "moby": "moby",
-    "regioncl-moby": "moby",
-    "byol": "lewel-b",
-    "care": "care",
-    "lewel-b": "lewel-b",
-    "lewel-m": "lewel-m",
-}
-
-
-@dataclass(frozen=True)
-class LinearConfig(EvalConfig):
-    """Flags of the linear protocol."""
-
-    recipe: str = option("", "one of " + ", ".join(LINEAR_RECIPES) + "; empty: the pre-training method's, else moco-v2")
-    lrs: tuple[float, ...] = option(
-        (),
-        "peak learning rates trained side by side, comma-separated (L2 strengths for logistic); empty: the recipe's",
-        above=0,
-    )
-    epochs: int = option(0, "passes over the training images; 0: the recipe's. Milestones move in proportion", least=0)
-    global_batch: int = option(
-        0, "images of a step over all ranks; 0: the recipe's, or all where there are fewer", least=0
-    )
-    weight_decay: float = option(-1.0, "L2 coupled to the gradient; negative: the recipe's")
-    head_bn: Literal["recipe", "yes", "no"] = option("recipe", "BatchNorm1d after the linear layer")
-    eval_every: int = option(1, "epochs between validations; the last epoch always has one", least=1)
-    real_labels: str = option("", "ImageNet-ReaL label file (real.json), for its top-1")
-    resume: Literal["auto", "never"] = option(
-        "auto", "auto continues a run that was stopped from its last whole epoch, kept beside the result"
-    )
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training heads on features: pure of data sets, so that tests feed it tables
@@ -581,9 +477,8 @@ def report(session: Session, records: list[HeadRecord], facts: dict[str, Any]) -
     discard_state(result_path(session), session.runtime)
 
 
-def run(argv: Sequence[str]) -> int:
+def run(config: LinearConfig) -> int:
     """The `linear` command."""
-    config = parse_config("linear", "Linear classification on the frozen backbone.", LinearConfig(), argv)
     # Flags are refused here, before the backbone is loaded and the validation features are computed.
     choose_recipe(config, "")
     with open_session("linear", config) as session:

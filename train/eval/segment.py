@@ -13,13 +13,14 @@ from pipeline.prefetch import decoding_threads
 from ..errors import UserMistake
 from ..runtime import SignalWatch
 from ..state import TuningState
+from .options import SegmentConfig
 from .segmentation.feed import TrainingFeed
 from .segmentation.labels import LabelMap, check_values, inspect_all, label_map
 from .segmentation.layouts import DataSet, read_layout
 from .segmentation.network import build_segmenter, require_resnet
-from .segmentation.protocol import PUBLISHED, Plan, SegmentConfig, make_plan, task_name
+from .segmentation.protocol import PUBLISHED, Plan, make_plan, task_name
 from .segmentation.training import Trainer, make_optimizer, train, validate
-from .session import ProtocolSession, open_protocol, parse_config, percent, result_path, table
+from .session import ProtocolSession, open_protocol, percent, result_path, table
 from .tuning import TuningCheckpoints, discard_state, fingerprint, state_folder
 
 
@@ -193,14 +194,8 @@ def report(session: ProtocolSession, result: dict[str, Any]) -> None:
     discard_state(result_path(session), session.runtime)
 
 
-def run(argv: Sequence[str]) -> int:
+def run(config: SegmentConfig) -> int:
     """The `segment` command."""
-    config = parse_config(
-        "segment",
-        "Fine-tune the backbone inside a dilated FCN or UPerNet for semantic segmentation.",
-        SegmentConfig(),
-        argv,
-    )
     # Flags are refused here, before the backbone is loaded; the number of ranks is known only inside.
     make_plan(config, 1)
     with open_protocol("segment", config, config.model) as session:

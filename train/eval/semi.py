@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 
 from models.collectives import average_buffers
 from models.norm import convert_batch_norm, running_buffers
-from models.options import option
 from pipeline.interface import Pipeline
 
 from ..measure.features import center_view, pool
@@ -22,13 +19,12 @@ from ..state import TuningState
 from .accuracy import Accuracy, accuracy
 from .fewshot import labelled_subset
 from .linear import HeadRecord, batch_for, common_settings, head_records
+from .options import SemiConfig
 from .session import (
-    EvalConfig,
     Session,
     class_count,
     labels_of_pixels,
     open_session,
-    parse_config,
     percent,
     result_path,
     table,
@@ -38,32 +34,6 @@ from .tuning import TuningCheckpoints, discard_state, state_folder
 # Peak learning rates (backbone, classifier) of LEWEL's recipe at batch 256, for 1% and for 10% of the labels.
 PUBLISHED_LRS = {0.01: (1e-4, 1.0), 0.1: (0.01, 0.1)}
 EPOCHS, MILESTONES = 50, (30, 40)
-
-
-@dataclass(frozen=True)
-class SemiConfig(EvalConfig):
-    """Flags of the semi-supervised protocol.
-
-    Source: LEWEL (arXiv 2203.14898) section 4.2 and its code: SGD 0.9, weight decay 1e-4, batch 256, 50 epochs, x0.1
-    at 30 and 40. Differs: batch norm spans the global batch by default, so that the number of devices changes nothing.
-    """
-
-    fraction: float = option(0.01, "share of each class's training images: 0.01 or 0.1 in the paper")
-    list: str = option(
-        "", "text file with one training image a line (as SimCLR's 1percent.txt), instead of a drawn one"
-    )
-    lr_backbone: float = option(0.0, "peak learning rate of the backbone; 0: the recipe's for 1% or 10%", least=0)
-    lr_head: float = option(0.0, "peak learning rate of the classifier; 0: the recipe's for 1% or 10%", least=0)
-    weight_decay: float = option(1e-4, "L2 coupled to the gradient", least=0)
-    epochs: int = option(EPOCHS, "passes over the labelled images; milestones move in proportion", least=1)
-    global_batch: int = option(
-        0, "images of a step over all ranks; 0: 256, or fewer where there are fewer images", least=0
-    )
-    bn: Literal["sync", "plain"] = option("sync", "batch norm over the global batch, or over each rank's part")
-    eval_every: int = option(10, "epochs between validations; the last epoch always has one", least=1)
-    resume: Literal["auto", "never"] = option(
-        "auto", "auto continues a run that was stopped from its last whole epoch, kept beside the result"
-    )
 
 
 def learning_rates(config: SemiConfig, images: int, total: int, batch: int) -> tuple[float, float]:
@@ -208,9 +178,8 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
         val.close()
 
 
-def run(argv: Sequence[str]) -> int:
+def run(config: SemiConfig) -> int:
     """The `semi` command."""
-    config = parse_config("semi", "Fine-tune the whole network on a share of the labels.", SemiConfig(), argv)
     with open_session("semi", config) as session:
         population, facts = labelled_subset(session, config, config.fraction, config.list)
         record, more = fine_tune(session, config, population)

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.options import option
 from pipeline import augment
 from pipeline.atomic import write_atomically
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
@@ -25,82 +24,15 @@ from pipeline.loaders import build_pipeline
 from ..backbone_io import BackboneSource, build_encoder, load
 from ..config import RunConfig
 from ..errors import UserMistake
-from ..fields import check, flatten, unflatten
-from ..flags import OneLineParser, add_leaf, parse_fields
-from ..measure.features import MAX_BAD, Features, center_view, extract_features
+from ..measure.features import Features, center_view, extract_features
 from ..record.run import read_config
 from ..runtime import Runtime, start
 from ..versions import versions
+from .options import EvalConfig, ProtocolConfig
 from .splits import check_classes, class_names
 
 FEATURE_BATCH = 256
 DEFAULT_IMAGE_SIZE = 224
-
-
-@dataclass(frozen=True)
-class ProtocolConfig:
-    """Flags that every protocol has which trains or evaluates a network."""
-
-    checkpoint: str = option("", "a run's folder, our backbone file, or a torchvision or timm checkpoint")
-    arch: str = option("", "backbone architecture; empty finds it out from the checkpoint")
-    untrained: bool = option(
-        False,
-        "evaluate a fresh backbone of the checkpoint's architecture instead, as a baseline; its weights follow "
-        "from --seed",
-    )
-    data: str = option("", "training images with their labels")
-    val_data: str = option("", "validation images with the same classes")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "of the network; auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
-    )
-    deterministic: bool = option(False, "deterministic kernels, for byte-identical runs on CUDA; the CPU needs no flag")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
-    workers: int = option(0, "decoding threads of this process; 0 follows from the cores it may use", least=0)
-    seed: int = option(0, "every random draw follows from it", least=0)
-    output: str = option("", "result file; empty is eval-PROTOCOL.json beside the checkpoint")
-
-
-@dataclass(frozen=True)
-class EvalConfig(ProtocolConfig):
-    """Flags that every classification protocol has."""
-
-    data: str = option("", "labelled training images: packed file, folder, list or shard pattern")
-    loader: Literal["auto", "ffcv", "dali", "webdataset", "folder", "reference", "synthetic"] = option(
-        "auto", "where images come from; for synthetic, --data and --val-data are numbers of images"
-    )
-    image_size: int = option(0, "side of the evaluated square in pixels; 0 is the run's own, or 224", least=0)
-    max_bad: float = option(
-        MAX_BAD,
-        "share of the images that may be unreadable; figures are over the others, and the result counts them",
-        least=0,
-        most=1,
-    )
-
-
-ConfigT = TypeVar("ConfigT", bound=ProtocolConfig)
-
-
-def parse_config(protocol: str, description: str, default: ConfigT, argv: Sequence[str]) -> ConfigT:
-    """The configuration that a command line asks for.
-
-    Raises:
-        UserMistake: an unknown flag, a value that does not fit, or one of the three paths missing.
-    """
-    parser = OneLineParser(prog=f"train/evaluate.py {protocol}", description=description)
-    fields = flatten(default)
-    for leaf in fields.values():
-        add_leaf(parser, leaf)
-    config = unflatten(default, parse_fields(parser, argv, fields))
-    # No default can serve for these three, and argparse's own message for a missing flag names no remedy.
-    for name, what in (
-        ("checkpoint", "a run's folder or a file"),
-        ("data", "labelled images"),
-        ("val_data", "labelled validation images"),
-    ):
-        if not getattr(config, name):
-            raise UserMistake(f"--{name.replace('_', '-')} is needed: give {what}")
-    check(config)
-    return config
 
 
 @dataclass
@@ -412,8 +344,6 @@ def percent(share: float | None) -> str:
 
 
 __all__ = [
-    "EvalConfig",
-    "ProtocolConfig",
     "ProtocolSession",
     "Session",
     "class_count",
@@ -421,7 +351,6 @@ __all__ = [
     "linear_views",
     "open_protocol",
     "open_session",
-    "parse_config",
     "percent",
     "result_path",
     "table",

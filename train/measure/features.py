@@ -16,8 +16,7 @@ from pipeline.augment import MEAN, STD
 from pipeline.interface import Batch, Pipeline, ViewSpec
 from pipeline.refusal import TooManyBad
 
-MAX_BAD = 0.5
-"""Share of a data set's images that may be unreadable before no figure is given; the figure is over the others."""
+from . import MAX_BAD
 
 
 class Features(NamedTuple):

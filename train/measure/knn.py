@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DEFAULT_KS = (20, 100, 200)
-DEFAULT_TEMPERATURE = 0.07
+from . import DEFAULT_KS, DEFAULT_TEMPERATURE
 
 
 def _vote(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:

@@ -18,6 +18,7 @@ from models.norm import convert_batch_norm
 from models.resnet import ResNetTrunk
 
 from ...errors import UserMistake
+from ..options import ANCHOR_SIZES, DetectorName, MaskNorm
 from .anchors import Anchors
 from .backbones import (
     PYRAMID_WIDTH,
@@ -34,9 +35,6 @@ from .feed import Sample
 from .losses import focal_losses, mean_over_ranks
 from .regions import AlignedPool, BoxPredictor, MaskPredictor, Proposals, RegionHeads
 
-MaskNorm = Literal["protocol", "batch", "none"]
-DetectorName = Literal["faster-rcnn-c4", "mask-rcnn-c4", "faster-rcnn-fpn", "mask-rcnn-fpn", "retinanet"]
-ANCHOR_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
 POSITIVES_MOMENTUM = 0.9
 FIRST_POSITIVES = 50.0
 

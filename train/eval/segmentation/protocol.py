@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from models.options import option
 
 from ...errors import UserMistake
 from ...fields import check
-from ..session import ProtocolConfig
+from ..options import SegmentConfig
 from .augment import Geometry
 
 POWER, LOWEST_LR, MOMENTUM = 0.9, 1e-4, 0.9
@@ -45,48 +42,6 @@ PUBLISHED = {
         "RegionCL: Cityscapes by UPerNet", (512, 1024), (2048, 1024), "40k", 512, "cityscapes", "Cityscapes UPerNet"
     ),
 }
-
-
-@dataclass(frozen=True)
-class SegmentConfig(ProtocolConfig):
-    """Flags of the segmentation protocol.
-
-    Source: LEWEL (arXiv 2203.14898) and RegionCL (arXiv 2111.12309), both by mmsegmentation: SGD 0.9, learning rate
-    0.01 (LEWEL searches it), weight decay 5e-4 on everything, batch 16, polynomial decay.
-    """
-
-    data: str = option("", "VOC2012, Cityscapes, or a folder with images and labels (or train/images and train/labels)")
-    val_data: str = option("", "the same for validation; may be the same folder where it has both splits")
-    model: Literal["fcn", "upernet"] = option("fcn", "dilated FCN (VOC12 of LEWEL) or UPerNet (Cityscapes of RegionCL)")
-    schedule: Literal["protocol", "20k", "40k", "80k"] = option(
-        "protocol", "optimizer steps; protocol: 20k for fcn, 40k for upernet"
-    )
-    steps: int = option(0, "optimizer steps, another number than the schedules'; 0: the schedule's", least=0)
-    global_batch: int = option(16, "images of a step over all ranks", least=1)
-    lr: float = option(0.01, "initial learning rate, falls by (1 - step / steps)^0.9 to 1e-4", above=0)
-    weight_decay: float = option(5e-4, "L2 coupled to the gradient, on all parameters", least=0)
-    crop: tuple[int, ...] = option((), "height,width of training crops; empty: 512,512 for fcn, 512,1024 for upernet")
-    scale: tuple[int, ...] = option(
-        (),
-        "long,short edge that images are made to fit into; 0,0 keeps their size; empty: 2048,512 for fcn, "
-        "2048,1024 for upernet",
-    )
-    ratio: tuple[float, ...] = option((0.5, 2.0), "limits of the random factor on the scale in training")
-    channels: int = option(0, "width of the head, half of it in the auxiliary head; 0: 512", least=0)
-    bn: Literal["sync", "plain"] = option("sync", "batch norm over the global batch, or over each rank's part")
-    test: Literal["whole", "slide"] = option("whole", "validate images in one pass or by sliding windows")
-    window: tuple[int, ...] = option((), "height,width of sliding windows; empty: the crop")
-    stride: tuple[int, ...] = option((), "height,width between sliding windows; empty: two thirds of the window")
-    classes: int = option(0, "number of classes of plain folders without classes.json; 0: highest label + 1", least=0)
-    ignore_index: int = option(-1, "label value that does not count; -1: that of classes.json, else 255", least=-1)
-    train_split: str = option("", "list or folder of --data; empty: train, in VOC trainaug where there is such a list")
-    val_split: str = option("", "list or folder of --val-data; empty: val")
-    eval_every: int = option(0, "steps between validations; 0: only after the last step", least=0)
-    checkpoint_every: int = option(2000, "steps between checkpoints; the last step always has one", least=1)
-    resume: Literal["auto", "never"] = option(
-        "auto", "auto continues from the newest good checkpoint beside the result"
-    )
-    log_every: int = option(50, "steps between lines of loss and learning rate", least=1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""Pre-training from a resolved configuration to an exit code: process, method, data, state, steps, page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from models.methods.base import Method
+from pipeline.atomic import write_atomically
+
+from .build import build_job, build_method, build_state, check_fit, compile_heads, last_step
+from .checkpoint import recorded_config, run_checkpoints
+from .config import Config
+from .data import RunData, open_data
+from .describe import describe
+from .errors import UserMistake
+from .loop import Job, train
+from .measure.online import health_figures, knn_figures
+from .record.run import CONFIG
+from .resolve import changed_fields, continued
+from .retry import persistently
+from .runtime import Runtime, SignalWatch, start
+from .state import TrainState
+from .versions import versions
+
+
+def run(config: Config, taken_over: Sequence[str] = ()) -> int:
+    """One run from resolved configuration to exit code.
+
+    Args:
+        config: resolved configuration.
+        taken_over: values that the run's folder has recorded and that the recipe would have otherwise, to be told.
+    """
+    with start(config.run) as runtime:
+        method = build_method(config, runtime)
+        check_fit(config, runtime, method)
+        if runtime.is_main:
+            print(describe(config, runtime, method), flush=True)
+            if taken_over:
+                print(f"goes on as recorded, not as asked for by the recipe: {'; '.join(taken_over)}", flush=True)
+        if config.run.dry_run:
+            if runtime.is_main:
+                print(json.dumps(config.to_json(), indent=1))
+            return 0
+        # From here on a signal saves before it stops; opening the data may take minutes.
+        watch = SignalWatch()
+        run_dir = _prepare_run_dir(config) if runtime.is_main else None
+        data = open_data(config, runtime)
+        try:
+            return _train_on(config, runtime, method, data, run_dir, watch)
+        finally:
+            data.close()
+
+
+def _prepare_run_dir(config: Config) -> Path:
+    run_dir = Path(config.run.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as reason:
+        raise UserMistake(
+            f"--run-dir {run_dir}: {reason.strerror or reason}; choose a folder that can be written"
+        ) from None
+    return run_dir
+
+
+def _train_on(
+    config: Config, runtime: Runtime, method: Method, data: RunData, run_dir: Path | None, watch: SignalWatch
+) -> int:
+    facts = {
+        **config.to_json(),
+        "data_hash": data.train.data_hash,
+        "data_images": data.train.num_samples,
+        "versions": versions(),
+        "world_size": runtime.world_size,
+    }
+    state = build_state(config, runtime, method)
+    checkpoints = run_checkpoints(config, facts, runtime)
+    resumed = checkpoints.restore(state)
+    if resumed and state.step >= last_step(config, len(data.train)):
+        if runtime.is_main:
+            print(
+                f"{config.run.run_dir} is complete at step {state.step}; to train longer raise --epochs in a new "
+                "--run-dir"
+            )
+        return 0
+    checkpoints.check_space(state)
+    if run_dir is not None:
+        document = json.dumps(facts, indent=1).encode()
+        persistently(CONFIG, lambda: write_atomically(run_dir / CONFIG, document))
+    if runtime.compile:
+        compile_heads(method)
+    job = build_job(config, runtime, state, data.train, checkpoints, run_dir)
+    job.evaluate = _evaluator(job, method, data)
+    _run_job(job, state, watch, resumed)
+    return 0
+
+
+def _evaluator(job: Job, method: Method, data: RunData) -> Callable[[int, int], float | None]:
+    def evaluate(step: int, epoch: int) -> float | None:
+        if job.runtime.is_main:
+            job.metrics.row("health", step, epoch, **health_figures(method, data, job.runtime))
+        if data.queries is None:
+            return None
+        figures = knn_figures(method, data, job.runtime)
+        job.metrics.row("knn", step, epoch, **figures)
+        return figures["top1"]
+
+    return evaluate
+
+
+def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool) -> None:
+    facts = {"world_size": job.runtime.world_size, "steps_per_epoch": job.steps_per_epoch, "last_step": job.last_step}
+    epoch = state.step // job.steps_per_epoch
+    job.metrics.row("resume" if resumed else "start", state.step, epoch, **facts)
+    try:
+        train(job, state, watch)
+        bad = job.stream.pipeline.stats().bad_records
+        job.metrics.row("end", state.step, state.step // job.steps_per_epoch, bad_records=len(bad))
+    finally:
+        job.metrics.close()
+    if job.runtime.is_main:
+        print(
+            f"done: {job.run_dir}, backbone in {job.run_dir}/backbone.safetensors"
+            + (f"; {len(bad)} damaged records were replaced, for example {next(iter(bad.items()))}" if bad else "")
+        )
+        _write_report(job)
+
+
+def _write_report(job: Job) -> None:
+    """The page about the run; a run that ended well does not fail for want of its page."""
+    if not job.config.run.report or job.run_dir is None:
+        return
+    from .record.page import build_report
+
+    try:
+        build_report([job.run_dir], job.run_dir / "report.html")
+    except Exception as reason:  # whatever a chart or picture stumbles over
+        print(f"report.html could not be written: {reason}; run python tools/report.py {job.run_dir}", file=sys.stderr)
+
+
+def go_on_or_start(config: Config, arguments: Sequence[str]) -> int:
+    """Run a configuration; a run that goes on keeps its recorded values where no argument says otherwise.
+
+    Args:
+        config: what `resolve` made of the arguments.
+        arguments: the command line, which tells what was asked for and what is a default.
+
+    Returns:
+        The exit code.
+    """
+    recorded = recorded_config(Path(config.run.run_dir) / "checkpoints") if config.run.resume == "auto" else None
+    kept = config if recorded is None else continued(arguments, config, recorded)
+    return run(kept, taken_over=changed_fields(config.to_json(), kept.to_json()))

@@ -421,7 +421,7 @@ def test_a_folder_that_may_not_be_written(shared_folder: Path) -> None:
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_files_for_others_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
-    from tools.export_backbone import export
+    from tools.support.exports import export
     from train.backbone_io import load
 
     old = os.umask(umask)

@@ -13,7 +13,8 @@ import torch
 
 from pipeline import augment
 from tests.export_reader import ArraysOnly, load_detectron2
-from tools.export_backbone import TARGETS, main
+from tools.export_backbone import main
+from tools.support.exports import TARGETS
 from train.backbone_io import build_encoder, save_backbone
 
 GOLDEN = Path(__file__).parent / "golden" / "detectron2_shapes.json"

@@ -192,7 +192,7 @@ def test_no_function_hides_a_circle_of_imports() -> None:
 
 def test_one_module_knows_the_files_of_a_run() -> None:
     # The other `config.json` is the one that transformers wants beside an exported model.
-    allowed = {"train/record/run.py", "tools/export_backbone.py"}
+    allowed = {"train/record/run.py", "tools/support/exports.py"}
     wrong = []
     for path in sources(*APPLICATIONS):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -300,7 +300,7 @@ def test_no_image_or_large_file_is_committed() -> None:
 
 
 def test_nothing_is_pickled() -> None:
-    allowed = {"tools/export_backbone.py", "train/backbone_io.py"}
+    allowed = {"tools/support/exports.py", "train/backbone_io.py"}
     wrong = []
     for path in sources(*LIBRARIES, *APPLICATIONS):
         tree = ast.parse(path.read_text())

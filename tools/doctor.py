@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 
 from tools.support.cli import call, make_parser, parse, run_main
 from tools.support.machine import check_environment
-from tools.support.packed import check_packed
 from train.errors import EXIT_BAD_IMAGES, EXIT_USER_MISTAKE, UserMistake
 from train.record.diagnosis import Finding, diagnose
 from train.record.run import CONFIG, read_run
@@ -34,6 +33,9 @@ def examine(target: str, decode: int) -> Iterable[Finding]:
     if (path / CONFIG).is_file():
         return diagnose(read_run(path))
     if path.is_file():
+        # Only here: it compiles the checker of JPEG files, 1.6 s that `--help` and a run's folder need not cost.
+        from tools.support.packed import check_packed
+
         return check_packed(path, decode)
     if path.is_dir():
         raise UserMistake(f"{path} has no {CONFIG}; give a run's folder or a packed file")

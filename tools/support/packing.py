@@ -10,17 +10,19 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from pipeline.listing import describe_passed_over
 from pipeline.manifest import Manifest, data_hash, pack_sources
-from pipeline.records import Record, make_record
 from pipeline.refusal import ImageRefused
 
 from .source import Source
+
+if TYPE_CHECKING:
+    from pipeline.records import Record
 
 SHUFFLE_SEED = 0
 _CHUNK = 16
@@ -108,6 +110,8 @@ def make_records(
     Threads, not processes: reading, hashing, checking, decoding and coding all run without Python's lock, and records
     need not be copied between processes.
     """
+    # Here and not above: the checker of JPEG files is compiled when it is imported, 1.6 s that `--help` need not cost.
+    from pipeline.records import make_record
 
     def one(index: int) -> Record | str:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .clutter import is_clutter
+from .file_kinds import foreign_kind
 
 # What people call image files. Those of a format that we cannot read are listed too, so that they are refused by name
 # instead of missing in silence.
@@ -60,6 +61,10 @@ def list_images(source: Path) -> Listing:
         files = [source / name for name in names]
         labels, classes = label_by_folder(names)
     else:
+        # Before it is read as text: an archive or a film may have gigabytes.
+        foreign = foreign_kind(source)
+        if foreign:
+            raise ValueError(f"{source} {foreign}")
         text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")
         names = [line for line in text.split("\n") if line.strip()]
         names = [name.removesuffix("\r") for name in names]

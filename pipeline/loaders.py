@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -103,6 +104,10 @@ def choose_loader(data: str) -> tuple[str, str]:
         return "webdataset", "the data is tar shards"
     path = Path(data)
     if not path.exists():
+        if glob.has_magic(data):
+            raise ValueError(
+                f"no file matches {data}; patterns name tar shards, as shards/photos-{{000000..000009}}.tar"
+            )
         raise ValueError(f"{data} does not exist; check the path, or pack images with tools/make_ffcv_dataset.py")
     if path.suffix == ".beton":
         # Our own reader gives the same pixels, so a missing FFCV changes no run.

@@ -7,3 +7,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch.utils.tensorboard  # noqa: E402, F401
 
 import train.main  # noqa: E402, F401
+import train.pretrain  # noqa: E402, F401

@@ -59,6 +59,12 @@ class RunConfig:
         False, "deterministic kernels and a fixed order of summation, for byte-identical runs", free_on_resume=True
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train", free_on_resume=True)
+    processes: int = option(
+        1,
+        "processes to start on this machine, one a GPU; their exit code is the run's, which torchrun's is not",
+        least=1,
+        free_on_resume=True,
+    )
     workers: int = option(
         0, "decoding threads of this process; 0 follows from the cores it may use", least=0, free_on_resume=True
     )

@@ -8,11 +8,17 @@ fault of the program and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import errno
+import hashlib
+import json
 import os
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from pipeline.refusal import SourceBusy, TooManyBad
 
@@ -23,6 +29,7 @@ EXIT_CHECKPOINT = 5
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 
+_HELD_S = 2.0
 _OURS = ("pipeline", "models", "train", "tools", "__main__")
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
@@ -118,5 +125,46 @@ def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE
 
 def _tell(message: str, code: int) -> int:
     # On one line, whatever line breaks the cause of it has.
-    print(f"regatta: {' '.join(message.split())}", file=sys.stderr)
+    line = f"regatta: {' '.join(message.split())}"
+    _leave_for_the_launcher(line)
+    with _first_to_say(line) as first:
+        if first:
+            print(line, file=sys.stderr, flush=True)
     return code
+
+
+def _leave_for_the_launcher(line: str) -> None:
+    """Write the line where torchrun looks for a process's error, so that its report ends in the line."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    # The form that `torch.distributed.elastic`'s `record` writes; importing it would cost the seconds of PyTorch.
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+
+
+@contextlib.contextmanager
+def _first_to_say(line: str) -> Iterator[bool]:
+    """Whether this process is the first of its run on this machine that has this to say; true without other processes.
+
+    The same mistake ends every rank, and it may end them before they can talk to one another. So whoever says a line
+    holds a socket of that name, which the system frees with the process: no file stays behind, and the next run speaks.
+    """
+    env = os.environ
+    if max(int(env.get("WORLD_SIZE", 1)), int(env.get("SLURM_STEP_NUM_TASKS", 1))) == 1:
+        yield True
+        return
+    # What the ranks of one machine share: the step under SLURM, which may wrap each in a shell, else the launcher.
+    step = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID')}" if "SLURM_JOB_ID" in env else f"{os.getppid()}"
+    name = hashlib.sha256(f"{os.getuid()} {step} {line}".encode()).hexdigest()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as held:
+        try:
+            held.bind(f"\0regatta-{name}")
+        except OSError as reason:
+            # Any other reason than a taken name, such as a system without such sockets: better twice than never.
+            yield reason.errno != errno.EADDRINUSE
+            return
+        yield True
+        # Ranks that reach the mistake a little later still find the name taken.
+        time.sleep(_HELD_S)

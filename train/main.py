@@ -15,6 +15,7 @@ if not __package__:
 from collections.abc import Sequence
 
 from train.errors import EXIT_CHECKPOINT, UserMistake, run_to_exit_code
+from train.launch import run_processes, starts_others
 from train.resolve import resolve
 
 
@@ -30,6 +31,8 @@ def run(arguments: Sequence[str]) -> int:
             "--data is needed: pack a folder of images with `python tools/make_ffcv_dataset.py FOLDER photos.beton`, "
             "then give --data photos.beton"
         )
+    if starts_others(config.run.processes):
+        return run_processes(config.run.processes, __file__, arguments)
     # Here and not above: PyTorch takes seconds, which `--help` and a mistyped flag should not cost.
     from train.pretrain import go_on_or_start
 

@@ -44,6 +44,8 @@ def _first_pass(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _read_config_file(path: str) -> dict[str, Any]:
+    if Path(path).is_dir():
+        raise UserMistake(f"--config {path} is a folder; give the config.json in it")
     try:
         loaded = json.loads(Path(path).read_text())
     except (OSError, ValueError) as reason:

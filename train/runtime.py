@@ -183,6 +183,27 @@ def compiles(wanted: bool | None, device: torch.device) -> bool:
     return compiler is not None and importlib.util.find_spec("triton") is not None
 
 
+def _join(backend: str, rank: int, world_size: int) -> None:
+    """Meet the other processes at MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        UserMistake: the place to meet cannot be used.
+    """
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    except dist.DistNetworkError as reason:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(reason):
+            raise UserMistake(
+                f"port in use: {place}, another run has it; export another MASTER_PORT, or start torchrun with "
+                "--standalone"
+            ) from None
+        first_line = str(reason).strip().partition("\n")[0]
+        raise UserMistake(
+            f"the processes cannot meet at {place} ({first_line}); check MASTER_ADDR, MASTER_PORT and the network"
+        ) from None
+
+
 @contextlib.contextmanager
 def start(run: RunConfig) -> Iterator[Runtime]:
     """Set the process up as the run's flags say, and take the process group down after it."""
@@ -204,7 +225,7 @@ def start(run: RunConfig) -> Iterator[Runtime]:
         torch.backends.cudnn.benchmark = True
     host_group = None
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world_size)
+        _join("nccl" if device.type == "cuda" else "gloo", rank, world_size)
         # Decisions of the host go over a group of their own, which never waits for the device.
         host_group = dist.new_group(backend="gloo")
     dtype, compiled = choose_dtype(run.precision, device), compiles(run.compile, device)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from models.methods import METHODS
+from models.hyperparameters import CONFIGS
 from tools.reproduction.training import Training, recipe_config
 
 Scale = Literal["full", "in100", "tiny"]
@@ -77,7 +77,7 @@ def _on_imagenet100(training: Training) -> list[str]:
 
 
 def _tiny(training: Training) -> list[str]:
-    fields = METHODS[training.method].Config.__dataclass_fields__  # type: ignore[attr-defined]
+    fields = CONFIGS[training.method].__dataclass_fields__
     model = {f"--{name}": size for name, size in _TINY_MODEL.items() if name.replace("-", "_") in fields}
     shared = dict(zip(_TINY_TRAINING[:-1:2], _TINY_TRAINING[1::2], strict=True))
     arch = {} if training.arch == "swin-t" else {"--arch": "resnet18"}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.resnet import BACKBONES
+from models.hyperparameters import ARCHITECTURES
 from tools.reproduction.tables import Backbone, Cell, Table
 from train.recipes import RECIPES
 from train.record.published import flag_fits
@@ -39,7 +39,7 @@ class Training:
     @property
     def missing(self) -> str:
         """Why it cannot be trained here; empty where it can."""
-        return "" if self.arch in BACKBONES else f"there is no backbone {self.arch}"
+        return "" if self.arch in ARCHITECTURES else f"there is no backbone {self.arch}"
 
 
 @dataclass(frozen=True)

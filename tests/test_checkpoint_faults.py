@@ -545,6 +545,14 @@ def test_all_ranks_resume_from_the_same_checkpoint_or_none_does(tmp_path: Path) 
         assert "no checkpoint" in end
 
 
+def test_a_rank_that_may_not_list_the_folder_refuses_for_all(tmp_path: Path) -> None:
+    """It must say so before the ranks compare what they see: the others would wait for it there."""
+    make(tmp_path / "a")
+    (tmp_path / "loop").symlink_to("loop")  # listing it fails for root too
+    for end in restore_on_ranks([tmp_path / "a", tmp_path / "loop"]):
+        assert "cannot be listed" in end
+
+
 # --- the writer ------------------------------------------------------------------------------------------------------
 
 

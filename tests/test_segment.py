@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ import train.eval.segmentation.training as training
 from tests.runs import last_wins
 from tools.bench.rows import RESULTS
 from train.backbone_io import build_encoder, save_backbone
-from train.errors import UserMistake
+from train.errors import Stopped, UserMistake
 from train.eval.options import SegmentConfig
 from train.eval.segmentation import augment, layouts
 from train.eval.segmentation.augment import Geometry, fitted_size, random_crop, resample_image, resample_label
@@ -38,8 +39,10 @@ from train.eval.segmentation.metrics import confusion_matrix, scores
 from train.eval.segmentation.network import build_segmenter, pixel_loss, require_resnet, stages_of
 from train.eval.segmentation.protocol import make_plan, task_name
 from train.eval.segmentation.upernet import UPerNetHead
-from train.eval.tuning import state_folder
+from train.eval.tuning import TuningCheckpoints, state_folder
 from train.evaluate import main
+from train.runtime import Runtime
+from train.state import TuningState
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -601,6 +604,26 @@ def test_a_stopped_run_goes_on_byte_for_byte(
         one.pop(name), two.pop(name)
     assert one == two and [step for step, _ in one["validations"]] == [3, 6]
     assert main(command(backbone, street, parts, *flags, "--lr", "0.1")) == 2
+
+
+def test_a_stop_is_heard_at_checkpoints_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the ranks ask only now and then; steps that both log and save must not be left out of it."""
+    monkeypatch.setattr(training, "take_step", lambda trainer, state, batch: torch.tensor(1.0))
+    runtime = Runtime(0, 1, torch.device("cuda"), torch.float32, False)
+    model = nn.Linear(2, 2)
+    state = TuningState(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer = SimpleNamespace(
+        config=SegmentConfig(checkpoint_every=4, log_every=4, global_batch=2),
+        plan=SimpleNamespace(steps=8),
+        runtime=runtime,
+        feed=SimpleNamespace(batches=lambda first, last: range(first, last)),
+        checkpoints=TuningCheckpoints(tmp_path, {}, runtime),
+        watch=SimpleNamespace(asked="SIGTERM"),
+        validate=lambda step: {},
+        say=lambda line: None,
+    )
+    with pytest.raises(Stopped, match="after step 4, saved"):
+        training.train(trainer, state)  # type: ignore[arg-type]
 
 
 def test_sliding_and_bf16_run(backbone: Path, street: Path, tmp_path: Path) -> None:

@@ -131,6 +131,15 @@ def test_a_signal_saves_and_a_failed_write_is_told(tmp_path: Path) -> None:
         TuningCheckpoints(tmp_path / "file", SETTINGS, RUNTIME).save(state)
 
 
+def test_a_signal_does_not_save_a_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = TuningCheckpoints(tmp_path, SETTINGS, RUNTIME)
+    state = fresh("sgd")
+    advance(state, 2, checkpoints)
+    monkeypatch.setattr("train.checkpoint.write_checkpoint", None)
+    with pytest.raises(Stopped):
+        checkpoints.save_if_stopped(state, Asked())  # type: ignore[arg-type]
+
+
 def test_fingerprints_follow_the_values_and_steps_have_their_own_draws() -> None:
     model = network()
     first = fingerprint(model)

@@ -240,6 +240,7 @@ class Checkpoints:
     resume: bool = True
     keep: int = 2
     _history: list[str] = field(default_factory=list)  # names of this run's own checkpoints, oldest first
+    _saved_step: int | None = None
 
     def restore(self, state: State) -> bool:
         """Fill `state` in place from the newest checkpoint that every rank finds whole; whether there was one.
@@ -267,9 +268,19 @@ class Checkpoints:
 
     def _same_on_all_ranks(self) -> list[Path]:
         for attempt in range(_READ_ATTEMPTS):
-            folders = steps_on_disk(self.root)
+            folders: list[Path] = []
+            mistake: UserMistake | None = None
+            try:
+                folders = steps_on_disk(self.root)
+            except UserMistake as reason:
+                mistake = reason
             names = [folder.name for folder in folders]
-            if all(other == names for other in self.runtime.gather_objects(names)):
+            # Told before it is raised: a rank that alone left here would leave the others waiting in this exchange.
+            told = self.runtime.gather_objects((names, mistake))
+            refused = next((mistake for _, mistake in told if mistake is not None), None)
+            if refused is not None:
+                raise refused
+            if all(other == names for other, _ in told):
                 return folders
             if attempt < _READ_ATTEMPTS - 1:
                 time.sleep(PAUSE_S)  # a network disk may show a change late on another machine
@@ -349,6 +360,7 @@ class Checkpoints:
         # Outside of the first rank's part: every rank must take part in the exchange.
         parts = self.runtime.gather_objects(state.rank_part())
         self.runtime.first_rank_does(lambda: self._write(state, parts, also, best))
+        self._saved_step = state.step
 
     def _write(self, state: State, parts: list[Any], also: Callable[[Path], None] | None, best: int | None) -> None:
         name = checkpoint_name(state.step)
@@ -378,13 +390,16 @@ class Checkpoints:
         return (name,)
 
     def save_if_stopped(self, state: State, watch: SignalWatch) -> None:
-        """Where a signal has asked any rank to stop: save and end the run. Every rank calls it after the same step.
+        """Where a signal has asked any rank to stop: save this step unless it is saved, and end the run.
+
+        Every rank calls it after the same step.
 
         Raises:
             Stopped: after saving.
         """
         if self.runtime.agree(bool(watch.asked)):
-            self.save(state)
+            if self._saved_step != state.step:
+                self.save(state)
             raise stopped(state.step, watch)
 
 

@@ -88,10 +88,11 @@ def train(trainer: Trainer, state: TuningState) -> None:
         # Before saving, so that the checkpoint of this step has its validation.
         if ends or (config.eval_every and state.step % config.eval_every == 0):
             state.record.setdefault("validations", []).append([state.step, trainer.validate(state.step)])
-        if ends or state.step % config.checkpoint_every == 0:
+        saves = ends or state.step % config.checkpoint_every == 0
+        if saves:
             trainer.checkpoints.save(state)
-        elif trainer.runtime.device.type == "cpu" or state.step % config.log_every == 0:
-            # Asking the other ranks costs the host a wait, which a CPU run does not notice.
+        # Asking the other ranks costs the host a wait, which a CPU run does not notice and a checkpoint costs anyway.
+        if not ends and (saves or trainer.runtime.device.type == "cpu" or state.step % config.log_every == 0):
             trainer.checkpoints.save_if_stopped(state, trainer.watch)
 
 

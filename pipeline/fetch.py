@@ -97,9 +97,9 @@ def fetch(url: str, into: Path, expected_bytes: int | None = None, persistent: b
             mistyped name shall be told at once.
 
     Raises:
-        SourceClosed: it does not exist or may not be read.
-        SourceBusy: it could not be fetched in time, or has another size than expected.
-        OSError: the file cannot be written.
+        SourceClosed: it does not exist, may not be read, or has another size than expected.
+        SourceBusy: it did not arrive in time.
+        OSError: the host cannot be reached, without `persistent`; or the file cannot be written.
     """
     waiting = _Waiting(url, persistent)
     # Fetched files can be fetched again, so nothing waits for the disk.
@@ -162,7 +162,9 @@ class _Waiting:
         wrong_size = isinstance(problem, _WrongSize)
         patient = busy or (self._persistent and not wrong_size)
         if not patient and self.attempts >= _ATTEMPTS:
-            raise SourceBusy(
+            # Whoever starts the same command again meets the same: a wrong index or a mistyped name does not pass.
+            kind = SourceClosed if wrong_size else OSError
+            raise kind(
                 f"{shown(self._url)} could not be fetched in {self.attempts} attempts: {problem}; check the network "
                 "and the server"
             )

@@ -83,7 +83,7 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
 
     Raises:
         ValueError: there is no index, shards are missing, or there are fewer shards than readers.
-        SourceBusy: an address could not be reached.
+        OSError: an address could not be reached.
         SourceClosed: there is no index behind an address, or it may not be read.
     """
     base, chosen = split_location(data)

@@ -220,7 +220,7 @@ def test_what_has_arrived_is_not_fetched_again(server, shards, tmp_path, ranges)
 def test_another_file_than_the_index_says_ends_soon(server, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fetch._Waiting, "_sleep", lambda *_: None)
     server.answer = lambda handler, name, number: reply(handler, 200, b"abc")
-    with pytest.raises(SourceBusy, match="it has 3 bytes, the index says 7"):
+    with pytest.raises(SourceClosed, match="it has 3 bytes, the index says 7"):
         fetch.fetch(server.address, tmp_path / "x", 7, persistent=True)
     assert len(server.asked) == fetch._ATTEMPTS
 

@@ -21,6 +21,7 @@ from pipeline.fetch import stop_waiting
 
 from .config import RunConfig
 from .errors import RunEnd, UserMistake
+from .slurm import meeting_place, step_ranks
 
 
 @dataclass(frozen=True)
@@ -113,18 +114,18 @@ def _launch_environment() -> tuple[int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
-        # srun sets no address of a rendezvous; the port is torchrun's default.
-        env.setdefault("MASTER_PORT", "29500")
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
-    # Only srun sets this one; a batch script that calls Python itself is one process, however many tasks the job has.
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    ranks = step_ranks(env)
+    if ranks is None:
+        return 0, 1, 0
+    place = meeting_place(env)
+    if "MASTER_ADDR" not in {**env, **place}:
         raise UserMistake(
-            f"srun started {env['SLURM_STEP_NUM_TASKS']} tasks and MASTER_ADDR is not set: export the first node's "
-            "name in it, or unset SLURM_STEP_NUM_TASKS to train alone"
+            f"srun started {ranks[1]} tasks, MASTER_ADDR is not set and SLURM_STEP_NODELIST names no node: export the "
+            "first node's name in MASTER_ADDR, or unset SLURM_STEP_NUM_TASKS to train alone"
         )
-    return 0, 1, 0
+    # PyTorch's own rendezvous reads these.
+    env.update(place, RANK=str(ranks[0]), WORLD_SIZE=str(ranks[1]))
+    return ranks
 
 
 def _choose_device(wanted: str, local_rank: int) -> torch.device:

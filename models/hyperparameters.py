@@ -41,7 +41,11 @@ class RegionConfig:
         1.0, "weight of the region loss, of which canvas and paste have half each; 2 gives one that is alone all of it"
     )
     views: Literal["both", "first"] = option("both", "which query views are region-swapped, where both are queries")
-    shared_forward: bool = option(False, "encode view and composites in one pass; batch statistics stay apart")
+    shared_forward: bool | None = option(
+        None,
+        "encode view and composites in one pass, batch statistics stay apart; none: where --kernels proves it faster",
+        free_on_resume=True,
+    )
     head_batching: Literal["joint", "separate"] = option(
         "joint", "instance and region features pass the heads (and their batch norm) together or apart"
     )

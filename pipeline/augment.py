@@ -245,13 +245,13 @@ def choose_implementation(device: torch.device, dtype: torch.dtype, implementati
             return "reference", "the C++ pass could not be built"
         if on_cpu:
             return "reference", "float64 is for checking"
-        return "reference", "the fused GPU kernel has not been run on a GPU yet; ask for it with 'kernel'"
+        return "reference", "the fused GPU kernel runs where it is asked for with 'kernel'"
     if implementation == "native" and (not on_cpu or dtype == torch.float64):
         raise ValueError(f"'native' is for the CPU and not for float64, but asked for {device} and {dtype}; use 'auto'")
     if implementation == "kernel":
         if device.type != "cuda":
             raise ValueError(f"'kernel' is for a CUDA device, but the views are on {device}; use 'auto'")
-        return "kernel", "asked for; it has not been run on a GPU yet"
+        return "kernel", "asked for"
     return implementation, "asked for"
 
 

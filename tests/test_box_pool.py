@@ -8,7 +8,7 @@ import torch
 from models.ops import box_pool, masked_pool
 from models.ops.box_pool import box_pool_backward_definition, box_pool_definition
 from models.ops.box_pool_kernels import KERNELS, SOURCE, BoxPoolKernels, kernels_for, why_not
-from models.ops.choice import POOL
+from models.ops.choice import BOX_POOL
 from tests.cuda_host import HostModule, compiles_for, compiles_for_volta
 from tests.pooling_cases import DTYPES, compare, random_boxes, random_features
 
@@ -126,7 +126,7 @@ def test_boxes_elsewhere_are_left_to_the_definition(monkeypatch):
         def numel(self):
             return 144
 
-    monkeypatch.setattr(POOL, "_mode", "cuda")
+    monkeypatch.setattr(BOX_POOL, "_mode", "cuda")
     assert why_not(OnGpu(), random_boxes(2)) == "the boxes are on cpu"
     assert why_not(OnGpu(), OnGpu()) is None
 
@@ -136,7 +136,7 @@ def test_boxes_elsewhere_are_left_to_the_definition(monkeypatch):
 def test_kernels_on_a_gpu(dtype, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setattr(POOL, "_mode", "cuda")
+    monkeypatch.setattr(BOX_POOL, "_mode", "cuda")
     for batch, channels, height, width in [(1, 8, 5, 3), (3, 7, 3, 3), (2, 264, 7, 7), (16, 2048, 7, 7)]:
         features = random_features(batch, channels, height, width, dtype).cuda()
         features = features.to(memory_format=torch.channels_last)
@@ -150,7 +150,7 @@ def test_kernels_on_a_gpu(dtype, monkeypatch):
 def test_kernels_inside_a_cuda_graph(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setattr(POOL, "_mode", "cuda")
+    monkeypatch.setattr(BOX_POOL, "_mode", "cuda")
     features = random_features(8, 64, 7, 7, torch.float16).cuda().to(memory_format=torch.channels_last)
     boxes = random_boxes(8).cuda()
     box_pool(features, boxes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.ops import box_pool, choice, masked_pool
-from models.ops.choice import POOL
+from models.ops.choice import MASKED_POOL
 from models.ops.masked_pool import masked_pool_backward_definition, masked_pool_definition
 from models.ops.masked_pool_kernels import KERNELS, SOURCE, MaskedPoolKernels, kernels_for, why_not
 from tests.cuda_host import HostModule, compiles_for, compiles_for_volta
@@ -181,7 +181,7 @@ def test_source_compiles_for_volta_with_cuda_12(kind):
 
 def test_choice_is_said_once(caplog, monkeypatch):
     features = random_features(2, 4, 3, 3, torch.float32)
-    monkeypatch.setattr(POOL, "_mode", "cuda")
+    monkeypatch.setattr(MASKED_POOL, "_mode", "cuda")
     choice._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=choice.__name__):
         for _ in range(3):
@@ -202,9 +202,9 @@ def test_kernels_are_off_until_asked_for(monkeypatch):
         def __init__(self, groups, masks):
             self.shape = (2, groups, masks, 3, 3)
 
-    monkeypatch.setattr(POOL, "_mode", "auto")
-    assert "have not been run on a GPU" in why_not(OnGpu(), Maps(1, 2))
-    POOL.set("cuda")
+    monkeypatch.setattr(MASKED_POOL, "_mode", "auto")
+    assert "have not been proved" in why_not(OnGpu(), Maps(1, 2))
+    MASKED_POOL.set("cuda")
     assert why_not(OnGpu(), Maps(1, 2)) is None
     assert "float64" in why_not(type("Double", (OnGpu,), {"dtype": torch.float64})(), Maps(1, 2))
     assert "more than the kernels hold" in why_not(OnGpu(), Maps(8, 1000))
@@ -213,7 +213,7 @@ def test_kernels_are_off_until_asked_for(monkeypatch):
         why_not(OnGpu(), random_maps(2, 1, 2, 3, 3, torch.float32)) == "the weights are on cpu, the features on cuda:0"
     )
     with pytest.raises(ValueError, match="definition"):
-        POOL.set("fast")
+        MASKED_POOL.set("fast")
 
 
 @pytest.mark.gpu
@@ -221,7 +221,7 @@ def test_kernels_are_off_until_asked_for(monkeypatch):
 def test_kernels_on_a_gpu(dtype, monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setattr(POOL, "_mode", "cuda")
+    monkeypatch.setattr(MASKED_POOL, "_mode", "cuda")
     for batch, channels, groups, masks, height, width in [*SOFT_CASES, (16, 2048, 1, 2, 7, 7), (8, 2048, 4, 64, 7, 7)]:
         features = random_features(batch, channels, height, width, dtype).cuda()
         features = features.to(memory_format=torch.channels_last)

@@ -24,7 +24,7 @@ from torch import Tensor
 from models.norm import GroupBatchNorm, norm_relu
 from models.ops import batch_norm_act, box_pool, masked_pool, queue_contrast
 from models.ops.box_pool import box_masks, box_pool_definition
-from models.ops.choice import NORM, POOL
+from models.ops.choice import BOX_POOL, MASKED_POOL, NORM
 from models.ops.launcher import CudaModule
 from models.ops.masked_pool import masked_pool_definition
 from models.ops.queue_contrast import queue_contrast_definition
@@ -86,7 +86,7 @@ def _pool_contenders(
     device: torch.device,
     compiled: bool,
 ) -> dict[str, tuple[str, Callable[..., Tensor]]]:
-    """Name -> (implementation for `POOL.set`, function)."""
+    """Name -> (mode of its `KernelChoice`, function)."""
     contenders = {"definition": ("definition", op)}
     contenders |= {name: ("definition", function) for name, function in eager.items()}
     if device.type == "cuda":
@@ -105,7 +105,7 @@ class _Differentiated:
         contender: tuple[str, Callable[..., Tensor]],
         inputs: Sequence[Tensor],
         wanted: Sequence[Tensor],
-        choose: Callable[[str], None] = POOL.set,
+        choose: Callable[[str], None],
     ) -> None:
         self.mode, self.function = contender
         self.choose = choose
@@ -180,7 +180,10 @@ def bench_box_pool(report: Report, options: argparse.Namespace) -> None:
     boxes = _boxes(options.batch, options.grid).to(report.device)
     eager = {"eager": two_means, "mask multiply (official)": mask_multiply}
     contenders = _pool_contenders(box_pool_definition, box_pool, eager, report.device, options.compile)
-    calls = {name: _Differentiated(each, (feature_map, boxes), (feature_map,)) for name, each in contenders.items()}
+    calls = {
+        name: _Differentiated(each, (feature_map, boxes), (feature_map,), BOX_POOL.set)
+        for name, each in contenders.items()
+    }
     wide = feature_map.detach().double().requires_grad_()
     exact_output = box_pool_definition(wide, boxes)
     exact = (exact_output, *torch.autograd.grad(exact_output, wide, torch.ones_like(exact_output)))
@@ -207,7 +210,7 @@ def bench_masked_pool(report: Report, options: argparse.Namespace) -> None:
     eager = {"eager": einsum_pool, "mask multiply": multiply_pool}
     contenders = _pool_contenders(masked_pool_definition, masked_pool, eager, report.device, options.compile)
     wanted = (features, weights)
-    calls = {name: _Differentiated(each, wanted, wanted) for name, each in contenders.items()}
+    calls = {name: _Differentiated(each, wanted, wanted, MASKED_POOL.set) for name, each in contenders.items()}
     # float64 stands for the exact result: errors of both sides are measured from it.
     wide = [tensor.detach().double().requires_grad_() for tensor in wanted]
     exact_output = masked_pool_definition(*wide)

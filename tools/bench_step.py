@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.methods import METHODS
 from models.methods.base import Method, StepInputs
 from models.methods.moco_v2 import MoCoV2
-from models.ops.choice import NORM, POOL
+from models.ops.choice import CHOICES
 from pipeline.augmenter import BatchAugmenter
 from pipeline.interface import Batch, PipelineConfig
 from pipeline.synthetic import SyntheticPipeline
@@ -55,9 +55,16 @@ ATTEMPTS = {
     "shared-forward": "queries and region-swapped views in one forward pass",
     "one-group": "batch-norm statistics over the whole batch: what groups cost",
 }
+KERNELS_OF = {"pool-kernel": ("box_pool", "masked_pool"), "norm-kernel": ("batch_norm_act",)}
 ON_CUDA = {"graph", "pool-kernel", "norm-kernel"}
 STEPS_PER_EPOCH = 1000
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def choose_kernels(names: frozenset[str]) -> None:
+    """Let the kernels of these operators run from now on, and no others."""
+    for name, choice in CHOICES.items():
+        choice.set("cuda" if name in names else "auto")
 
 
 class OurStep:
@@ -68,8 +75,7 @@ class OurStep:
         runtime: device and precision.
         compile_parts: "" for none, "heads" as `--compile` does, "trunk" for heads and trunks.
         graph: forward and backward as a CUDA graph.
-        pool_kernel: as `POOL.set`.
-        norm_kernel: as `NORM.set`.
+        kernels: names in `CHOICES` of the operators whose kernels run.
     """
 
     def __init__(
@@ -78,12 +84,11 @@ class OurStep:
         runtime: Runtime,
         compile_parts: str = "",
         graph: bool = False,
-        pool_kernel: str = "auto",
-        norm_kernel: str = "auto",
+        kernels: frozenset[str] = frozenset(),
     ) -> None:
         config = replace(config, run=replace(config.run, cuda_graph=graph))
         self.config, self.runtime = config, runtime
-        self.pool_kernel, self.norm_kernel = pool_kernel, norm_kernel
+        self.kernels = kernels
         self.method: Method = build_method(config, runtime)
         # In place, as `train/main.py` does: names in the state dict stay.
         if compile_parts:
@@ -113,8 +118,8 @@ class OurStep:
 
     def __call__(self) -> None:
         """Take the next step."""
-        POOL.set(self.pool_kernel)
-        NORM.set(self.norm_kernel)
+        # At each call, since contenders take turns and the choices are global.
+        choose_kernels(self.kernels)
         step = self.state.step
         take_step(self.job, self.state, step, [self.inputs[step % len(self.inputs)]])
         self.state.step += 1
@@ -300,8 +305,7 @@ def attempted_step(
         runtime,
         "trunk" if "trunk" in names else compile_parts,
         graph="graph" in names,
-        pool_kernel="cuda" if "pool-kernel" in names else "auto",
-        norm_kernel="cuda" if "norm-kernel" in names else "auto",
+        kernels=frozenset().union(*(KERNELS_OF.get(name, ()) for name in names)),
     )
 
 
@@ -586,8 +590,7 @@ def main(argv: Sequence[str]) -> int:
             measure(options, runtime)
     finally:
         torch.set_float32_matmul_precision(precision)
-        POOL.set("auto")
-        NORM.set("auto")
+        choose_kernels(frozenset())
     return 0
 
 

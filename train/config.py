@@ -50,9 +50,15 @@ class RunConfig:
         "compile heads and losses; none: on for CUDA where Triton and a C compiler are there, off for CPU",
         free_on_resume=True,
     )
-    cuda_graph: bool = option(
-        False,
-        "replay forward and backward as one CUDA graph, on one GPU; not yet run on a GPU, so off by default",
+    kernels: Literal["auto", "off", "on"] = option(
+        "auto",
+        "our GPU kernels. auto: those that prove right and faster than PyTorch's on this card before the first step; "
+        "on: those that prove right; off: none",
+        free_on_resume=True,
+    )
+    cuda_graph: bool | None = option(
+        None,
+        "replay forward and backward as one CUDA graph, on one GPU; none: where --kernels proves it right and faster",
         free_on_resume=True,
     )
     deterministic: bool = option(
@@ -186,8 +192,8 @@ class AugmentConfig:
 
     profile: str = option("mocov2", "augmentation profile: " + ", ".join(TWO_VIEW_PROFILES), choices=TWO_VIEW_PROFILES)
     min_scale: float = option(0.0, "smallest crop area relative to the image; 0 keeps the profile's", least=0, most=1)
-    implementation: Literal["auto", "reference", "native", "kernel"] = option(
-        "auto", "which code applies the augmentation"
+    implementation: Literal["auto", "reference", "native"] = option(
+        "auto", "which code applies the augmentation; the GPU kernel is --kernels' to choose"
     )
 
 

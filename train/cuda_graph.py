@@ -1,8 +1,7 @@
 """Forward and backward of a step as one CUDA graph: thousands of launches become one.
 
 Learning rate, EMA coefficient and queue position change from step to step on the host, so optimizer, EMA and
-enqueueing stay outside; with fused forms they are a handful of launches. No one has run this on a GPU yet, so it is
-off by default.
+enqueueing stay outside; with fused forms they are a handful of launches. `train/proving` decides whether a run uses it.
 
 Source: CUDA graphs as PyTorch documents them (whole-network capture).
 """

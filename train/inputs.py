@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.collectives import all_gather_rows
 from models.methods.base import Method, StepInputs
+from models.ops.choice import AUGMENT
 from models.ops.launcher import CudaModule
 from pipeline import augment
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
@@ -41,7 +42,8 @@ def finished_views(settings: PipelineConfig, config: Config, runtime: Runtime) -
         settings,
         views=train_views(config),
         augment=config.recipe.augment.profile,
-        implementation=config.recipe.augment.implementation,
+        # The kernel proved itself on this card, so what `auto` would take instead is slower.
+        implementation="kernel" if AUGMENT.mode == "cuda" else config.recipe.augment.implementation,
         # Autocast casts what a convolution reads; handing it the final dtype saves that pass.
         dtype=runtime.dtype,
         # pipeline/ and models/ do not know each other; the launcher of the fused kernel comes from models/.

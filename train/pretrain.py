@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from models.methods.base import Method
 from pipeline.atomic import write_atomically
@@ -18,6 +19,7 @@ from .describe import describe
 from .errors import UserMistake
 from .loop import Job, train
 from .measure.online import health_figures, knn_figures
+from .proving.choose import Choice, apply, settle, told
 from .record.run import CONFIG
 from .resolve import changed_fields, continued
 from .retry import persistently
@@ -26,12 +28,13 @@ from .state import TrainState
 from .versions import versions
 
 
-def run(config: Config, taken_over: Sequence[str] = ()) -> int:
+def run(config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, Any] | None = None) -> int:
     """One run from resolved configuration to exit code.
 
     Args:
         config: resolved configuration.
         taken_over: values that the run's folder has recorded and that the recipe would have otherwise, to be told.
+        recorded: configuration in the checkpoint that the run goes on from; None for a new run.
     """
     with start(config.run) as runtime:
         method = build_method(config, runtime)
@@ -47,9 +50,15 @@ def run(config: Config, taken_over: Sequence[str] = ()) -> int:
         # From here on a signal saves before it stops; opening the data may take minutes.
         watch = SignalWatch()
         run_dir = _prepare_run_dir(config) if runtime.is_main else None
+        choice = settle(config, runtime, recorded)
+        if runtime.is_main and told(choice):
+            print(told(choice), flush=True)
+        settled = apply(config, choice)
+        # The same weights again: both are drawn from the seed.
+        method = build_method(settled, runtime) if settled.model != config.model else method
         data = open_data(config, runtime)
         try:
-            return _train_on(config, runtime, method, data, run_dir, watch)
+            return _train_on(config, choice, runtime, method, data, run_dir, watch)
         finally:
             data.close()
 
@@ -69,7 +78,13 @@ def _prepare_run_dir(config: Config) -> Path:
 
 
 def _train_on(
-    config: Config, runtime: Runtime, method: Method, data: RunData, run_dir: Path | None, watch: SignalWatch
+    config: Config,
+    choice: Choice,
+    runtime: Runtime,
+    method: Method,
+    data: RunData,
+    run_dir: Path | None,
+    watch: SignalWatch,
 ) -> int:
     facts = {
         **config.to_json(),
@@ -77,6 +92,7 @@ def _train_on(
         "data_images": data.train.num_samples,
         "versions": versions(),
         "world_size": runtime.world_size,
+        "kernels": choice.to_json(),
     }
     state = build_state(config, runtime, method)
     checkpoints = run_checkpoints(config, facts, runtime)
@@ -94,7 +110,7 @@ def _train_on(
         persistently(CONFIG, lambda: write_atomically(run_dir / CONFIG, document))
     if runtime.compile:
         compile_heads(method)
-    job = build_job(config, runtime, state, data.train, checkpoints, run_dir)
+    job = build_job(apply(config, choice), runtime, state, data.train, checkpoints, run_dir)
     job.evaluate = _evaluator(job, method, data)
     _run_job(job, state, watch, resumed)
     return 0
@@ -155,4 +171,4 @@ def go_on_or_start(config: Config, arguments: Sequence[str]) -> int:
     """
     recorded = recorded_config(Path(config.run.run_dir) / "checkpoints") if config.run.resume == "auto" else None
     kept = config if recorded is None else continued(arguments, config, recorded)
-    return run(kept, taken_over=changed_fields(config.to_json(), kept.to_json()))
+    return run(kept, taken_over=changed_fields(config.to_json(), kept.to_json()), recorded=recorded)

@@ -81,6 +81,15 @@ def _choose_recipe(chosen: Mapping[str, str], document: Mapping[str, Any], metho
     return name
 
 
+def config_of(document: Mapping[str, Any]) -> Config:
+    """The configuration of a `config.json`, with the defaults for what it does not name.
+
+    Raises:
+        UserMistake: a field that this version does not have.
+    """
+    return _from_document(_plain(document["run"]["method"]), document)
+
+
 def _from_document(default: Config, document: Mapping[str, Any]) -> Config:
     """The configuration `default` with the values of a `config.json`; unknown names are refused."""
     known = flatten(default)
@@ -179,10 +188,15 @@ def _with_defaults(document: Mapping[str, Any]) -> tuple[dict[str, Leaf], dict[s
 
     Both by name, as "recipe.optim.lr".
     """
-    _, model = RECIPES[default_recipe(document["run"]["method"])][1]()
-    # Of the model the class alone counts: a recipe's own values are no defaults.
-    known = flatten(Config(RunConfig(), Recipe(), type(model)()))
+    known = flatten(_plain(document["run"]["method"]))
     given = flatten({part: document[part] for part in PARTS})
     values = {name: leaf.value for name, leaf in {**known, **given}.items()}
     plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists, as in the file
     return known, plain
+
+
+def _plain(method: str) -> Config:
+    """The defaults of every field, for one method."""
+    _, model = RECIPES[default_recipe(method)][1]()
+    # Of the model the class alone counts: a recipe's own values are no defaults.
+    return Config(RunConfig(), Recipe(), type(model)())

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .choice import POOL
+from .choice import BOX_POOL
 from .launcher import Grid, Launcher, loader
 from .layout import STORAGE, channels_last
 
@@ -30,13 +30,13 @@ class Arguments(ctypes.Structure):
 
 def kernels_for(feature_map: Tensor, box_cells: Tensor) -> BoxPoolKernels | None:
     """The kernels, where they are chosen and can serve; None for the definition. Logs why, once."""
-    return cuda_kernels(feature_map.device) if POOL.runs(why_not(feature_map, box_cells)) else None
+    return cuda_kernels(feature_map.device) if BOX_POOL.runs(why_not(feature_map, box_cells)) else None
 
 
 def why_not(feature_map: Tensor, box_cells: Tensor) -> str | None:
     """Why the kernels do not run for a feature map (B, C, H, W) and boxes (B, 4); None where they do."""
     elsewhere = None if box_cells.device == feature_map.device else f"the boxes are on {box_cells.device}"
-    return POOL.why_not(feature_map) or unfit_features(feature_map) or elsewhere
+    return BOX_POOL.why_not(feature_map) or unfit_features(feature_map) or elsewhere
 
 
 def unfit_features(features: Tensor) -> str | None:

@@ -1,15 +1,13 @@
-"""Which implementation of an operator runs: its CUDA kernels or its PyTorch definition.
+"""Which implementation of an operator runs: its kernels or its PyTorch definition.
 
-`POOL` decides for `box_pool` and `masked_pool`, `NORM` for `batch_norm_act`. An environment variable or `set` gives the
-mode: "cuda" runs the kernels on CUDA tensors, "definition" the PyTorch definition, "auto" (default) what has been shown
-to be right and faster. No one has run the kernels on a GPU yet, so "auto" leaves them off.
+Each operator has a `KernelChoice`. It begins as "auto": the kernels are off. `train/proving` compares and times them on
+the card of a run, and sets "cuda" where they proved right and faster; tests and benchmarks set what they look at.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Iterable
 
 import torch
@@ -26,27 +24,19 @@ def _say_once(message: str, level: int) -> None:
 
 
 class KernelChoice:
-    """The mode of one family of kernels in this process.
+    """The mode of one operator in this process: one of `MODES`.
 
     Args:
-        what: the family's name in messages.
-        variable: environment variable that holds the mode at start-up.
+        what: the operator's name in messages.
     """
 
-    def __init__(self, what: str, variable: str) -> None:
-        self.what, self.variable = what, variable
-        self._mode = os.environ.get(variable, "auto")
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._mode = "auto"
 
     @property
     def mode(self) -> str:
-        """One of `MODES`.
-
-        Raises:
-            ValueError: the environment variable holds something else. It is read at import, where an error would hide
-                from the user which setting is wrong.
-        """
-        if self._mode not in MODES:
-            raise ValueError(f"{self.variable}={self._mode!r} is unknown; choose from {', '.join(MODES)}")
+        """What runs: "cuda" is kernels on CUDA tensors, "definition" PyTorch's; "auto" if nobody has chosen."""
         return self._mode
 
     @property
@@ -67,26 +57,39 @@ class KernelChoice:
     def why_not(self, features: Tensor) -> str | None:
         """Why the kernels do not run for these features, whatever their shape; None where shape and dtype decide."""
         if self.mode == "definition":
-            return "it was asked for"
+            return "it was chosen"
         if not features.is_cuda:
             return f"the features are on {features.device.type}"
         if self.mode == "auto":
-            return f"the CUDA kernels have not been run on a GPU yet ({self.variable}=cuda turns them on)"
+            return "the kernels have not been proved on this GPU (train/main.py --kernels does it)"
         return None
 
     def runs(self, reason: str | None) -> bool:
         """Whether the kernels run, given why they do not; says so in the log, once for each reason."""
         if reason is None:
-            _say_once(f"{self.what}: CUDA kernels, as asked for", logging.INFO)
+            _say_once(f"{self.what}: CUDA kernels", logging.INFO)
             return True
-        # Someone who asked for the kernels must see that something else runs.
+        # Someone who chose the kernels must see that something else runs.
         level = logging.WARNING if self.mode == "cuda" else logging.INFO
         _say_once(f"{self.what}: PyTorch definition, because {reason}", level)
         return False
 
 
-POOL = KernelChoice("mask pooling", "REGATTA_POOL_KERNEL")
-NORM = KernelChoice("fused batch norm", "REGATTA_NORM_KERNEL")
+BOX_POOL = KernelChoice("box pooling")
+MASKED_POOL = KernelChoice("mask pooling")
+NORM = KernelChoice("fused batch norm")
+QUEUE = KernelChoice("queue contrast")
+"""Without kernels: "definition" holds the whole matrix of logits, the other modes take it block by block."""
+AUGMENT = KernelChoice("augmentation")
+
+CHOICES = {
+    "batch_norm_act": NORM,
+    "augmentation": AUGMENT,
+    "box_pool": BOX_POOL,
+    "masked_pool": MASKED_POOL,
+    "queue_contrast": QUEUE,
+}
+"""Every choice by the name of its operator."""
 
 
 def unreadable(

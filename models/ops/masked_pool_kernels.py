@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .box_pool_kernels import LANES, SLICES, channel_blocks, unfit_features, vector_size
-from .choice import POOL
+from .choice import MASKED_POOL
 from .launcher import Grid, Launcher, loader
 from .layout import STORAGE, channels_last
 
@@ -31,12 +31,12 @@ class Arguments(ctypes.Structure):
 
 def kernels_for(features: Tensor, weights: Tensor) -> MaskedPoolKernels | None:
     """The kernels, where they are chosen and can serve; None for the definition. Logs why, once."""
-    return cuda_kernels(features.device) if POOL.runs(why_not(features, weights)) else None
+    return cuda_kernels(features.device) if MASKED_POOL.runs(why_not(features, weights)) else None
 
 
 def why_not(features: Tensor, weights: Tensor) -> str | None:
     """Why the kernels do not run for features (B, C, H, W) under maps (B, G, M, H, W); None where they do."""
-    return POOL.why_not(features) or unfit_features(features) or _unfit_weights(features, weights)
+    return MASKED_POOL.why_not(features) or unfit_features(features) or _unfit_weights(features, weights)
 
 
 def _unfit_weights(features: Tensor, weights: Tensor) -> str | None:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+Record = Callable[[str, tuple[Any, ...]], None]
+_recorders: list[Record] = []
+
+
+@contextlib.contextmanager
+def recording(record: Record) -> Iterator[None]:
+    """Within the block `record` is told the name and the arguments of every call of an operator in eager code."""
+    _recorders.append(record)
+    try:
+        yield
+    finally:
+        _recorders.remove(record)
 
 
 def _own(output: Any) -> Any:
@@ -75,6 +89,10 @@ def differentiable(
     Eager.__name__ = Eager.__qualname__ = name
 
     def call(*inputs: Any) -> Any:
-        return operator(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+        if torch.compiler.is_compiling():
+            return operator(*inputs)
+        for record in _recorders:
+            record(name, inputs)
+        return Eager.apply(*inputs)
 
     return call

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .choice import QUEUE
 from .operator import differentiable
 from .precision import accumulated_matmul, accumulation_dtype
 
@@ -117,6 +118,8 @@ def queue_contrast(
         raise ValueError(f"{rows.shape[0]} rows need positives (R,) and extra negatives (R, E), not {given}")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+    if QUEUE.mode == "definition":
+        return queue_contrast_definition(rows, queue, positives, temperature, extra)
     dtype = accumulation_dtype(rows.dtype)
     total, queue_maximum = _queue_sumexp(rows, queue.detach().to(rows.dtype), temperature)
     own = positives[:, None] if extra is None else torch.cat([positives[:, None], extra], dim=1)

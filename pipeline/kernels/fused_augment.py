@@ -1,7 +1,6 @@
 """The augmentation of `augment.apply` on a GPU as two kernels, `augment.cu`.
 
-Nobody has run them on a GPU yet: their source is compiled for three architectures and its arithmetic is checked on the
-host, but they are used only where they are asked for.
+They are used only where they are asked for: training does so where `train/proving` found them right and faster.
 
 The project has one module that compiles and launches kernels, `models/ops/launcher.py`. `pipeline` and `models` are
 libraries that do not import each other, so a caller that has both hands the launcher over, as `load`.

@@ -25,10 +25,9 @@ import torch
 
 from models.methods import METHODS
 from models.ops import launcher
-from models.ops.choice import NORM, POOL
 from tools.bench.idle_device import is_idle_device, launches, run_on_idle_device
 from tools.bench.rows import Report
-from tools.bench_step import OurStep, configure
+from tools.bench_step import OurStep, choose_kernels, configure
 from tools.support import cli
 from tools.support.cli import positive
 from train.runtime import Runtime
@@ -70,7 +69,8 @@ def build_step(options: argparse.Namespace, method: str, bn_mode: str = "", kern
     if bn_mode:
         config = replace(config, recipe=replace(config.recipe, bn=replace(config.recipe.bn, mode=bn_mode)))
     runtime = Runtime(0, 1, torch.device("cuda", 0), torch.bfloat16, False)
-    step = OurStep(config, runtime, pool_kernel=kernels, norm_kernel=kernels)
+    fused = frozenset({"batch_norm_act", "box_pool", "masked_pool"} if kernels == "cuda" else ())
+    step = OurStep(config, runtime, kernels=fused)
     step.prepare()
     return step
 
@@ -137,8 +137,7 @@ def main(argv: Sequence[str]) -> int:
         for method in options.methods or METHODS:
             ratios[method] = measure(options, method, report)
     finally:
-        POOL.set("auto")
-        NORM.set("auto")
+        choose_kernels(frozenset())
     worst = max(ratios, key=ratios.__getitem__)
     verdict = "within" if ratios[worst] <= BAR else "above"
     conclusion = f"host time of our step with kernels: at most {ratios[worst]:.2f} x plain ({worst}), {verdict} {BAR}"

@@ -7,6 +7,7 @@ batch of G = B * world rows; every rank must hold the same number of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,43 @@ def all_gather_rows(tensor: Tensor) -> Tensor:
     dist.all_gather_into_tensor(gathered, local)
     joined = gathered.view(tensor.dtype).view(size * rows.shape[0], *rows.shape[1:])
     return _restore_layout(joined, channels_last)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all ranks; a row's gradient is the sum of what all ranks' losses give it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rows = rows.shape[0]
+        return all_gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        total = grads[0].contiguous().clone()
+        # A sum of everything, because gloo has no reduce-scatter; embeddings are small.
+        dist.all_reduce(total)
+        first = rank() * ctx.rows
+        own: Tensor = total[first : first + ctx.rows]
+        return own
+
+
+@torch.compiler.disable
+def gather_with_gradient(rows: Tensor) -> Tensor:
+    """The rows of all ranks in rank order, through which gradients flow back to the rank that a row came from.
+
+    With losses that are means over a rank's own rows, and gradients averaged over ranks afterwards, the result is the
+    gradient of the mean over the global batch. Every rank must reach `backward`, which holds a collective.
+
+    Args:
+        rows: (B, D) floating-point.
+
+    Returns:
+        (G, D); `rows` itself where there is one process.
+    """
+    if world() == 1:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows)
+    return gathered
 
 
 def _local_slice(permutation: Tensor, rows: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .hyperparameters import HeadInit
 
-OutputNorm = Literal["none", "affine", "fixed"]
+OutputNorm = Literal["none", "affine", "scale", "fixed"]
 
 
 def global_pool(feature_map: Tensor) -> Tensor:
@@ -30,7 +30,8 @@ def mlp_head(
         sizes: width of the input, of every hidden layer and of the output.
         biases: whether each Linear has a bias, in order.
         hidden_norm: a BatchNorm between each hidden Linear and its ReLU.
-        output_norm: BatchNorm on the output: "none", "affine" with, or "fixed" without gamma and beta.
+        output_norm: BatchNorm on the output: "none", "affine" with gamma and beta, "scale" with gamma alone, or "fixed"
+            with neither.
 
     Raises:
         ValueError: the number of bias flags is not the number of Linear layers.
@@ -47,7 +48,10 @@ def mlp_head(
             layers.append(nn.BatchNorm1d(sizes[index + 1]))
         layers.append(nn.ReLU(inplace=True))
     if output_norm != "none":
-        layers.append(nn.BatchNorm1d(sizes[-1], affine=output_norm == "affine"))
+        norm = nn.BatchNorm1d(sizes[-1], affine=output_norm != "fixed")
+        if output_norm == "scale":
+            norm.register_parameter("bias", None)
+        layers.append(norm)
     return nn.Sequential(*layers)
 
 

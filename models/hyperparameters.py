@@ -290,6 +290,17 @@ class RegionCLMoBYConfig(MoBYConfig):
     region: RegionConfig = field(default_factory=RegionConfig)
 
 
+@dataclass(frozen=True)
+class SimCLRConfig:
+    """Hyper-parameters of SimCLR."""
+
+    temperature: float = option(0.1, "softmax temperature (tau)", above=0)
+    dim: int = option(128, "width of the embeddings", above=0)
+    hidden_dim: int = option(2048, "width of the projector's hidden layer", above=0)
+    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
+    zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
+
+
 CONFIGS: dict[str, type[Any]] = {
     "moco-v2": MoCoV2Config,
     "regioncl-m": RegionCLMConfig,
@@ -305,6 +316,7 @@ CONFIGS: dict[str, type[Any]] = {
     "regioncl-m3": RegionCLM3Config,
     "moby": MoBYConfig,
     "regioncl-moby": RegionCLMoBYConfig,
+    "simclr": SimCLRConfig,
 }
 """The methods by name, with their hyper-parameters; `models.methods.METHODS` has the networks under the same names."""
 

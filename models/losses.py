@@ -80,6 +80,32 @@ def batch_contrast(
         return 2.0 * temperature * F.cross_entropy(logits / temperature, target, reduction="none")
 
 
+def nt_xent(query: Tensor, others: Tensor, same: Tensor, own: Tensor, temperature: float) -> Tensor:
+    """Contrastive loss of each embedding of one view against both views of the global batch, with gradient to all.
+
+        loss[i] = -log( e(q_i.o_p) / (sum_j e(q_i.o_j) + sum_(j != p) e(q_i.s_j)) ),  p = own[i], e(s) = exp(s / tau)
+
+    Args:
+        query: (N, D) unit rows of one view.
+        others: (G, D) unit rows of the other view, of all images.
+        same: (G, D) unit rows of the query's view, of all images; an image's own row is no negative of it.
+        own: (N,) int64, which of the G images each query is.
+        temperature: positive.
+
+    Returns:
+        (N,) losses, fp32 or wider.
+
+    Source: SimCLR (arXiv 2002.05709) Eq. 1.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query = _wide(query)
+        negatives = query @ _wide(same).T
+        # Minus infinity, because a query's product with itself must not count at all.
+        negatives = negatives.scatter(1, own.unsqueeze(1), -torch.inf)
+        logits = torch.cat([query @ _wide(others).T, negatives], dim=1) / temperature
+        return F.cross_entropy(logits, own, reduction="none")
+
+
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     """-cos(prediction_i, sg(target_i)) for each row: (N, D) and (N, D) -> (N,).
 

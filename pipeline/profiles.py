@@ -110,6 +110,14 @@ PROFILES: dict[str, Profile] = {
         blur_probability=(1.0, 0.1),
         solarize_probability=(0.0, 0.2),
     ),
+    # Source: google-research/simclr data_util.py, colour strength 1.0; the blur comes last, on the finished views.
+    "simclr": Profile(
+        crop_scale=(0.08, 1.0),
+        interpolation="bicubic",
+        operations=("flip", "jitter", "gray", "blur"),
+        jitter_strength=(0.8, 0.8, 0.8, 0.2),
+        blur_probability=(0.5, 0.5),
+    ),
     # Training a linear probe: random crop and flip.
     "linear": Profile(
         crop_scale=(0.08, 1.0),

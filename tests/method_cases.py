@@ -89,7 +89,8 @@ def randomise_norms(method: nn.Module, seed: int = 1) -> None:
     for module in method.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             module.weight.data = 1 + 0.3 * torch.randn(module.weight.shape, generator=generator).to(module.weight)
-            module.bias.data = 0.3 * torch.randn(module.bias.shape, generator=generator).to(module.bias)
+            if module.bias is not None:
+                module.bias.data = 0.3 * torch.randn(module.bias.shape, generator=generator).to(module.bias)
 
 
 def _views(seed: int, step: int, count: int, size: int) -> tuple[Tensor, Tensor]:

@@ -280,6 +280,19 @@ def moby_family(method: Any, inputs: StepInputs) -> Tensor:
     return torch.stack(total).sum()
 
 
+def simclr(method: Any, inputs: StepInputs) -> Tensor:
+    """Eq. 1 and the sum over both directions: every view against all other views of the batch."""
+    tau = method.config.temperature
+    z = [n(row) for view in VIEWS for row in method.projector(gap(method.encoder(getattr(inputs, view))))]
+    count = len(inputs.view1)
+    terms = []
+    for i in range(2 * count):
+        partner = (i + count) % (2 * count)
+        others = [z[i] @ z[j] / tau for j in range(2 * count) if j not in (i, partner)]
+        terms.append(cross_entropy_first([z[i] @ z[partner] / tau, *others]))
+    return torch.stack(terms).sum() / count
+
+
 REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "moco-v2": moco_family,
     "regioncl-m": moco_family,
@@ -291,6 +304,7 @@ REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "regioncl-m3": moco_v3_family,
     "moby": moby_family,
     "regioncl-moby": moby_family,
+    "simclr": simclr,
 }
 
 

@@ -17,7 +17,7 @@ from pipeline.profiles import PROFILES
 # This file tests the definition; test_fused_augment.py holds the other implementations against it.
 apply = functools.partial(augment.apply, implementation="reference")
 
-SSL_PROFILES = ("mocov2", "mocov1", "byol-mocov3", "byol-moby", "byol-lewel", "byol-care", "byol")
+SSL_PROFILES = ("mocov2", "mocov1", "byol-mocov3", "byol-moby", "byol-lewel", "byol-care", "byol", "simclr")
 
 # The table of the specification, typed in once more: crop scale, order, jitter p and strengths, gray p, blur p and
 # solarize p of views 1 and 2.
@@ -29,6 +29,7 @@ TABLE = {
     "byol-lewel": ((0.2, 1), "flip jitter gray blur solarize", 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, (1, 0.1), (0, 0.2)),
     "byol-care": ((0.08, 1), "jitter blur gray flip solarize", 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, (1, 0.1), (0, 0.2)),
     "byol": ((0.08, 1), "flip jitter gray blur solarize", 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, (1, 0.1), (0, 0.2)),
+    "simclr": ((0.08, 1), "flip jitter gray blur", 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, (0.5, 0.5), (0, 0)),
 }
 
 
@@ -158,7 +159,7 @@ def test_measured_frequencies_and_ranges_are_the_tables(name):
     profile = PROFILES[name]
     assert profile.operations == tuple(order.split())
     assert profile.crop_scale == scale
-    assert profile.interpolation == ("bicubic" if name == "byol" else "bilinear")
+    assert profile.interpolation == ("bicubic" if name in ("byol", "simclr") else "bilinear")
     n = 20_000
     for view in (0, 1):
         table = draw(name, 11, 2, np.arange(n), view).table.numpy().astype(np.float64)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.collectives import (
     all_gather_rows,
     average_buffers,
+    gather_with_gradient,
     rank,
     shuffle_rows,
     unshuffle_rows,
@@ -70,6 +71,35 @@ def _exchange(me: int, size: int) -> dict[str, object]:
     average_buffers(values)
     found["averages"] = values
     return found
+
+
+def _weight() -> Tensor:
+    return torch.arange(1.0, GLOBAL * GLOBAL + 1).view(GLOBAL, GLOBAL).sin()
+
+
+def _pairs_loss(rows: Tensor, everything: Tensor, weight: Tensor) -> Tensor:
+    """Mean over this rank's rows of a sum over all rows, so that every row of a rank reaches the loss of each."""
+    return (weight * (rows @ everything.T).square()).sum(1).mean()
+
+
+def _gradient(me: int, size: int) -> tuple[Tensor, Tensor]:
+    mine = images(torch.float64).flatten(1).chunk(size)[me].clone().requires_grad_()
+    gathered = gather_with_gradient(mine)
+    _pairs_loss(mine, gathered, _weight().double().chunk(size)[me]).backward()
+    assert mine.grad is not None
+    return gathered.detach(), mine.grad
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradients_flow_back_through_a_gather(tmp_path: Path, size: int) -> None:
+    """Averaged over ranks, as DDP does with what follows from them, they are those of the joined batch."""
+    rows = images(torch.float64).flatten(1).clone().requires_grad_()
+    assert gather_with_gradient(rows) is rows
+    _pairs_loss(rows, rows, _weight().double()).backward()
+    found = run_ranks(_gradient, size, tmp_path)
+    for gathered, _ in found:
+        assert torch.equal(gathered, rows.detach())
+    torch.testing.assert_close(torch.cat([gradient / size for _, gradient in found]), rows.grad)
 
 
 @pytest.mark.parametrize("size", [2, 3])

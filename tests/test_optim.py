@@ -141,6 +141,41 @@ def test_lars_to_the_formula(in_buffer: bool, decay: float) -> None:
     assert torch.equal(actual[5], weights[5])  # 0 / 0 does no harm
 
 
+def test_the_lars_of_simclr_has_the_joint_norm_and_the_rate_in_the_buffer() -> None:
+    """google-research/simclr: v = 0.9 v + lr r (g + d w) with r = eta |w| / |g + d w|, 1 where a norm is 0; w -= v."""
+    weights, gradients = weights_and_gradients(len(RATES))
+    parameters = [nn.Parameter(w.clone()) for w in weights]
+    optimizer = Lars(parameters, lr=1.0, weight_decay=0.3, lr_in_buffer=True, denominator="joint")
+    expected, buffers = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
+    for rate, step in zip(RATES, gradients, strict=True):
+        set_learning_rate(optimizer, rate)
+        for i, g in enumerate(step):
+            parameters[i].grad = g.clone()
+            u = g + 0.3 * expected[i]
+            sizes = [math.sqrt(t.square().sum().item()) for t in (expected[i], u)]
+            ratio = 0.001 * sizes[0] / sizes[1] if all(sizes) else 1.0
+            buffers[i] = 0.9 * buffers[i] + rate * ratio * u
+            expected[i] = expected[i] - buffers[i]
+        optimizer.step()
+    for p, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.detach(), e, rtol=1e-12, atol=1e-14)
+
+
+def test_a_checkpoint_from_before_the_denominator_was_a_choice_goes_on_as_it_was() -> None:
+    parameter, twin = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.zeros(3, 4))
+    old = Lars([parameter], lr=0.5, weight_decay=0.1, lr_in_buffer=True)
+    new = Lars([twin], lr=0.5, weight_decay=0.1, lr_in_buffer=True)
+    twin.data = parameter.data.clone()
+    state = new.state_dict()
+    del state["param_groups"][0]["denominator"]
+    new.load_state_dict(state)
+    parameter.grad = torch.randn(3, 4)
+    twin.grad = parameter.grad.clone()
+    old.step()
+    new.step()
+    assert torch.equal(parameter, twin)
+
+
 def test_the_two_conventions_differ_when_the_rate_changes() -> None:
     """With one rate and no decay they agree; a planted swap of the two would pass only then."""
     weights, gradients = weights_and_gradients(len(RATES))

@@ -12,6 +12,7 @@
 | dense matches found with something else | the same |
 | drop-path masks shared by two passes; drop-path in the momentum network | the same |
 | the two queues of MoBY exchanged | the same |
+| an embedding as its own negative; no negatives of the own view; negatives without gradient (SimCLR) | the same |
 | momentum network frozen; momentum network a copy of the online one | after_step moves all state as specified (below) |
 | a momentum module left out of the average | the same |
 | queue not advanced; not filled | the same |
@@ -31,7 +32,17 @@ import pytest
 import torch
 
 from models import key_queue, losses
-from models.methods import densecl, moby, moco_v2, moco_v3, queue_method, region_method, regioncl_s, simsiam
+from models.methods import (
+    densecl,
+    moby,
+    moco_v2,
+    moco_v3,
+    queue_method,
+    region_method,
+    regioncl_s,
+    simclr,
+    simsiam,
+)
 from models.methods.base import Method, StepInputs
 from tests.method_references import REFERENCES, check_against_formula, ready
 from tools.bench.faults import copying_momentum, no_predictor, no_stop_gradient
@@ -108,6 +119,27 @@ def wrong_views(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(moby.MoBY, "encode_key", same_view)
     global_keys = moco_v3.MoCoV3.global_keys
     patch.setattr(moco_v3.MoCoV3, "global_keys", lambda self, view: global_keys(self, view.flip(0)))
+    nt_xent = losses.nt_xent
+    patch.setattr(simclr, "nt_xent", lambda query, others, same, *rest: nt_xent(query, same, others, *rest))
+
+
+def own_embedding_as_negative(patch: pytest.MonkeyPatch) -> None:
+    def nt_xent(query: Any, others: Any, same: Any, own: Any, temperature: float) -> Any:
+        logits = torch.cat([query @ others.T, query @ same.T], 1) / temperature
+        return torch.nn.functional.cross_entropy(logits, own, reduction="none")
+
+    patch.setattr(simclr, "nt_xent", nt_xent)
+
+
+def no_negatives_of_the_own_view(patch: pytest.MonkeyPatch) -> None:
+    def nt_xent(query: Any, others: Any, same: Any, own: Any, temperature: float) -> Any:
+        return torch.nn.functional.cross_entropy(query @ others.T / temperature, own, reduction="none")
+
+    patch.setattr(simclr, "nt_xent", nt_xent)
+
+
+def negatives_without_gradient(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(simclr, "gather_with_gradient", lambda rows: rows.detach())
 
 
 def keys_left_shuffled(patch: pytest.MonkeyPatch) -> None:
@@ -196,6 +228,9 @@ FAULTS: list[tuple[Patch, Callable[[str, Method, StepInputs], None], list[str]]]
     (shared_drop_path, check_against_formula, ["moby", "regioncl-moby"]),
     (momentum_drop_path, check_against_formula, ["moby", "regioncl-moby"]),
     (queues_exchanged, check_against_formula, ["moby", "regioncl-moby"]),
+    (own_embedding_as_negative, check_against_formula, ["simclr"]),
+    (no_negatives_of_the_own_view, check_against_formula, ["simclr"]),
+    (negatives_without_gradient, check_against_formula, ["simclr"]),
     (frozen_momentum, check_after_step, MOMENTUM),
     (copying_momentum, check_after_step, MOMENTUM),
     (projector_not_averaged, check_after_step, MOMENTUM),

@@ -195,6 +195,25 @@ TABLE = {
 }
 
 
+TABLE |= {
+    name: Row(
+        "lars",
+        4.8,
+        4096,
+        1e-6,
+        "bias_bn",
+        10,
+        "cosine-step",
+        CONSTANT,
+        epochs,
+        "sync",
+        "simclr",
+        model=(("temperature", 0.1), ("dim", 128), ("hidden_dim", 2048)),
+    )
+    for name, epochs in (("simclr", 100), ("simclr-1000ep", 1000))
+}
+
+
 def row_of(recipe: Recipe, model: Any, wanted: Row) -> Row:
     optim, schedule = recipe.optim, recipe.schedule
     return Row(
@@ -240,16 +259,17 @@ def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
     else:
         start = 1e-6 if name.startswith("care") else 0.0
         assert ends == (start, 0.0, False, int(lewel), "warmup-end") and recipe.optim.clip_grad_norm == 0.0
-    assert recipe.optim.lars.lr_in_buffer == lewel and recipe.optim.lars.trust == 1e-3
+    assert recipe.optim.lars.lr_in_buffer == (lewel or name.startswith("simclr")) and recipe.optim.lars.trust == 1e-3
+    assert recipe.optim.lars.denominator == ("joint" if name.startswith("simclr") else "auto")
     if hasattr(model, "symmetric"):
         wanted = ("symmetric" in name, "sum", "both")
         assert (model.symmetric.enabled, model.symmetric.reduce, model.symmetric.enqueue) == wanted
 
 
 def test_the_zero_started_norms_are_those_of_the_papers_that_have_them() -> None:
-    """SimSiam, MoCo v3 and BYOL's own code start residual branches at zero; LEWEL's code base, MoCo and CARE do not."""
+    """The codes of SimSiam, MoCo v3, SimCLR and BYOL do so; LEWEL's code base, MoCo and CARE do not."""
     started = {name for name in TABLE if getattr(RECIPES[name][1]()[1], "zero_init_residual", False)}
-    bases = ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "byol-paper")
+    bases = ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "byol-paper", "simclr")
     assert started == {name for name in TABLE if name.startswith(bases)}
 
 

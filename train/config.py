@@ -109,6 +109,11 @@ class LarsConfig:
     lr_in_buffer: bool = option(
         False, "learning rate inside the momentum buffer (LEWEL) or applied outside it (MoCo v3)"
     )
+    denominator: Literal["auto", "joint", "apart"] = option(
+        "auto",
+        "what a weight's norm is divided by: the norm of gradient and decay together (MoCo v3, SimCLR), or the sum of "
+        "their norms (LEWEL); auto: apart where lr_in_buffer",
+    )
 
 
 @dataclass(frozen=True)

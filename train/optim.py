@@ -88,7 +88,12 @@ def build_optimizer(method: nn.Module, config: OptimConfig, global_batch: int) -
         betas = (config.betas[0], config.betas[1])
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, **launch)
     return Lars(
-        groups, lr=lr, momentum=config.sgd_momentum, trust=config.lars.trust, lr_in_buffer=config.lars.lr_in_buffer
+        groups,
+        lr=lr,
+        momentum=config.sgd_momentum,
+        trust=config.lars.trust,
+        lr_in_buffer=config.lars.lr_in_buffer,
+        denominator=config.lars.denominator,
     )
 
 
@@ -139,14 +144,15 @@ class Lars(torch.optim.Optimizer):
     * `lr_in_buffer` false: u = g + d w; u *= eta |w| / |u| (1 where either norm is 0); buf = mu buf + u; w -= lr buf.
     * `lr_in_buffer` true: r = eta |w| / (|g| + d |w|); buf = mu buf + r lr (g + d w); w -= buf.
 
-    Groups with "adapt" false use the raw gradient: no decay, no ratio. The two differ in the ratio's denominator and,
-    whenever the learning rate changes between steps, in what the buffer remembers. A ratio 0 / 0 counts as 1: its step
-    is zero anyhow. In the second form a tensor of zeros has ratio 0 and so never moves, as in the published code.
+    `denominator` sets what the ratio divides by apart from that: "joint" is |g + d w|, "apart" is |g| + d |w|.
+    Groups with "adapt" false use the raw gradient: no decay, no ratio. The two forms differ in the ratio's denominator
+    and, whenever the learning rate changes between steps, in what the buffer remembers. A ratio 0 / 0 counts as 1: its
+    step is zero anyhow. With the norms apart a tensor of zeros has ratio 0 and so never moves, as in LEWEL's code.
     Norms stay on the device: a step does not wait for it. Like PyTorch's fused optimizers it leaves weights and buffers
     as they are where the attribute `found_inf`, a tensor on the device, is not zero.
 
     Source: You et al., arXiv 1708.03888; the first form is MoCo v3's, the second LEWEL's (methods of arXiv 2104.02057
-    and 2203.14898).
+    and 2203.14898). SimCLR's code (google-research/simclr) has the second with the joint denominator.
     """
 
     _step_supports_amp_scaling = True  # the gradient scaler then hands over `found_inf` instead of reading it
@@ -159,6 +165,7 @@ class Lars(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust: float = 1e-3,
         lr_in_buffer: bool = False,
+        denominator: str = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -166,6 +173,7 @@ class Lars(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "trust": trust,
             "lr_in_buffer": lr_in_buffer,
+            "denominator": denominator,
             "adapt": True,
         }
         super().__init__(params, defaults)
@@ -221,12 +229,18 @@ class Lars(torch.optim.Optimizer):
         return [self.state[weight]["momentum_buffer"] for weight in weights]
 
 
+def _norms_apart(group: dict[str, Any]) -> bool:
+    # Groups of checkpoints from before there was a choice do not have the key.
+    chosen = group.get("denominator", "auto")
+    return bool(group["lr_in_buffer"]) if chosen == "auto" else chosen == "apart"
+
+
 def _adapted(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """Decayed gradients scaled by each tensor's trust ratio, as new tensors."""
     decay, trust = group["weight_decay"], group["trust"]
     updates = list(torch._foreach_add(gradients, weights, alpha=decay))
     weight_norms = torch.stack(torch._foreach_norm(weights))
-    if group["lr_in_buffer"]:
+    if _norms_apart(group):
         denominator = torch.stack(torch._foreach_norm(gradients)) + decay * weight_norms
         ratios = torch.where(denominator > 0, trust * weight_norms / denominator, 1.0)
     else:

@@ -16,6 +16,7 @@ from .regioncl_m import RegionCLM
 from .regioncl_m3 import RegionCLM3
 from .regioncl_moby import RegionCLMoBY
 from .regioncl_s import RegionCLS
+from .simclr import SimCLR
 from .simsiam import SimSiam
 
 METHODS: dict[str, type[Method]] = {
@@ -33,4 +34,5 @@ METHODS: dict[str, type[Method]] = {
     "regioncl-m3": RegionCLM3,
     "moby": MoBY,
     "regioncl-moby": RegionCLMoBY,
+    "simclr": SimCLR,
 }

@@ -63,6 +63,7 @@ LINEAR_RECIPES: dict[str, LinearRecipe] = {
     "care": LinearRecipe("CARE: BatchNorm after the linear layer", "sgd", 0.2, 256, 80, "cosine-step", batch_norm=True),
     "lewel-b": LinearRecipe("LEWEL-B", "sgd", 0.4, 256, 50, "steps", (30, 40)),
     "lewel-m": LinearRecipe("LEWEL-M", "lars", 3.2, 4096, 90, "cosine-epoch"),
+    "simclr": LinearRecipe("SimCLR", "nesterov", 1.6, 4096, 90, "cosine-step", weight_decay=1e-6),
     # Ours: no augmentation, so features are computed once and the optimum is exact; `lr` is then the L2 strength.
     "logistic": LinearRecipe("multinomial logistic regression on centre views", "lbfgs", 1e-4, 0, 0),
 }
@@ -82,4 +83,5 @@ RECIPE_OF_METHOD: dict[str, str] = {
     "care": "care",
     "lewel-b": "lewel-b",
     "lewel-m": "lewel-m",
+    "simclr": "simclr",
 }

@@ -78,6 +78,37 @@ class ResNetTrunk(ResNet):
         return self.forward_stages(images)[1]
 
 
+class SmallResNet(ResNetTrunk):
+    """ResNet-10 with a stem for small images: (B, 3, S, S) -> (B, 8 * width, S/16, S/16).
+
+    The stem is that of ResNets for CIFAR with stride 2: one 3x3 convolution and no max-pooling, so a side of 32 px
+    still gives a map of 2 x 2. At width 16 a training step costs about a fiftieth of ResNet-18's at 64 px.
+
+    Args:
+        width: channels of the first stage; each later one has twice as many.
+        conv_init: initialisation of the convolutions, see `initialise_convolutions`.
+        zero_init_residual: start the last BN gamma of every residual branch at 0.
+    """
+
+    stride = 16
+
+    def __init__(self, width: int = 16, conv_init: ConvInit = "fan_out", zero_init_residual: bool = False) -> None:
+        super().__init__(BasicBlock, (1, 1, 1, 1), conv_init=conv_init)
+        # torchvision's constructor has fixed widths, so the layers are made anew with its own builder.
+        self.inplanes = width
+        self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=2, padding=1, bias=False)
+        self.bn1, self.maxpool = nn.BatchNorm2d(width), nn.Identity()  # type: ignore[assignment]
+        self.layer1 = self._make_layer(BasicBlock, width, 1)
+        self.layer2 = self._make_layer(BasicBlock, 2 * width, 1, stride=2)
+        self.layer3 = self._make_layer(BasicBlock, 4 * width, 1, stride=2)
+        self.layer4 = self._make_layer(BasicBlock, 8 * width, 1, stride=2)
+        self.feature_dim, self.stage_dims = 8 * width, (4 * width, 8 * width)
+        initialise_convolutions(self, conv_init)
+        if zero_init_residual:
+            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+                nn.init.zeros_(stage[0].bn2.weight)
+
+
 def initialise_convolutions(module: nn.Module, scheme: ConvInit) -> None:
     """Draw all convolution weights inside `module` anew; biases stay as they are.
 
@@ -112,6 +143,8 @@ def _swin(
 Trunk = ResNetTrunk | SwinTrunk
 
 BACKBONES: dict[str, Callable[..., Trunk]] = {
+    "resnet10-w16": partial(SmallResNet, 16),
+    "resnet10-w32": partial(SmallResNet, 32),
     "resnet18": partial(ResNetTrunk, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNetTrunk, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNetTrunk, Bottleneck, (3, 4, 6, 3)),

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 import train.main
 from models.methods import METHODS
-from models.resnet import BACKBONES, ResNetTrunk, initialise_convolutions
+from models.resnet import BACKBONES, SmallResNet, initialise_convolutions
 from models.swin import SwinTrunk
 from tools.bench.rows import RESULTS, Report
 from tools.bench.shapes import CLASSES, write_pictures
@@ -29,27 +28,6 @@ PICTURE_SEED = 7
 EPOCHS = 12
 STEPS = 24 * EPOCHS
 SWIN_METHODS = ("moby", "regioncl-moby")
-
-
-class ShapesResNet(ResNetTrunk):
-    """ResNet-10 at a quarter of the width, with a stem for 32 px: images (B, 3, 32, 32) -> (B, 128, 2, 2)."""
-
-    stride = 16
-
-    def __init__(self, conv_init: Any = "fan_out", zero_init_residual: bool = False) -> None:
-        super().__init__(BasicBlock, (1, 1, 1, 1), conv_init=conv_init)
-        self.inplanes = 16
-        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, stride=2, padding=1, bias=False)
-        self.bn1, self.maxpool = nn.BatchNorm2d(16), nn.Identity()  # type: ignore[assignment]
-        self.layer1 = self._make_layer(BasicBlock, 16, 1)
-        self.layer2 = self._make_layer(BasicBlock, 32, 1, stride=2)
-        self.layer3 = self._make_layer(BasicBlock, 64, 1, stride=2)
-        self.layer4 = self._make_layer(BasicBlock, 128, 1, stride=2)
-        self.feature_dim, self.stage_dims = 128, (64, 128)
-        initialise_convolutions(self, conv_init)
-        if zero_init_residual:
-            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-                nn.init.zeros_(stage[0].bn2.weight)
 
 
 class ShapesSwin(SwinTrunk):
@@ -66,7 +44,7 @@ class ShapesSwin(SwinTrunk):
 @contextmanager
 def shapes_backbones() -> Iterator[None]:
     """Within the block `--arch` takes "resnet-shapes" and "swin-shapes"."""
-    added: dict[str, Callable[..., Any]] = {"resnet-shapes": ShapesResNet, "swin-shapes": ShapesSwin}
+    added: dict[str, Callable[..., Any]] = {"resnet-shapes": SmallResNet, "swin-shapes": ShapesSwin}
     BACKBONES.update(added)
     try:
         yield

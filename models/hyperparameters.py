@@ -320,5 +320,15 @@ CONFIGS: dict[str, type[Any]] = {
 }
 """The methods by name, with their hyper-parameters; `models.methods.METHODS` has the networks under the same names."""
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet50-2x", "swin-t")
+ARCHITECTURES = (
+    "resnet10-w16",
+    "resnet10-w32",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnet50-2x",
+    "swin-t",
+)
 """The names of our own backbones, which `models.resnet.BACKBONES` builds."""

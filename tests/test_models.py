@@ -84,7 +84,7 @@ def test_method_parameters(name, arch, part, expected):
 # Backbones
 
 
-@pytest.mark.parametrize("arch", BACKBONES)
+@pytest.mark.parametrize("arch", [name for name in BACKBONES if not name.startswith("resnet10")])
 def test_state_dict_is_torchvisions_without_classifier(arch):
     with torch.device("meta"):
         ours = build_backbone(arch, "fan_out").state_dict()
@@ -110,6 +110,16 @@ def test_features_equal_torchvisions(arch):
         classifier = theirs.fc if arch == "resnet18" else theirs.head
         assert feature_map.shape == (2, ours.feature_dim, 96 // ours.stride, 96 // ours.stride)
         torch.testing.assert_close(classifier(feature_map.mean((2, 3))), theirs(images))
+
+
+@pytest.mark.parametrize(("arch", "width"), [("resnet10-w16", 16), ("resnet10-w32", 32)])
+def test_a_narrow_trunk_has_a_map_of_two_cells_at_32_px(arch, width):
+    trunk = build_backbone(arch, "fan_out", zero_init_residual=True)
+    middle, last = trunk.forward_stages(torch.randn(2, 3, 32, 32))
+    assert middle.shape == (2, trunk.stage_dims[0], 4, 4) and last.shape == (2, trunk.feature_dim, 2, 2)
+    assert trunk.stage_dims == (4 * width, 8 * width) and trunk.feature_dim == 8 * width and trunk.stride == 16
+    assert all((stage[0].bn2.weight == 0).all() for stage in (trunk.layer1, trunk.layer4))
+    assert not (build_backbone(arch, "fan_out").layer1[0].bn2.weight == 0).any()
 
 
 def test_stages_are_layer3_and_layer4():

@@ -160,7 +160,7 @@ def test_residual_branches_start_at_zero(on):
 
 
 def test_wrong_architectures_are_refused():
-    with pytest.raises(ValueError, match="--arch vgg16 is unknown; choose one of resnet18"):
+    with pytest.raises(ValueError, match="--arch vgg16 is unknown; choose one of resnet10-w16"):
         build_backbone("vgg16", "fan_out")
     with pytest.raises(ValueError, match="--zero-init-residual false"):
         build_backbone("swin-t", "torch", zero_init_residual=True)

@@ -266,7 +266,7 @@ def test_refusals_are_one_line(source, shards, server, tmp_path):
     for data, changes, words in [
         (shards, {"global_batch": 64, "world_size": 64}, f"{count} shards, fewer than the 64"),
         (source, {}, "make_webdataset"),
-        (tmp_path / "none-{0..3}.tar", {}, "does not exist"),
+        (tmp_path / "none-{0..3}.tar", {}, "no file matches"),
         (shards / "shard-900000.tar", {}, "not in the index"),
         (broken, {}, "damaged"),
         (partial, {}, "copy it again"),
@@ -309,7 +309,7 @@ def test_packer_refuses_and_leaves_nothing(source, tmp_path, capsys, monkeypatch
     (bad / "a.jpg").write_bytes(b"text")
     (bad / "b.png").write_bytes(io.BytesIO().getvalue())
     assert pack(bad, tmp_path / "d") == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "d.rejected.jsonl", "photos"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "d.refused", "d.rejected.jsonl", "photos"]
     lines = (tmp_path / "d.rejected.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"] for line in lines][1] == "empty file"
     assert pack(source, tmp_path / "d", "--overwrite") == 0

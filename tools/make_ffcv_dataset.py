@@ -7,6 +7,7 @@ before it is whole.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -15,17 +16,19 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.atomic import remove, replacing
+from pipeline.atomic import replacing
 from pipeline.beton import BetonReader, BetonWriter, page_size_for
 from pipeline.manifest import manifest_path, rejected_path
 from tools.support.class_list import open_chosen
 from tools.support.cli import make_parser, parse, run_main
+from tools.support.kept import forget, identity, keep, take_up
 from tools.support.packing import (
     SHUFFLE_SEED,
     Tally,
     add_packing_flags,
     check_packing_flags,
     make_records,
+    next_command,
     with_progress,
 )
 from tools.support.source import Source
@@ -51,26 +54,30 @@ def main(argv: Sequence[str]) -> int:
         source = source.shuffled(SHUFFLE_SEED)
     dest.parent.mkdir(parents=True, exist_ok=True)
     # The packed file gets its name last: where it is, the other two are.
+    settings = {
+        "max_resolution": options.max_resolution,
+        "jpeg_quality": options.jpeg_quality,
+        "shuffle": options.shuffle,
+        **chosen,
+    }
+    key = identity(source, settings)
     with replacing(finals[0]) as packed, replacing(finals[1]) as about, replacing(finals[2]) as refused:
-        tally = _write(source, packed, options.max_resolution, options.jpeg_quality, options.workers)
+        kept = take_up(dest, key, packed)
+        tally = kept[0] if kept else _write(source, packed, options)
         problem = tally.too_many(len(source), options.max_bad)
         if problem is None and not tally.sources:
             raise ValueError(f"not one image of {options.source} can be used; the first: {tally.rejected[0]}")
         refused.write_text(tally.rejected_lines(), encoding="utf-8")
         if problem is not None:
-            # The list of bad files is whole and is what the user needs now; of the packed file nothing stays.
-            remove(packed)
+            # The list of bad files is whole and is what the user needs now; what is packed waits for another limit.
+            keep(dest, key, packed, tally, {})
             print(f"{problem}; all are listed in {finals[2]}", file=sys.stderr)
             return EXIT_BAD_IMAGES
-        settings = {
-            "max_resolution": options.max_resolution,
-            "jpeg_quality": options.jpeg_quality,
-            "shuffle": options.shuffle,
-            **chosen,
-        }
         manifest = tally.manifest(BetonReader(packed).fingerprint(), source.classes, settings)
         about.write_text(manifest.to_json(), encoding="utf-8")
+    forget(dest)
     _report(tally, source, dest, manifest.data_hash, time.perf_counter() - started)
+    print(next_command(dest, len(tally.sources)))
     return 0
 
 
@@ -81,17 +88,19 @@ def _final_paths(dest: Path, overwrite: bool) -> list[Path]:
     for path in finals:
         if path.is_dir():
             raise ValueError(f"{path} is a folder; choose another DEST")
-        if path.exists() and not overwrite:
+        # The list that a refused run left belongs to no file and may go.
+        alone = path == finals[2] and not dest.exists()
+        if path.exists() and not overwrite and not alone:
             raise ValueError(f"{path} is there already; add --overwrite to replace it or choose another DEST")
     return finals
 
 
-def _write(source: Source, path: Path, max_side_px: int, quality: int, workers: int) -> Tally:
+def _write(source: Source, path: Path, options: argparse.Namespace) -> Tally:
     tally = Tally(passed_over=source.passed_over)
-    page_size = page_size_for(max_side_px)
+    page_size = page_size_for(options.max_resolution)
     with open(path, "xb") as file:
         writer = BetonWriter(file, len(source), page_size)
-        records = make_records(source, max_side_px, quality, page_size, workers)
+        records = make_records(source, options.max_resolution, options.jpeg_quality, page_size, options.workers)
         for index, made in with_progress(records, len(source)):
             name, label = source.names[index], int(source.labels[index])
             if isinstance(made, str):

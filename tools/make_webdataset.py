@@ -15,17 +15,19 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.atomic import remove, replacing
+from pipeline.atomic import replacing
 from pipeline.beton import page_size_for
 from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
 from tools.support.class_list import open_chosen
 from tools.support.cli import make_parser, parse, run_main
+from tools.support.kept import forget, identity, keep, take_up
 from tools.support.packing import (
     SHUFFLE_SEED,
     Tally,
     add_packing_flags,
     check_packing_flags,
     make_records,
+    next_command,
     with_progress,
 )
 from tools.support.source import Source
@@ -54,26 +56,27 @@ def main(argv: Sequence[str]) -> int:
     if options.shuffle:
         source = source.shuffled(SHUFFLE_SEED)
     dest.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "max_resolution": options.max_resolution,
+        "jpeg_quality": options.jpeg_quality,
+        "shuffle": options.shuffle,
+        "shard_size_mib": options.shard_size_mib,
+        **chosen,
+    }
+    key = identity(source, settings)
     with replacing(rejected) as partial_list, replacing(dest) as partial:
-        partial.mkdir()
-        tally, shards = _write(source, partial, options)
+        tally, shards = take_up(dest, key, partial) or _write(source, partial, options)
         problem = tally.too_many(len(source), options.max_bad)
         if problem is None and not tally.sources:
             raise ValueError(f"not one image of {options.source} can be used; the first: {tally.rejected[0]}")
         partial_list.write_text(tally.rejected_lines(), encoding="utf-8")
         if problem is not None:
-            remove(partial)  # what is at DEST stays
+            keep(dest, key, partial, tally, shards)  # what is at DEST stays
             print(f"{problem}; all are listed in {rejected}", file=sys.stderr)
             return EXIT_BAD_IMAGES
-        settings = {
-            "max_resolution": options.max_resolution,
-            "jpeg_quality": options.jpeg_quality,
-            "shuffle": options.shuffle,
-            "shard_size_mib": options.shard_size_mib,
-            **chosen,
-        }
         manifest = tally.manifest(fingerprint(shards), source.classes, settings)
         write_index(partial, manifest, shards)
+    forget(dest)
     seconds = time.perf_counter() - started
     print(
         f"{dest}: {len(tally.sources)} images in {len(shards['shards'])} shards, {tally.kept} stored as they were, "
@@ -82,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if len(source.classes) > 1 and not options.shuffle:
         print("the shards hold class after class; for training from streams pack with --shuffle, which mixes them")
+    print(next_command(dest, len(tally.sources)))
     return 0
 
 
@@ -94,11 +98,13 @@ def _check_dest(dest: Path, rejected: Path, overwrite: bool) -> None:
         # --overwrite removes the whole folder, so it must be one that this command made.
         if not (dest / INDEX_NAME).exists():
             raise ValueError(f"{dest} holds other things than shards and is not overwritten; choose another DEST_DIR")
-    if rejected.exists() and not overwrite:
+    # The list that a refused run left belongs to no shards and may go.
+    if rejected.exists() and not overwrite and dest.exists():
         raise ValueError(f"{rejected} is there already; add --overwrite to replace it or choose another DEST_DIR")
 
 
 def _write(source: Source, folder: Path, options) -> tuple[Tally, dict]:  # type: ignore[no-untyped-def, type-arg]
+    folder.mkdir()
     tally = Tally(passed_over=source.passed_over)
     writer = ShardWriter(folder, int(options.shard_size_mib * 2**20))
     # The same limit on a record as in a packed file, so that both hold the same records.

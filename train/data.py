@@ -16,6 +16,7 @@ from .errors import UserMistake
 from .inputs import finished_views, train_views
 from .measure.features import center_view
 from .measure.health import MAX_RETRIEVAL_IMAGES
+from .recipes import RECIPES
 from .runtime import Runtime
 
 EVAL_BATCH = 256
@@ -78,6 +79,15 @@ def training_population(config: Config, total: int) -> tuple[np.ndarray, np.ndar
     return hold_out(total, config.run.seed, count)
 
 
+def _smaller(config: Config, images: int) -> str:
+    """What to change where there are fewer images than a batch has."""
+    small = f"{config.run.method}-small"
+    # The recipe has its own batch, queue and epochs, which a lower --global-batch alone would leave as published.
+    if small in RECIPES and RECIPES[small][1]()[0].global_batch <= images and config.run.recipe != small:
+        return f"choose --recipe {small}, which is made for few images, or add images"
+    return "lower it or add images"
+
+
 def open_data(config: Config, runtime: Runtime) -> RunData:
     """Open every pipeline that the run needs.
 
@@ -93,7 +103,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     if len(population) < config.recipe.global_batch:
         raise UserMistake(
             f"--data {config.run.data}: {len(population)} images to train on are fewer than --global-batch "
-            f"{config.recipe.global_batch}; lower it or add images"
+            f"{config.recipe.global_batch}; {_smaller(config, len(population))}"
         )
     train = _build(
         config,

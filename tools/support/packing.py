@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
+import shlex
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from pipeline.records import Record
 
 SHUFFLE_SEED = 0
+MAX_BAD = 0.001
+_FEW_BAD = 5
+_FULL_RECIPE = 10_000  # images from which a published recipe, of batch 1024, has steps enough an epoch
 _CHUNK = 16
 
 
@@ -90,16 +96,35 @@ class Tally:
         """What a packer's last line says of files that are no images; empty where there were none."""
         return f"passed over {describe_passed_over(self.passed_over)}; " if self.passed_over else ""
 
-    def too_many(self, total: int, max_bad: float) -> str | None:
-        """One line about the refused images where they are more than the share allowed, otherwise None."""
+    def too_many(self, total: int, max_bad: float | None) -> str | None:
+        """One line about the refused images where they are more than is allowed, otherwise None.
+
+        Args:
+            total: images of the source.
+            max_bad: share that is allowed; None is the default, see `_allowed`.
+        """
         bad = len(self.rejected)
-        if bad <= max_bad * total:
+        if bad <= (_allowed(total) if max_bad is None else max_bad * total):
             return None
         name, reason = self.rejected[0]
+        limit = f"--max-bad {MAX_BAD if max_bad is None else max_bad}"
+        # Rounded up, so that the number that is named works when it is typed.
+        enough = math.ceil(bad / total * 1000) / 1000
         return (
-            f"{bad} of {total} images are bad ({bad / total:.2%}), more than --max-bad {max_bad} allows; the first is "
-            f"{name} ({reason})"
+            f"{bad} of {total} images are bad ({bad / total:.2%}), more than {limit} allows; the first is {name} "
+            f"({reason}); mend them, or give --max-bad {enough:g}, for which nothing is decoded again"
         )
+
+
+def _allowed(total: int) -> float:
+    """Bad images that pass by default: in a small folder one in a hundred and up to five, which are named anyway."""
+    return max(MAX_BAD * total, min(_FEW_BAD, math.ceil(total / 100)))
+
+
+def next_command(data: Path, images: int) -> str:
+    """The last line of a packer: how to train on what it made."""
+    small = "" if images >= _FULL_RECIPE else " --recipe regioncl-m-small"
+    return f"next: python train/main.py --method regioncl-m{small} --data {shlex.quote(str(data))}"
 
 
 def make_records(
@@ -154,7 +179,14 @@ def add_packing_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-resolution", type=int, default=400, metavar="PX", help="longest side; larger images are reduced to it")
     add("--jpeg-quality", type=int, default=90, metavar="1..100", help="of images that have to be coded anew")
     add("--workers", type=int, default=0, metavar="N", help="threads; 0 is one for each core")
-    add("--max-bad", type=float, default=0.001, metavar="SHARE", help="share of bad images above which to give up")
+    add(
+        "--max-bad",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="SHARE",
+        help=f"share of bad images above which to give up (default: {MAX_BAD}; of a small source up to 0.01 and "
+        f"{_FEW_BAD} images)",
+    )
     add("--shuffle", action="store_true", help="store in a random order (always the same), for reading in sequence")
     add("--overwrite", action="store_true", help="replace what is there")
 
@@ -169,6 +201,7 @@ def check_packing_flags(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value} is out of range; choose {low} to {high}")
-    if not 0 <= options.max_bad <= 1:
+    options.max_bad = getattr(options, "max_bad", None)
+    if options.max_bad is not None and not 0 <= options.max_bad <= 1:
         raise ValueError(f"--max-bad {options.max_bad} is out of range; it is a share, choose 0 to 1")
     options.workers = options.workers or len(os.sched_getaffinity(0))

@@ -97,9 +97,10 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
             text = copy.read_text(encoding="utf-8", errors="replace")
     else:
         path = Path(base, INDEX_NAME)
-        if chosen is not None and not any(Path(base, name).is_file() for name in chosen):
+        missing = not path.is_file()
+        if missing and chosen is not None and not any(Path(base, name).is_file() for name in chosen):
             raise ValueError(f"no file matches {data}; check the folder, and the numbers and zeros in the pattern")
-        if not path.is_file():
+        if missing:
             raise ValueError(
                 f"{path} does not exist; make shards with their index with tools/make_webdataset.py, which takes "
                 "folders, lists and other tar shards as SOURCE"

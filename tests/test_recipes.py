@@ -246,6 +246,15 @@ def test_every_published_recipe_has_a_line() -> None:
     assert set(TABLE) == {name for name in RECIPES if not name.endswith(("-small", "-quick"))}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_small_recipes_of_all_methods_have_equal_optimizer_schedule_and_images(method: str) -> None:
+    recipe, _ = RECIPES[f"{method}-small"][1]()
+    other, _ = RECIPES["moco-v2-small"][1]()
+    same = ("image_size", "epochs", "global_batch", "optim", "schedule")
+    assert [getattr(recipe, name) for name in same] == [getattr(other, name) for name in same]
+    assert recipe.arch == ("swin-t" if "moby" in method else "resnet18")
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
     recipe, model = RECIPES[name][1]()

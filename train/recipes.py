@@ -329,12 +329,27 @@ def moco_v2_small() -> Made:
     At 1e-3 from the first step its embeddings fall onto 2 to 7 directions within an epoch and stay there for tens; with
     a queue of thousands, old keys are told from fresh ones by how far the encoder has moved. `effective_rank` shows it.
     """
-    return _gentle(moco_v2(), queue_size=256, temperature=0.1)
+    return _queue_small(moco_v2())
 
 
 def _gentle(made: Made, **model: Any) -> Made:
     """The settings of `moco_v2_small`, so that methods compare at equal optimizer, schedule and images seen."""
     return _small(made, 32, 64, lr=3e-4, warmup_epochs=4, **model)
+
+
+def _queue_small(made: Made) -> Made:
+    """Methods with a queue of negatives: see `moco_v2_small` for its length."""
+    return _gentle(made, queue_size=256, temperature=0.1)
+
+
+def _regression_small(made: Made, **model: Any) -> Made:
+    """Methods that regress a momentum network, without negatives.
+
+    The network starts with random embeddings, and with a coefficient of 0.99 the learner is held to them for the first
+    hundreds of steps, which a short run does not have: it ends below the untrained backbone.
+    """
+    recipe, config = _gentle(made, hidden_dim=1024, **model)
+    return replace(recipe, ema=EmaConfig(0.9, recipe.ema.schedule)), config
 
 
 RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
@@ -348,44 +363,54 @@ RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
     "regioncl-m-100ep": ("regioncl-m", lambda: regioncl_m(100)),
     "regioncl-m-800ep": ("regioncl-m", lambda: regioncl_m(800)),
     "regioncl-m-symmetric-800ep": ("regioncl-m", regioncl_m_symmetric),
-    "regioncl-m-small": ("regioncl-m", lambda: _gentle(regioncl_m(), queue_size=256, temperature=0.1)),
+    "regioncl-m-small": ("regioncl-m", lambda: _queue_small(regioncl_m())),
     "regioncl-m-quick": ("regioncl-m", lambda: _small(regioncl_m(), 8, 64, queue_size=1024, temperature=0.1)),
     "densecl": ("densecl", densecl),
+    "densecl-small": ("densecl", lambda: _queue_small(densecl())),
     "regioncl-d": ("regioncl-d", regioncl_d),
+    "regioncl-d-small": ("regioncl-d", lambda: _queue_small(regioncl_d())),
     "simsiam": ("simsiam", simsiam),
+    "simsiam-small": ("simsiam", lambda: _gentle(simsiam())),
     "regioncl-s": ("regioncl-s", regioncl_s),
+    "regioncl-s-small": ("regioncl-s", lambda: _gentle(regioncl_s())),
     "moco-v3": ("moco-v3", moco_v3),
     "moco-v3-300ep": ("moco-v3", lambda: moco_v3(300)),
     "moco-v3-1000ep": ("moco-v3", lambda: moco_v3(1000)),
+    "moco-v3-small": ("moco-v3", lambda: _gentle(moco_v3(), hidden_dim=1024, temperature=0.2)),
     "regioncl-m3": ("regioncl-m3", regioncl_m3),
+    "regioncl-m3-small": ("regioncl-m3", lambda: _gentle(regioncl_m3(), hidden_dim=1024, temperature=0.2)),
     "moby": ("moby", moby),
     "moby-100ep": ("moby", lambda: moby(100)),
+    "moby-small": ("moby", lambda: _queue_small(moby())),
     "regioncl-moby": ("regioncl-moby", regioncl_moby),
     "regioncl-moby-100ep": ("regioncl-moby", lambda: regioncl_moby(100)),
+    "regioncl-moby-small": ("regioncl-moby", lambda: _queue_small(regioncl_moby())),
     "byol": ("byol", byol),
     "byol-100ep": ("byol", lambda: byol(100)),
     "byol-in100": ("byol", lambda: _imagenet_100(byol())),
     "byol-paper-100ep": ("byol", lambda: byol_paper(100)),
     "byol-paper-300ep": ("byol", lambda: byol_paper(300)),
     "byol-paper-1000ep": ("byol", lambda: byol_paper(1000)),
-    "byol-small": ("byol", lambda: _gentle(byol_paper(100), hidden_dim=1024, zero_init_residual=False)),
+    "byol-small": ("byol", lambda: _regression_small(byol_paper(100), zero_init_residual=False)),
     "care": ("care", care),
     "care-200ep": ("care", lambda: care(200)),
     "care-400ep": ("care", lambda: care(400)),
     "care-800ep": ("care", lambda: care(800)),
     "care-conv": ("care", lambda: care_conv(100)),
     "care-conv-200ep": ("care", care_conv),
-    "care-small": ("care", lambda: _gentle(care(), hidden_dim=1024, t_bn_group_size=16, pos="absolute")),
+    "care-small": ("care", lambda: _regression_small(care(), t_bn_group_size=16, pos="absolute")),
     "lewel-m": ("lewel-m", lewel_m),
     "lewel-m-100ep": ("lewel-m", lambda: lewel_m(100)),
     "lewel-m-in100": ("lewel-m", lambda: _imagenet_100(lewel_m())),
-    "lewel-m-small": ("lewel-m", lambda: _gentle(lewel_m(), queue_size=256, temperature=0.1)),
+    "lewel-m-small": ("lewel-m", lambda: _queue_small(lewel_m())),
     "lewel-b": ("lewel-b", lewel_b),
     "lewel-b-100ep": ("lewel-b", lambda: lewel_b(100)),
     # Weight decay 1e-6 as in the paper: 1.5e-6 is the released 200-epoch script's on ImageNet.
     "lewel-b-in100": ("lewel-b", lambda: _imagenet_100(lewel_b(100))),
     "lewel-b-400ep": ("lewel-b", lewel_b_400),
+    "lewel-b-small": ("lewel-b", lambda: _regression_small(lewel_b())),
     "simclr": ("simclr", simclr),
+    "simclr-small": ("simclr", lambda: _gentle(simclr(), temperature=0.2)),
     "simclr-1000ep": ("simclr", lambda: simclr(1000)),
 }
 """Recipe name -> the method it belongs to and the function that makes it; a method's own name is its default."""

@@ -1,0 +1,197 @@
+"""Run a plan of trainings and evaluations on one data set, and keep a row of each.
+
+`python tools/run_results.py tools/plans/imagenette-small.toml --data train.beton --val-data val.beton --out runs/plan`
+
+It is meant to run for hours. Started again, it goes on where it was stopped or killed; `--status` says at any time how
+far it is. One training runs at a time on a machine. `--minutes 10` stops after ten minutes with exit code 75.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Python puts the script's folder on the path, not the checkout.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import csv
+import datetime
+import fcntl
+import io
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.atomic import write_atomically
+from tools.support.cli import make_parser, parse, run_main
+from tools.support.plans import COLUMNS, Planned, finished_row, progress, read_plan
+from train.errors import EXIT_INTERRUPTED, UserMistake
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "tools" / "results" / "imagenette.csv"
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows that are there; none where the file is not."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """The columns that tell a run from the others, as `Planned.key`."""
+    return tuple(str(row[name]) for name in ("plan", "method", "recipe", "flags", "seed"))
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Add a row in one step, so that a kill leaves the old table or the new one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*read_rows(path), row])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue().encode())
+
+
+@contextmanager
+def only_one() -> Iterator[None]:
+    """Hold the machine's lock: two trainings at once would slow each other and falsify both rates.
+
+    Raises:
+        UserMistake: another plan runs on this machine.
+    """
+    # The system frees the lock of a killed process, so none is left behind.
+    with open(Path(tempfile.gettempdir()) / "regatta-run-results.lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserMistake("another plan runs on this machine; wait for it, or see --status") from None
+        yield
+
+
+class Commands:
+    """Runs one command after the other and stops the current one when time is up or a signal asks."""
+
+    def __init__(self, minutes: float) -> None:
+        self._current: subprocess.Popen[bytes] | None = None
+        self.asked = False
+        self._timer = threading.Timer(60 * minutes, self.stop) if minutes else None
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+
+    def stop(self) -> None:
+        """Ask the current command to save and end."""
+        self.asked = True
+        if self._current is not None:
+            self._current.terminate()
+
+    def call(self, argv: Sequence[str]) -> int:
+        """Run one of our commands; its exit code, or that of an interruption once a stop was asked for."""
+        if self.asked:
+            return EXIT_INTERRUPTED
+        self._current = subprocess.Popen([sys.executable, *argv], cwd=ROOT)
+        if self.asked:  # a signal between the two lines above
+            self._current.terminate()
+        code = self._current.wait()
+        return EXIT_INTERRUPTED if self.asked and code else code
+
+
+def commands_of(planned: Planned, folder: Path, data: Sequence[str], device: str) -> list[list[str]]:
+    """Training, then the linear protocol on the backbone that it leaves."""
+    train = ["train/main.py", "--method", planned.method, "--recipe", planned.recipe, *planned.flags]
+    train += [*data, "--seed", str(planned.seed), "--device", device, "--run-dir", str(folder), "--no-report"]
+    linear = ["train/evaluate.py", "linear", "--checkpoint", str(folder), *data, "--device", device]
+    return [train, [*linear, *planned.linear, "--output", str(folder / "eval-linear.json")]]
+
+
+def common_columns(device: str) -> dict[str, str]:
+    """When, with what and on what a run ended."""
+    # Rows need PyTorch, which `--status` does not.
+    import torch
+
+    from tools.bench.rows import commit, cpu_name, device_name
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "device": device_name(torch.device(device)),
+        "cpu": cpu_name(),
+    }
+
+
+def work(runs: Sequence[Planned], out: Path, data: Sequence[str], device: str, rows: Path, minutes: float) -> int:
+    """Do what is left of a plan; 0 when all of it is done."""
+    commands = Commands(minutes)
+    for planned in runs:
+        if planned.key in {key_of(row) for row in read_rows(rows)}:
+            continue
+        folder = out / planned.name
+        for argv in commands_of(planned, folder, data, device):
+            code = commands.call(argv)
+            if code:
+                print(f"{planned.name} ended with exit code {code}; the same command goes on from here", flush=True)
+                return code
+        add_row(rows, finished_row(planned, folder, common_columns(device)))
+    return 0
+
+
+def status(runs: Sequence[Planned], out: Path, rows: Path) -> str:
+    """A line for each run, and when all of them will be done at the rate of those that have begun."""
+    done = {key_of(row): row for row in read_rows(rows)}
+    lines, left, unknown = [], 0.0, 0
+    for planned in runs:
+        row = done.get(planned.key)
+        if row is not None:
+            lines.append(f"{planned.name:<28} done: 20-NN {row['untrained']} -> {row['last']}, linear {row['linear']}")
+            continue
+        far = progress(out / planned.name)
+        share = f"{100 * far.step / far.last_step:.0f}%" if far.last_step else "not begun"
+        unknown += far.seconds_left is None
+        left += far.seconds_left or 0.0
+        lines.append(
+            f"{planned.name:<28} {share}" + ("" if far.seconds_left is None else f", {_clock(far.seconds_left)}")
+        )
+    more = f", and {unknown} runs that have not begun" if unknown else ""
+    return "\n".join(
+        [*lines, f"{len(done.keys() & {each.key for each in runs})} of {len(runs)} done; {_clock(left)}{more}"]
+    )
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h left" if seconds >= 3600 else f"{seconds / 60:.0f} min left"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a plan, or say how far it is; returns the exit code."""
+    parser = make_parser("Run a plan of trainings and keep a row of each.")
+    parser.add_argument("plan", type=Path, help="TOML file, such as those of tools/plans")
+    parser.add_argument("--data", required=True, help="training images")
+    parser.add_argument("--val-data", required=True, help="validation images with the same classes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="table to write")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to train")
+    parser.add_argument("--minutes", type=float, default=0.0, help="stop after these; 0 goes on to the end")
+    parser.add_argument("--methods", nargs="+", default=[], help="only these of the plan")
+    parser.add_argument("--status", action="store_true", help="say how far it is, and stop")
+    options = parse(parser, argv)
+    runs = [each for each in read_plan(options.plan) if not options.methods or each.method in options.methods]
+    if options.status:
+        print(status(runs, options.out, options.rows))
+        return 0
+    data = ["--data", options.data, "--val-data", options.val_data]
+    with only_one():
+        return work(runs, options.out, data, options.device, options.rows, options.minutes)
+
+
+if __name__ == "__main__":
+    run_main(main)

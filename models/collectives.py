@@ -79,7 +79,6 @@ class _GatherRows(torch.autograd.Function):
         return own
 
 
-@torch.compiler.disable
 def gather_with_gradient(rows: Tensor) -> Tensor:
     """The rows of all ranks in rank order, through which gradients flow back to the rank that a row came from.
 

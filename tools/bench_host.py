@@ -132,6 +132,8 @@ def main(argv: Sequence[str]) -> int:
     # The kernels never run, and NVRTC does not work beside a driver that is none.
     launcher.find_nvrtc = lambda *_: None  # type: ignore[assignment]
     launcher.cached_binary = lambda *_, **__: b"no code"  # type: ignore[assignment]
+    # cuDNN's attention asks cuDNN which plans it has, and here there is none to ask.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     report, ratios = Report("bench_host"), {}
     try:
         for method in options.methods or METHODS:

@@ -28,44 +28,43 @@ class _GroupedBatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Groups write into one output, so that no copy joins them.
         output = torch.empty_like(x)
-        dtype = statistics_dtype(x)
-        means = torch.zeros(groups, x.shape[1], dtype=dtype, device=x.device)
-        variances = torch.zeros_like(means)
-        saved = []
-        for group, (source, target) in enumerate(zip(x.chunk(groups), output.chunk(groups), strict=True)):
-            # With momentum 1 the "running" statistics become this group's mean and unbiased variance.
-            scratch = (torch.empty(0, dtype=dtype, device=x.device), torch.empty(0, dtype=dtype, device=x.device))
-            _, mean, inverse_std = torch.native_batch_norm(
-                source, weight, bias, means[group], variances[group], True, 1.0, eps, out=(target, *scratch)
+        dtype, shape = statistics_dtype(x), (2, groups, x.shape[1])
+        # Zeros: with momentum 1 the "running" statistics become this group's mean and unbiased variance, and what they
+        # held before is multiplied by 0, which NaN would survive.
+        means, variances = torch.zeros(shape, dtype=dtype, device=x.device).unbind()
+        saved = torch.empty(shape, dtype=dtype, device=x.device)
+        parts = zip(x.chunk(groups), output.chunk(groups), means, variances, *saved.unbind(), strict=True)
+        for source, target, mean, variance, kept_mean, kept_inverse in parts:
+            torch.native_batch_norm(
+                source, weight, bias, mean, variance, True, 1.0, eps, out=(target, kept_mean, kept_inverse)
             )
-            saved += [mean, inverse_std]
-        ctx.save_for_backward(x, weight, *saved)
+        ctx.save_for_backward(x, weight, saved)
         ctx.groups, ctx.eps, ctx.has_bias = groups, eps, bias is not None
         ctx.mark_non_differentiable(means, variances)
         return output, means, variances
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        x, weight, *saved = ctx.saved_tensors
+        x, weight, saved = ctx.saved_tensors
         grad = like_input(grads[0], x)
         grad_x = torch.empty_like(x)
         mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-        grad_weight: Tensor | None = None
-        grad_bias: Tensor | None = None
-        chunks = zip(x.chunk(ctx.groups), grad.chunk(ctx.groups), grad_x.chunk(ctx.groups), strict=True)
+        chunks = zip(x.chunk(ctx.groups), grad.chunk(ctx.groups), *saved.unbind(), strict=True)
         # PyTorch's backward function allocates its result, and its `out=` form copies from such a result too; a formula
-        # of our own would round differently. So the copy of each group stays here. The fused kernels have none.
-        for group, (x_part, grad_part, target) in enumerate(chunks):
-            mean, inverse_std = saved[2 * group], saved[2 * group + 1]
-            part, weight_part, bias_part = torch.ops.aten.native_batch_norm_backward(
+        # of our own would round differently. So the groups are joined by a copy. The fused kernels have none.
+        parts = [
+            torch.ops.aten.native_batch_norm_backward(
                 grad_part, x_part, weight, None, None, mean, inverse_std, True, ctx.eps, mask
             )
-            if mask[0]:
-                target.copy_(part)
-            if mask[1]:
-                grad_weight = weight_part if grad_weight is None else grad_weight.add_(weight_part)
-            if mask[2]:
-                grad_bias = bias_part if grad_bias is None else grad_bias.add_(bias_part)
+            for x_part, grad_part, mean, inverse_std in chunks
+        ]
+        if mask[0]:
+            torch._foreach_copy_(list(grad_x.chunk(ctx.groups)), [part[0] for part in parts])
+        wanted = [place for place in (1, 2) if mask[place]]
+        sums = [parts[0][place] for place in wanted]
+        for part in parts[1:]:
+            torch._foreach_add_(sums, [part[place] for place in wanted])
+        grad_weight, grad_bias = (dict(zip(wanted, sums, strict=True)).get(place) for place in (1, 2))
         return (grad_x if mask[0] else None), grad_weight, grad_bias, None, None
 
 

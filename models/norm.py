@@ -21,6 +21,7 @@ from .collectives import world
 from .grouped_norm import grouped_batch_norm, statistics_dtype
 from .ops.batch_norm_act import batch_norm_act, move_running_statistics
 from .ops.choice import NORM
+from .running import is_moved_together, move, move_pending
 from .sync_norm import sync_batch_norm
 
 MODES = ("group", "sync", "plain")
@@ -52,6 +53,7 @@ class _ViewsBatchNorm(_BatchNorm):
         # As (N, C, L, 1) a column tensor with channels innermost is channels-last, for which there are fast kernels.
         x = input.unsqueeze(-1) if input.ndim == 3 else input
         if not self._uses_batch_statistics:
+            move_pending()
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         else:
             y = self._normalise(x)
@@ -76,62 +78,56 @@ class _ViewsBatchNorm(_BatchNorm):
             x, self.weight, self.bias, groups=groups, eps=self.eps, residual=residual, relu=relu
         )
         if self.training and self.running_mean is not None:
-            count = x.numel() // (groups * x.shape[1])
-            self._move_by_views(mean, variance, count)
+            self._move_fused(mean, variance, x.numel() // (groups * x.shape[1]))
         return y
 
-    def _move_by_views(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Running statistics take a step for each view, from (groups, C) means and biased variances over `count`."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        if self.momentum is not None:
-            move_running_statistics(
-                self.running_mean,
-                self.running_var,
-                self.num_batches_tracked,
-                mean,
-                variance,
-                count,
-                self.views,
-                self.momentum,
-            )
+    def _move_fused(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """As `_move_by_views`, from biased variances over `count` values."""
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        if self.momentum is None or is_moved_together():
+            self._move_by_views(mean, variance, count / (count - 1))
+        else:  # a layer by itself: one launch
+            move_running_statistics(*running, mean, variance, count, self.views, self.momentum)  # type: ignore[arg-type]
+
+    def _move_by_views(self, mean: Tensor, variance: Tensor, correction: float = 1.0) -> None:
+        """Running statistics take a step for each view, from (groups, C) means and variances as `running.move`."""
+        if not self.training or self.running_mean is None:
             return
-        unbiased = variance * (count / (count - 1))
-        for means, variances in zip(mean.chunk(self.views), unbiased.chunk(self.views), strict=True):
-            self._update_running(means.mean(0), variances.mean(0))
+        if self.views == 1:  # the usual case, without the work of cutting
+            self._move_one(mean, variance, correction)
+            return
+        for means, variances in zip(mean.chunk(self.views), variance.chunk(self.views), strict=True):
+            self._move_one(means, variances, correction)
+
+    def _move_one(self, means: Tensor, variances: Tensor, correction: float = 1.0) -> None:
+        if self.momentum is None:
+            self._average_cumulatively(means.mean(0), (variances * correction).mean(0))
+        else:
+            move(self, means, variances, correction)
 
     def _normalise_whole(self, x: Tensor) -> Tensor:
         """PyTorch's batch norm over all rows."""
         mean, variance, share = self.running_mean, self.running_var, self.momentum
         if not self.training:
             mean = variance = None  # no running statistics are kept
-        elif self.num_batches_tracked is not None:
+        elif self.num_batches_tracked is not None and share is not None:
             self.num_batches_tracked.add_(1)
         if share is None:  # cumulative average: move running statistics outside the kernel, which wants a host number
             mean = torch.zeros(x.shape[1], dtype=statistics_dtype(x), device=x.device)
             variance = torch.zeros_like(mean)
         y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0 if share is None else share, self.eps)
-        if share is None and mean is not None and variance is not None:
-            self._move_running(mean, variance)
+        if share is None and self.training and self.running_mean is not None:
+            self._average_cumulatively(mean, variance)  # type: ignore[arg-type]
         return y
 
-    def _update_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        """Count a batch and move the running statistics towards its (C,) statistics."""
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            self._move_running(mean, unbiased_variance)
-
     @torch.no_grad()
-    def _move_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        if not self.training or self.running_mean is None or self.running_var is None:
-            return
-        # Each layer moves its own. To move those of all layers in two launches they would have to be kept until the end
-        # of the step, but a second pass through the same encoder must start from what the first one has moved.
+    def _average_cumulatively(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        """Count a batch and move running statistics (C,) to the average over all batches so far, as PyTorch does."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased_variance)):
-            if self.momentum is None:  # cumulative average, as PyTorch defines it
-                assert self.num_batches_tracked is not None
-                running.lerp_(new.to(running.dtype), self.num_batches_tracked.to(running.dtype).reciprocal())
-            else:
-                running.lerp_(new.to(running.dtype), self.momentum)
+            running.lerp_(new.to(running.dtype), share)
 
 
 class GroupBatchNorm(_ViewsBatchNorm):
@@ -167,8 +163,7 @@ class GroupBatchNorm(_ViewsBatchNorm):
         if groups == 1:  # PyTorch's own kernel moves the running statistics itself
             return self._normalise_whole(x)
         y, means, variances = grouped_batch_norm(x, self.weight, self.bias, groups, self.eps)
-        for mean, variance in zip(means.chunk(self.views), variances.chunk(self.views), strict=True):
-            self._update_running(mean.mean(0), variance.mean(0))
+        self._move_by_views(means, variances)
         return y
 
     def extra_repr(self) -> str:
@@ -211,7 +206,8 @@ class SyncBatchNorm(_ViewsBatchNorm):
         if world() == 1:
             return self._normalise_whole(x)
         y, mean, variance = self._over_ranks(x, self.weight, self.bias, self.eps)
-        self._update_running(mean, variance)
+        if self.training and self.running_mean is not None:
+            self._move_one(mean[None], variance[None])
         return y
 
 

@@ -82,6 +82,9 @@ class FakeTorchCuda:
         self.current = str(device)  # PyTorch's guard too calls nothing where the device is the current one
         return nullcontext()
 
+    def current_device(self) -> int:
+        return int(self.current.rpartition(":")[2])
+
     def get_device_capability(self, device: object) -> tuple[int, int]:
         return self.capability
 

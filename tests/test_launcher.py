@@ -34,7 +34,12 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDriver:
     nvrtc_or_skip()
     made = FakeDriver()
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=made))
-    monkeypatch.setattr(launcher, "torch", SimpleNamespace(cuda=FakeTorchCuda(made, (8, 0)), device=torch.device))
+    stand_in = SimpleNamespace(
+        cuda=FakeTorchCuda(made, (8, 0)),
+        device=torch.device,
+        _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 7),
+    )
+    monkeypatch.setattr(launcher, "torch", stand_in)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return made
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.methods.base import Method, StepInputs, StepOutput
+from models.running import moved_together
 
 from .errors import UserMistake
 from .runtime import Runtime
@@ -131,7 +132,7 @@ class GraphedForwardBackward:
                 parameter.grad = None
 
     def _forward_backward(self) -> None:
-        with self.runtime.autocast():
+        with self.runtime.autocast(), moved_together():
             output: StepOutput = self.method(self._inputs)
         output.loss.backward()
         # Detached: the graph's own autograd nodes must not be kept alive between steps.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.collectives import average_buffers
 from models.methods.base import StepInputs, StepOutput
 from models.norm import running_buffers
+from models.running import moved_together
 from pipeline.atomic import remove_leftovers
 from pipeline.refusal import SourceBusy, SourceClosed
 
@@ -214,7 +215,7 @@ def _forward_backward(job: Job, state: TrainState, inputs: StepInputs, weight: f
     # Gradients travel once a step, after the last micro-batch.
     accumulate = isinstance(job.wrapped, nn.parallel.DistributedDataParallel) and not last
     with job.wrapped.no_sync() if accumulate else contextlib.nullcontext():  # type: ignore[operator]
-        with job.runtime.autocast():
+        with job.runtime.autocast(), moved_together():
             output: StepOutput = job.wrapped(inputs)
         loss = output.loss * weight
         (state.scaler.scale(loss) if state.scaler is not None else loss).backward()

@@ -246,9 +246,8 @@ class _Launch:
         for name, value in values.items():
             if isinstance(value, Tensor):
                 self._held.append(value)
-                setattr(self._arguments, name, value.data_ptr())
-            else:
-                setattr(self._arguments, name, value)
+                value = value.data_ptr()
+            setattr(self._arguments, name, value)
 
     def over_rows(self, kernel: str) -> None:
         """Launch over all rows of the map."""

@@ -17,6 +17,7 @@ import torch
 from .nvrtc import cached_binary, find_nvrtc
 
 Grid = tuple[int, int, int]
+_OnePointer = ctypes.c_void_p * 1
 MAX_GRID: Grid = (2**31 - 1, 65535, 65535)
 """Most blocks that a launch may have along x, y and z, on every GPU."""
 
@@ -51,6 +52,7 @@ class CudaModule:
         except ImportError as error:
             raise RuntimeError(f"cuda.bindings is missing ({error}); pip install cuda-bindings") from None
         self._driver: Any = driver
+        self._success = driver.CUresult.CUDA_SUCCESS
         self._name, self._device, self._shared = source.name, device, shared_bytes
         # Capturing and the context are questions to the current device, so the module's must be that here.
         with torch.cuda.device(device):
@@ -58,6 +60,7 @@ class CudaModule:
                 raise RuntimeError(f"{source.name} must be loaded before a CUDA graph is captured: run one step first")
             torch.cuda.current_stream().synchronize()  # the device has a context from here on, and this thread too
             self._context = self._checked(driver.cuCtxGetCurrent(), "its context")
+            self._context_address, self._index = int(self._context), torch.cuda.current_device()
             self._module = self._load(source, options)
             self._functions = {kernel: self._function(kernel) for kernel in shared_bytes}
 
@@ -87,16 +90,12 @@ class CudaModule:
 
     @contextlib.contextmanager
     def _bound(self) -> Iterator[None]:
-        """Within the block the calling thread has the context that the module was loaded in.
+        """Within the block the calling thread, which has another context or none, has that of the module.
 
         A launch needs a current context, and `torch.cuda.device` makes none where the device is the current one
         already: a thread whose first CUDA work is this launch (a backward pass, a loader) has none. Triton and
         Transformer Engine met the error (triton-lang/triton#3729, NVIDIA/TransformerEngine#734).
         """
-        current = self._checked(self._driver.cuCtxGetCurrent(), "the current context")
-        if int(current) == int(self._context):
-            yield
-            return
         self._checked(self._driver.cuCtxPushCurrent(self._context), "binding its context")
         try:
             yield
@@ -112,13 +111,27 @@ class CudaModule:
         """
         if not all(1 <= size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
             raise ValueError(f"{self._name}, {kernel}: a grid of {grid} blocks is outside 1..{MAX_GRID}")
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        # A ResNet-50 launches hundreds of these in a step: the usual case calls two getters and the driver.
+        if torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._device):
+                self(kernel, grid, block, arguments)
+        elif self._has_context():
+            self._launch(kernel, grid, block, arguments)
+        else:
+            with self._bound():
+                self._launch(kernel, grid, block, arguments)
+
+    def _has_context(self) -> bool:
+        status, current = self._driver.cuCtxGetCurrent()
+        return status == self._success and int(current) == self._context_address
+
+    def _launch(self, kernel: str, grid: Grid, block: Grid, arguments: ctypes.Structure) -> None:
+        pointers = _OnePointer(ctypes.addressof(arguments))
+        # The number that `torch.cuda.current_stream` would wrap in an object; Triton takes it the same way.
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
         function, shared = self._functions[kernel], self._shared[kernel]
-        with torch.cuda.device(self._device), self._bound():
-            stream = torch.cuda.current_stream().cuda_stream
-            launched = self._driver.cuLaunchKernel(
-                function, *grid, *block, shared, stream, ctypes.addressof(pointers), 0
-            )
+        launched = self._driver.cuLaunchKernel(function, *grid, *block, shared, stream, ctypes.addressof(pointers), 0)
+        if launched[0] != self._success:
             self._checked(launched, f"launch of {kernel}, grid {grid}, block {block}")
 
 

@@ -60,6 +60,8 @@ def stand_in_for_torch() -> None:
     binds = SimpleNamespace(cuda_stream=7, synchronize=lambda: driver.cuCtxSetCurrent(context_of(0)))
     torch.cuda.device = lambda device: nullcontext()
     torch.cuda.current_stream = lambda *device: binds
+    torch.cuda.current_device = lambda: 0
+    torch._C._cuda_getCurrentRawStream = lambda device: 7  # type: ignore[attr-defined]
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_capability = lambda device=None: (8, 0)
 

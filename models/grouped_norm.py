@@ -62,7 +62,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
             torch._foreach_copy_(list(grad_x.chunk(ctx.groups)), [part[0] for part in parts])
         wanted = [place for place in (1, 2) if mask[place]]
         sums = [parts[0][place] for place in wanted]
-        for part in parts[1:]:
+        for part in parts[1:] if wanted else ():
             torch._foreach_add_(sums, [part[place] for place in wanted])
         grad_weight, grad_bias = (dict(zip(wanted, sums, strict=True)).get(place) for place in (1, 2))
         return (grad_x if mask[0] else None), grad_weight, grad_bias, None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,7 +121,7 @@ class BatchNormActKernels:
     def __init__(self, load: Callable[[tuple[str, ...]], Launcher], blocks: int = 1024, min_rows: int = 4) -> None:
         """Keep the loader; nothing is compiled yet."""
         self._load = functools.cache(load)
-        self.blocks, self.min_rows = blocks, min_rows
+        self._plan = functools.cache(lambda *of: _Plan(self._load, *of, blocks, min_rows))
 
     def forward(
         self,
@@ -135,16 +136,29 @@ class BatchNormActKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `batch_norm_act_definition`; y is channels-last."""
         x, residual = _readable(x), None if residual is None else _readable(residual)
-        launch = _Launch(self._load, x, groups, self.blocks, self.min_rows)
+        plan = self._plan(x.shape, x.dtype, groups)
         masked = keep_mask and relu and residual is not None
-        y, mean, variance = torch.empty_like(x), launch.per_group(), launch.per_group()
-        mask = x.new_empty(x.numel() // launch.pack if masked else 0, dtype=torch.uint8)
-        gate = GATE_MASK if masked else GATE_RECOMPUTE if relu else GATE_NONE
-        launch.set(x=x, partial=launch.partial(), mean=mean, variance=variance)
-        launch.over_rows("batch_norm_statistics")
-        launch.joining("batch_norm_join_statistics", groups)
-        launch.set(residual=residual, weight=weight, bias=bias, out=y, mask=mask, gate=gate, eps=eps)
-        launch.over_rows("batch_norm_normalise")
+        y, partial = torch.empty_like(x), plan.partial(x.device)
+        # Two allocations: autograd takes no views, and to make tensors of views costs as much again.
+        mean, variance = (torch.empty(plan.per_group, dtype=torch.float32, device=x.device) for _ in range(2))
+        mask = torch.empty(x.numel() // plan.pack if masked else 0, dtype=torch.uint8, device=x.device)
+        arguments = Arguments(
+            x=x.data_ptr(),
+            residual=_address(residual),
+            weight=_address(weight),
+            bias=_address(bias),
+            out=y.data_ptr(),
+            mask=mask.data_ptr(),
+            partial=partial.data_ptr(),
+            mean=mean.data_ptr(),
+            variance=variance.data_ptr(),
+            gate=GATE_MASK if masked else GATE_RECOMPUTE if relu else GATE_NONE,
+            eps=eps,
+            **plan.sizes,
+        )
+        plan.over_rows("batch_norm_statistics", arguments)
+        plan.joining("batch_norm_join_statistics", groups, arguments)
+        plan.over_rows("batch_norm_normalise", arguments)
         return y, mean, variance, mask
 
     def backward(
@@ -162,18 +176,32 @@ class BatchNormActKernels:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `batch_norm_act_backward_definition`; gradients of maps are channels-last."""
         x, grad = _readable(x), _readable(grad)
-        launch = _Launch(self._load, x, mean.shape[0], self.blocks, self.min_rows)
-        grad_x = torch.empty_like(x)
+        plan = self._plan(x.shape, x.dtype, mean.shape[0])
+        grad_x, partial = torch.empty_like(x), plan.partial(x.device)
         grad_residual = torch.empty_like(x) if residual else None
-        grad_weight, grad_bias = (torch.empty_like(mean[0]) for _ in range(2))
-        sums = mean.new_empty((2, *mean.shape))
-        gate = GATE_NONE if not relu else GATE_MASK if mask.numel() else GATE_RECOMPUTE
-        launch.set(x=x, grad=grad, weight=weight, bias=bias, mean=mean, variance=variance, mask=mask, gate=gate)
-        launch.set(partial=launch.partial(), sums=sums, grad_weight=grad_weight, grad_bias=grad_bias, eps=eps)
-        launch.over_rows("batch_norm_backward_sums")
-        launch.joining("batch_norm_join_sums", 1)
-        launch.set(out=grad_x, grad_residual=grad_residual)
-        launch.over_rows("batch_norm_backward_input")
+        grad_weight, grad_bias = torch.empty((2, mean.shape[1]), dtype=mean.dtype, device=mean.device).unbind()
+        sums = torch.empty((2, *plan.per_group), dtype=mean.dtype, device=mean.device)
+        arguments = Arguments(
+            x=x.data_ptr(),
+            grad=grad.data_ptr(),
+            weight=_address(weight),
+            bias=_address(bias),
+            out=grad_x.data_ptr(),
+            grad_residual=_address(grad_residual),
+            mask=mask.data_ptr(),
+            partial=partial.data_ptr(),
+            mean=mean.data_ptr(),
+            variance=variance.data_ptr(),
+            sums=sums.data_ptr(),
+            grad_weight=grad_weight.data_ptr(),
+            grad_bias=grad_bias.data_ptr(),
+            gate=GATE_NONE if not relu else GATE_MASK if mask.numel() else GATE_RECOMPUTE,
+            eps=eps,
+            **plan.sizes,
+        )
+        plan.over_rows("batch_norm_backward_sums", arguments)
+        plan.joining("batch_norm_join_sums", 1, arguments)
+        plan.over_rows("batch_norm_backward_input", arguments)
         return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, grad_weight, grad_bias
 
     def move_running(
@@ -205,58 +233,63 @@ class BatchNormActKernels:
         launcher("batch_norm_move_running", (-(-channels // THREADS), 1, 1), (THREADS, 1, 1), arguments)
 
 
-class _Launch:
-    """The shape of the launches for one map, and their arguments so far.
+class _Plan:
+    """The launches for maps of one shape, worked out once: at each of hundreds of calls a step it would cost the host.
 
     Args:
         load: compiler options -> a launcher.
-        x: (N, C, H, W), channels-last.
+        shape: (N, C, H, W).
+        dtype: of the map.
         groups: of images.
         blocks: as for `BatchNormActKernels`.
         min_rows: as for `BatchNormActKernels`.
+
+    Attributes:
+        pack: elements that a thread takes at once.
+        sizes: the arguments that follow from the shape.
+        per_group: shape of one value for every group and channel.
     """
 
     def __init__(
-        self, load: Callable[[tuple[str, ...]], Launcher], x: Tensor, groups: int, blocks: int, min_rows: int
+        self,
+        load: Callable[[tuple[str, ...]], Launcher],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        groups: int,
+        blocks: int,
+        min_rows: int,
     ) -> None:
-        self.channels, self.groups, self.device = x.shape[1], groups, x.device
-        self.pack = pack_size(self.channels, x.dtype)
-        self.launcher = load((f"-DFEATURE={STORAGE[x.dtype]}", f"-DVECTOR={self.pack}"))
-        packs, rows = -(-self.channels // self.pack), x.numel() // (self.channels * groups)
-        self.lanes = min(32, 1 << (packs - 1).bit_length())
-        self.slices, self.columns = THREADS // self.lanes, -(-packs // self.lanes)
+        channels = shape[1]
+        self.pack = pack_size(channels, dtype)
+        self._launcher = load((f"-DFEATURE={STORAGE[dtype]}", f"-DVECTOR={self.pack}"))
+        packs, rows = -(-channels // self.pack), math.prod(shape) // (channels * groups)
+        lanes = min(32, 1 << (packs - 1).bit_length())
+        slices, columns = THREADS // lanes, -(-packs // lanes)
         # Blocks enough to fill a GPU, but each thread with rows enough to pay for joining the blocks' sums.
-        wanted = min(blocks // (self.columns * groups), rows // (self.slices * min_rows))
+        wanted = min(blocks // (columns * groups), rows // (slices * min_rows))
         each = -(-rows // max(wanted, 1))
-        self.splits = -(-rows // each)  # none of them empty
-        self._arguments = Arguments(rows=rows, channels=self.channels, groups=groups, splits=self.splits)
-        self._held: list[Tensor] = []  # memory that is given back too early could become the next result's
+        splits = -(-rows // each)  # none of them empty
+        self.sizes = {"rows": rows, "channels": channels, "groups": groups, "splits": splits}
+        self.per_group = (groups, channels)
+        self._partial = (2, groups, splits, channels)
+        self._grid, self._block = (columns, splits, groups), (lanes, slices, 1)
 
-    def partial(self) -> Tensor:
+    def partial(self, device: torch.device) -> Tensor:
         """Room for two results of every block and channel."""
-        shape = (2, self.groups, self.splits, self.channels)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+        return torch.empty(self._partial, dtype=torch.float32, device=device)
 
-    def per_group(self) -> Tensor:
-        """Room for a value of every group and channel."""
-        return torch.empty((self.groups, self.channels), dtype=torch.float32, device=self.device)
-
-    def set(self, **values: Tensor | float | None) -> None:
-        """Fill in arguments by name, a tensor by its address."""
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                self._held.append(value)
-                value = value.data_ptr()
-            setattr(self._arguments, name, value)
-
-    def over_rows(self, kernel: str) -> None:
+    def over_rows(self, kernel: str, arguments: Arguments) -> None:
         """Launch over all rows of the map."""
-        self.launcher(kernel, (self.columns, self.splits, self.groups), (self.lanes, self.slices, 1), self._arguments)
+        self._launcher(kernel, self._grid, self._block, arguments)
 
-    def joining(self, kernel: str, groups: int) -> None:
+    def joining(self, kernel: str, groups: int, arguments: Arguments) -> None:
         """Launch over blocks of channels, for what the blocks of rows have left."""
-        grid = (-(-self.channels // JOIN_LANES), groups, 1)
-        self.launcher(kernel, grid, (JOIN_LANES, JOIN_SLICES, 1), self._arguments)
+        grid = (-(-self.sizes["channels"] // JOIN_LANES), groups, 1)
+        self._launcher(kernel, grid, (JOIN_LANES, JOIN_SLICES, 1), arguments)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _readable(features: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class CudaModule:
             ValueError: a grid that no GPU takes; the driver would only say "invalid value".
             RuntimeError: the driver refuses the launch.
         """
-        if not all(1 <= size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
+        if not (1 <= grid[0] <= MAX_GRID[0] and 1 <= grid[1] <= MAX_GRID[1] and 1 <= grid[2] <= MAX_GRID[2]):
             raise ValueError(f"{self._name}, {kernel}: a grid of {grid} blocks is outside 1..{MAX_GRID}")
         # A ResNet-50 launches hundreds of these in a step: the usual case calls two getters and the driver.
         if torch.cuda.current_device() != self._index:

@@ -160,16 +160,25 @@ class DaliPipeline(EpochPipeline):
         rest = index[~whole]
         arrays = [np.empty((len(rest), spec.size, spec.size, 3), dtype=np.uint8) for spec in self.config.views]
         self.decoder.decode(epoch, rest, arrays)
+        if self._stream is None:
+            return self._joined(whole, made, arrays)
+        # On the loader's own stream: this thread's default stream is the one that training queues its steps on.
+        with torch.cuda.stream(self._stream):
+            views = self._joined(whole, made, arrays)
+        self._stream.synchronize()
+        return views
+
+    def _joined(self, whole: np.ndarray, made: list[torch.Tensor], arrays: list[np.ndarray]) -> list[torch.Tensor]:
+        """Views of a batch from DALI's rows, where `whole`, and from those that our decoder left in host arrays."""
+        device = self.config.device
+        # Places known on the host: a mask on the device would make the host wait for the number of its rows.
+        from_dali, from_host = (torch.from_numpy(np.flatnonzero(rows)).to(device) for rows in (whole, ~whole))
         views = []
         for number, array in enumerate(arrays):
-            joined = torch.empty((len(index), *array.shape[1:]), dtype=torch.uint8, device=self.config.device)
-            mask = torch.from_numpy(whole).to(self.config.device)
+            joined = torch.empty((len(whole), *array.shape[1:]), dtype=torch.uint8, device=device)
             if made:
-                joined[mask] = made[number]
-            joined[~mask] = torch.from_numpy(array).to(self.config.device)
-            views.append(joined)
-        if self._stream is not None:
-            torch.cuda.current_stream(self.config.device).synchronize()
+                joined.index_copy_(0, from_dali, made[number])
+            views.append(joined.index_copy_(0, from_host, torch.from_numpy(array).to(device)))
         return views
 
     def deliver(self, epoch: int, batches: list[np.ndarray]) -> Iterator[Batch]:

@@ -21,17 +21,28 @@ R = TypeVar("R")
 DEPTH = 2  # decoded batches that wait for the consumer
 
 
-def decoding_threads(workers: int) -> int:
-    """Threads that decode: `workers`, or for 0 the cores that this process may use.
+_sharing_processes = 0
+"""Processes on this process's cores, itself included; 0 while nobody has said so."""
 
-    Ranks of one machine share its cores, unless each was already bound to its own.
+
+def set_sharing_processes(count: int) -> None:
+    """Say how many processes decode on this process's cores, itself included."""
+    global _sharing_processes
+    _sharing_processes = count
+
+
+def decoding_threads(workers: int) -> int:
+    """Threads that decode: `workers`, or for 0 this process's part of the cores that it may use.
+
+    Without `set_sharing_processes` ranks of one machine are taken to share its cores, unless each is bound to a part.
     """
     if workers > 0:
         return workers
     # The affinity counts, not the machine: containers and launchers bind processes to a part of it.
     cores = len(os.sched_getaffinity(0))
     bound = cores < (os.cpu_count() or cores)
-    return max(1, cores if bound else cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    assumed = 1 if bound else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores // (_sharing_processes or assumed))
 
 
 def _references(arrays: list[np.ndarray]) -> int:

@@ -377,13 +377,20 @@ def test_configuration_survives_json() -> None:
     assert json.loads(json.dumps(config.to_json()))["model"] == dataclasses.asdict(config.model)
 
 
-def test_heads_are_compiled_on_a_gpu_where_they_can_be(monkeypatch):
+def test_heads_are_compiled_on_a_gpu_where_they_can_be(monkeypatch, capsys, tmp_path):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert compiles(None, gpu) and not compiles(None, cpu)
     assert compiles(True, cpu) and not compiles(False, gpu)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere/include")
+    assert not compiles(None, gpu) and "/nowhere/include/Python.h; install python3-dev" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not compiles(None, gpu) and compiles(True, gpu)
 

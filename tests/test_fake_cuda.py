@@ -179,6 +179,29 @@ def test_inputs_come_over_side_streams_and_every_stream_is_told() -> None:
     assert told.count(consumer) == 3 * (2 + 2 + 1) and told.count(torch.Size([BATCH, 4])) == 3
 
 
+def test_the_next_batch_is_prepared_after_the_step_is_queued() -> None:
+    """While the host prepares a batch the device must have a step to work at."""
+    order: list[str] = []
+
+    class Source:
+        def set_epoch(self, epoch: int, first: int) -> None: ...
+
+        def stats(self) -> Any:
+            return SimpleNamespace(wait_s=0.0)
+
+        def __iter__(self) -> Any:
+            for number in range(3):
+                order.append(f"batch {number}")
+                yield number
+
+    made = [StepInputs(torch.empty(2, 3, 8, 8), torch.empty(2, 3, 8, 8))]
+    builder: Any = SimpleNamespace(runtime=Runtime(0, 1, DEVICE, torch.float32, False), build=lambda batch, step: made)
+    with fake_gpu():
+        for step, _ in InputStream(builder, Source()).epoch(0, 0, 0):  # type: ignore[arg-type]
+            order.append(f"step {step}")
+    assert order == ["batch 0", "step 0", "batch 1", "step 1", "batch 2", "step 2"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_definitions_of_our_operators_stay_on_the_device(dtype: torch.dtype) -> None:
     """The mode puts shape rules in their place, so they are called by themselves."""

@@ -20,6 +20,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -30,6 +31,7 @@ from tools.bench.rows import Report
 from tools.bench_step import OurStep, choose_kernels, configure
 from tools.support import cli
 from tools.support.cli import positive
+from train.config import BnConfig
 from train.runtime import Runtime
 
 BAR = 1.25
@@ -55,7 +57,9 @@ class PlainStep:
         own.method.after_step(output, 0.999)
 
 
-def build_step(options: argparse.Namespace, method: str, bn_mode: str = "", kernels: str = "definition") -> OurStep:
+def build_step(
+    options: argparse.Namespace, method: str, bn_mode: Literal["", "plain"] = "", kernels: str = "definition"
+) -> OurStep:
     """The training step of a method on the idle device.
 
     Args:
@@ -67,7 +71,7 @@ def build_step(options: argparse.Namespace, method: str, bn_mode: str = "", kern
     flags = argparse.Namespace(method=method, device="cuda", arch=options.arch, image_size=0, queue=0)
     config = configure(flags, options.batch, None, "bf16")
     if bn_mode:
-        config = replace(config, recipe=replace(config.recipe, bn=replace(config.recipe.bn, mode=bn_mode)))
+        config = replace(config, recipe=replace(config.recipe, bn=BnConfig(bn_mode)))
     runtime = Runtime(0, 1, torch.device("cuda", 0), torch.bfloat16, False)
     fused = frozenset({"batch_norm_act", "box_pool", "masked_pool"} if kernels == "cuda" else ())
     step = OurStep(config, runtime, kernels=fused)

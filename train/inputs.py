@@ -241,24 +241,31 @@ class InputStream:
         pending = self._next(source, first_step)
         step = first_step
         while pending is not None:
-            current = pending
+            current, ready = pending, None
             if self._stream is not None:
-                torch.cuda.current_stream().wait_stream(self._stream)
-                _record(current, torch.cuda.current_stream())
-                # The copy and augmentation of the next batch run beside the step that the caller now queues.
-                pending = self._next(source, step + 1)
-                yield step, current
-            else:
-                yield step, current
-                pending = self._next(source, step + 1)
+                own = torch.cuda.current_stream()
+                own.wait_stream(self._stream)
+                _record(current, own)
+                # What the side stream must wait for before it uses memory again: the steps queued up to here, not the
+                # one that the caller queues now, beside which the next batch is copied and augmented.
+                ready = torch.cuda.Event()
+                ready.record(own)
+            # First the step: while the host prepares the next batch the device is at work.
+            yield step, current
             step += 1
+            pending = self._next(source, step, ready)
 
-    def _next(self, source: Iterator[Batch], step: int) -> list[StepInputs] | None:
-        """Inputs of the next step, None behind the last."""
+    def _next(
+        self, source: Iterator[Batch], step: int, ready: torch.cuda.Event | None = None
+    ) -> list[StepInputs] | None:
+        """Inputs of the next step, None behind the last; the side stream begins after the event `ready`."""
         if self._stream is None:
             return self._take(source, step)
+        if ready is None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        else:
+            self._stream.wait_event(ready)
         # The loader works on this stream as well, so that the views it augments here are part of what runs ahead.
-        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             return self._take(source, step)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -177,6 +178,7 @@ class Lars(torch.optim.Optimizer):
             "adapt": True,
         }
         super().__init__(params, defaults)
+        self._kept_sizes: dict[tuple[int, ...], Tensor] = {}
         self.found_inf: Tensor | None = None
         """Scalar on the device, 1 where this step must change nothing, as in PyTorch's fused optimizers."""
 
@@ -200,7 +202,10 @@ class Lars(torch.optim.Optimizer):
         if scale is not None:
             torch._foreach_div_(gradients, scale.reshape(()))
         # Copies: the steps below work in place and must not change `.grad`.
-        updates = _adapted(weights, gradients, group) if group["adapt"] else [g.clone() for g in gradients]
+        flat, updates = _side_by_side(weights)
+        torch._foreach_copy_(updates, gradients)
+        if group["adapt"]:
+            _adapt(flat, updates, weights, gradients, group, self._sizes(weights))
         if group["lr_in_buffer"]:
             torch._foreach_mul_(updates, group["lr"])
         buffers = self._buffers(weights)
@@ -214,12 +219,18 @@ class Lars(torch.optim.Optimizer):
         bad = found_inf.reshape(()) > 0
         keep = torch.where(bad, 1.0, group["momentum"])
         rate = torch.where(bad, 0.0, 1.0 if group["lr_in_buffer"] else group["lr"])
-        for update in updates:
-            update.masked_fill_(bad, 0.0)  # a product with zero would keep NaN
+        flat.masked_fill_(bad, 0.0)  # a product with zero would keep NaN
         torch._foreach_mul_(buffers, keep)
         torch._foreach_add_(buffers, updates)
         # `alpha` of the form above must be a number on the host, which would have to wait for `bad`.
         torch._foreach_sub_(weights, torch._foreach_mul(buffers, rate))
+
+    def _sizes(self, weights: list[Tensor]) -> Tensor:
+        """Elements of each weight, on the device; copied there once."""
+        sizes = tuple(weight.numel() for weight in weights)
+        if sizes not in self._kept_sizes:
+            self._kept_sizes[sizes] = _on_device(sizes, weights[0].device)
+        return self._kept_sizes[sizes]
 
     def _buffers(self, weights: list[Tensor]) -> list[Tensor]:
         """Momentum buffers, zero at first; state is made for each weight that first has a gradient."""
@@ -235,18 +246,45 @@ def _norms_apart(group: dict[str, Any]) -> bool:
     return bool(group["lr_in_buffer"]) if chosen == "auto" else chosen == "apart"
 
 
-def _adapted(weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """Decayed gradients scaled by each tensor's trust ratio, as new tensors."""
+def _side_by_side(weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One flat tensor, and a part of it for each weight with that weight's shape and strides.
+
+    What PyTorch has no multi-tensor form for is done on the flat tensor in one launch instead of one for each weight.
+    """
+    sizes = [weight.numel() for weight in weights]
+    flat = torch.empty(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
+    offsets = itertools.accumulate(sizes[:-1], initial=0)
+    return flat, [
+        # Parameters have no gaps, so their strides fit a part of as many elements whatever their layout.
+        flat.as_strided(weight.shape, weight.stride(), offset)
+        for weight, offset in zip(weights, offsets, strict=True)
+    ]
+
+
+def _adapt(
+    flat: Tensor,
+    updates: list[Tensor],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    group: dict[str, Any],
+    sizes: Tensor,
+) -> None:
+    """Decay the gradients in `updates`, parts of `flat`, and scale each by its tensor's trust ratio, in place."""
     decay, trust = group["weight_decay"], group["trust"]
-    updates = list(torch._foreach_add(gradients, weights, alpha=decay))
+    torch._foreach_add_(updates, weights, alpha=decay)
     weight_norms = torch.stack(torch._foreach_norm(weights))
-    if _norms_apart(group):
+    if group["lr_in_buffer"]:
         denominator = torch.stack(torch._foreach_norm(gradients)) + decay * weight_norms
         ratios = torch.where(denominator > 0, trust * weight_norms / denominator, 1.0)
     else:
         update_norms = torch.stack(torch._foreach_norm(updates))
         both = (weight_norms > 0) & (update_norms > 0)
         ratios = torch.where(both, trust * weight_norms / update_norms, 1.0)
-    # No foreach operation takes one device scalar a tensor; this falls back to one launch each, still without a wait.
-    torch._foreach_mul_(updates, list(ratios.unbind()))
-    return updates
+    # The length is given, because reading it off the sizes would wait for the device.
+    flat.mul_(torch.repeat_interleave(ratios, sizes, output_size=flat.numel()))
+
+
+def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers on a device, without a wait of the host."""
+    numbers = torch.tensor(sizes)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers

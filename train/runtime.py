@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import shutil
 import signal
+import socket
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.fetch import stop_waiting
+from pipeline.prefetch import set_sharing_processes
 
 from .config import RunConfig
 from .errors import RunEnd, UserMistake
@@ -133,7 +138,10 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserMistake("--device cuda: PyTorch sees no CUDA device here; use --device cpu or check the driver")
-    # Refused here, where the message can name the flag.
+    # With --gpus-per-task each task of srun sees its own GPU alone, whatever its number on the node. Processes of
+    # torchrun see the same devices, and those beyond them are refused here, where the message can name the flag.
+    if torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ and "LOCAL_RANK" not in os.environ:
+        local_rank = 0
     if local_rank >= torch.cuda.device_count():
         raise UserMistake(
             f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible; "
@@ -179,9 +187,34 @@ def compiles(wanted: bool | None, device: torch.device) -> bool:
     """Whether heads and losses are compiled: as `wanted`, or by default on a GPU where Triton has what it needs."""
     if wanted is not None or device.type != "cuda":
         return bool(wanted)
-    # Triton builds its launcher with a C compiler; without one the first step would fail.
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return compiler is not None and importlib.util.find_spec("triton") is not None
+    missing = _missing_for_triton()
+    if missing:
+        print(f"heads are not compiled: Triton needs {missing}", file=sys.stderr)
+    return not missing
+
+
+def _missing_for_triton() -> str:
+    """What Triton lacks to build its launcher, a C extension, at the first step; empty where it has all."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc or clang)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.exists() else f"{header}; install python3-dev"
+
+
+def share_cores(runtime: Runtime) -> None:
+    """Tell the decoder how many processes of this machine run on this process's cores; every process must call it.
+
+    The affinity alone does not say it: a container or the binding to a NUMA node gives several ranks the same part of
+    the machine, a launcher may give each its own.
+    """
+    if runtime.world_size == 1 or not hasattr(os, "sched_getaffinity"):
+        return
+    mine = (socket.gethostname(), frozenset(os.sched_getaffinity(0)))
+    sharing = [len(mine[1] & cores) / len(cores) for host, cores in runtime.gather_objects(mine) if host == mine[0]]
+    # A rank on twice as many cores takes half of its threads from here.
+    set_sharing_processes(max(1, round(sum(sharing))))
 
 
 def _join(backend: str, rank: int, world_size: int) -> None:
@@ -230,8 +263,10 @@ def start(run: RunConfig) -> Iterator[Runtime]:
         # Decisions of the host go over a group of their own, which never waits for the device.
         host_group = dist.new_group(backend="gloo")
     dtype, compiled = choose_dtype(run.precision, device), compiles(run.compile, device)
+    runtime = Runtime(rank, world_size, device, dtype, compiled, host_group)
     try:
-        yield Runtime(rank, world_size, device, dtype, compiled, host_group)
+        share_cores(runtime)
+        yield runtime
     finally:
         if world_size > 1:
             dist.destroy_process_group()
@@ -251,10 +286,19 @@ def wrap_distributed(method: nn.Module, runtime: Runtime, deterministic: bool) -
     return nn.parallel.DistributedDataParallel(
         method,
         device_ids=None if runtime.device.type == "cpu" else [runtime.device.index],
-        broadcast_buffers=False,
+        **_without_buffers(),
         gradient_as_bucket_view=True,
         find_unused_parameters=deterministic,
     )
+
+
+def _without_buffers() -> dict[str, Any]:
+    """The arguments by which DDP leaves buffers alone, in this version of PyTorch."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    # Where the new name exists the old one makes every rank print a warning. With the new one the buffers of rank 0 are
+    # still sent once, at the start, which changes nothing: all ranks hold equal ones then.
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {name: False}
 
 
 class SignalWatch:

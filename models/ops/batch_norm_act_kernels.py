@@ -121,7 +121,11 @@ class BatchNormActKernels:
     def __init__(self, load: Callable[[tuple[str, ...]], Launcher], blocks: int = 1024, min_rows: int = 4) -> None:
         """Keep the loader; nothing is compiled yet."""
         self._load = functools.cache(load)
-        self._plan = functools.cache(lambda *of: _Plan(self._load, *of, blocks, min_rows))
+
+        def plan(shape: torch.Size, dtype: torch.dtype, groups: int) -> _Plan:
+            return _Plan(self._load, shape, dtype, groups, blocks, min_rows)
+
+        self._plan = functools.cache(plan)
 
     def forward(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,9 +42,16 @@ def center_view(size: int, name: str = "center", interpolation: str = "bilinear"
 
 def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """ImageNet-normalised copy, channels-last, of uint8 images (B, 3, H, W) as `dtype`."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    scale = 1 / (torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255)
+    mean, scale = _mean_and_scale(images.device)
     return ((images.float() - mean) * scale).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@cache
+def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean grey level and its inverse deviation (1, 3, 1, 1)."""
+    # Made once: such a copy waits until the device has done all that was queued, and every batch would wait so.
+    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1) * 255
+    return mean, 1 / (torch.tensor(STD, device=device).view(1, 3, 1, 1) * 255)
 
 
 def pool(output: Tensor) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train.main
 from models.methods import METHODS
+from pipeline.prefetch import decoding_threads, set_sharing_processes
 from tests.runs import last_wins
 from train.config import Config
 from train.errors import EXIT_NON_FINITE, EXIT_USER_MISTAKE, UserMistake
@@ -18,7 +21,7 @@ from train.fields import flatten
 from train.flags import parse_value
 from train.recipes import RECIPES, default_recipe
 from train.resolve import changed_fields, continued, resolve
-from train.runtime import _launch_environment, compiles
+from train.runtime import _choose_device, _launch_environment, compiles, share_cores
 
 
 def error_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> str:
@@ -375,6 +378,33 @@ def test_configuration_survives_json() -> None:
     config = resolve(["--method", "regioncl-m"])
     assert isinstance(config, Config)
     assert json.loads(json.dumps(config.to_json()))["model"] == dataclasses.asdict(config.model)
+
+
+def test_a_task_of_srun_that_sees_one_gpu_takes_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    assert _choose_device("auto", 3) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")  # of torchrun, whose processes all see the same devices
+    with pytest.raises(UserMistake, match="local rank 3 has no GPU, 1 are visible"):
+        _choose_device("auto", 3)
+
+
+def test_ranks_on_the_same_cores_share_them_out(monkeypatch):
+    """As on a machine of two sockets with four ranks on each, and where each rank has cores of its own."""
+    monkeypatch.setattr("os.cpu_count", lambda: 128)
+    near, far = frozenset(range(64)), frozenset(range(64, 128))
+    own = [frozenset(range(8 * rank, 8 * rank + 8)) for rank in range(8)]
+    try:
+        for affinities, expected in (([near] * 4 + [far] * 4, 16), (own, 8), ([near] * 2, 32)):
+            monkeypatch.setattr("os.sched_getaffinity", lambda _, mine=affinities[0]: mine)
+            everyone = [(socket.gethostname(), cores) for cores in affinities] + [("elsewhere", near)]
+            share_cores(SimpleNamespace(world_size=len(everyone), gather_objects=lambda mine, all=everyone: all))
+            assert decoding_threads(0) == expected and decoding_threads(5) == 5
+    finally:
+        set_sharing_processes(0)
 
 
 def test_heads_are_compiled_on_a_gpu_where_they_can_be(monkeypatch, capsys, tmp_path):

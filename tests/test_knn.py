@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from train.measure import health
-from train.measure.knn import knn_classify, knn_predict
+from train.measure.knn import knn_classify, knn_predict, predict_over_ranks
 
 
 def clusters(n: int, classes: int = 5, width: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +39,34 @@ def test_predictions_are_those_of_a_slow_loop(block: int) -> None:
         slow = [slow_votes(bank, labels.tolist(), query, k, 0.07, 6) for query in queries]
         assert found[k][0].tolist() == [w for w, _ in slow]
         assert found[k][1].tolist() == [m for _, m in slow]
+
+
+@pytest.mark.parametrize(("queries", "world"), [(25, 4), (2, 3), (6, 1)])
+def test_ranks_share_the_queries(queries: int, world: int) -> None:
+    bank, labels = clusters(60)
+    asked = clusters(queries, seed=1)[0]
+    arguments = (bank, labels, asked, (1, 20), 0.07, 6, 7)
+    shares = [knn_predict(bank, labels, asked[rank::world], (1, 20), 0.07, 6, 7) for rank in range(world)]
+    given: list[dict] = []
+
+    def gather(own: dict) -> list[dict]:
+        given.append(own)
+        return shares
+
+    found = predict_over_ranks(world - 1, world, gather)(*arguments)  # type: ignore[arg-type]
+    for k, expected in knn_predict(*arguments).items():  # type: ignore[arg-type]
+        assert all(torch.equal(ours, alone) for ours, alone in zip(found[k], expected, strict=True))
+    assert all(torch.equal(given[0][20][0], shares[-1][20][0]) for _ in given)
+
+
+def test_a_table_in_half_precision_is_compared_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.measure.knn._PIECE", 7)
+    bank, labels = clusters(60)
+    queries = clusters(25, seed=1)[0]
+    half = F.normalize(bank, dim=1).half()
+    found = knn_predict(half, labels, queries, (4,), 0.07, 6)
+    expected = knn_predict(half.float(), labels, queries, (4,), 0.07, 6)
+    assert torch.equal(found[4][0], expected[4][0]) and torch.equal(found[4][1], expected[4][1])
 
 
 def test_agrees_with_scikit_learn_to_a_tenth_of_a_point() -> None:

@@ -38,7 +38,7 @@ from train.eval.segmentation.layouts import read_layout
 from train.eval.segmentation.metrics import confusion_matrix, scores
 from train.eval.segmentation.network import build_segmenter, pixel_loss, require_resnet, stages_of
 from train.eval.segmentation.protocol import make_plan, task_name
-from train.eval.segmentation.upernet import UPerNetHead
+from train.eval.segmentation.upernet import UPerNetHead, mean_pool
 from train.eval.tuning import TuningCheckpoints, state_folder
 from train.evaluate import main
 from train.runtime import Runtime
@@ -121,6 +121,18 @@ def randomise(module: nn.Module) -> None:
             for tensor in (layer.weight, layer.bias, layer.running_mean):
                 nn.init.normal_(tensor, 0.5)
             nn.init.uniform_(layer.running_var, 0.5, 2)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 6])
+def test_repeatable_pooling_is_adaptive_pooling(side: int) -> None:
+    """On CUDA PyTorch's own raises in its backward pass under --deterministic."""
+    x = torch.randn(2, 3, 16, 25, dtype=torch.float64, requires_grad=True)
+    ours, theirs = mean_pool(x, side), torch.nn.functional.adaptive_avg_pool2d(x, side)
+    gradient = torch.randn_like(ours)
+    (got,), (expected,) = (torch.autograd.grad(y, x, gradient) for y in (ours, theirs))
+    assert torch.allclose(ours, theirs) and torch.allclose(got, expected)
+    head = UPerNetHead([8, 16, 32, 64], 8, 5)
+    assert not any(isinstance(module, torch.nn.AdaptiveAvgPool2d) for module in head.modules())
 
 
 def test_upernet_is_its_definition() -> None:

@@ -301,6 +301,20 @@ def _without_buffers() -> dict[str, Any]:
     return {name: False}
 
 
+@contextlib.contextmanager
+def changing_shapes() -> Iterator[None]:
+    """Within the block convolutions are chosen by rule, not by a stopwatch.
+
+    For images whose sizes differ: each new shape of each layer would be timed anew, for seconds at nearly every step.
+    """
+    chosen = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = chosen
+
+
 class SignalWatch:
     """Remembers that the process was asked to stop; a second request stops it at once."""
 

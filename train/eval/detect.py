@@ -13,7 +13,7 @@ from pipeline.prefetch import decoding_threads
 
 from ..errors import UserMistake
 from ..fields import check as check_fields
-from ..runtime import SignalWatch, wrap_distributed
+from ..runtime import SignalWatch, changing_shapes, wrap_distributed
 from ..state import TuningState
 from .detection.cityscapes_ap import cityscapes_ap
 from .detection.coco_ap import METRICS, coco_ap, coco_results
@@ -244,7 +244,8 @@ def run(config: DetectConfig) -> int:
     check(config)
     kind = format_of(config.data)
     variant = f"{config.detector}-{config.schedule or DEFAULT_SCHEDULE[kind]}"
-    with open_protocol("detect", config, variant) as session:
+    # Images are padded to the largest of their batch, so nearly every step has another shape.
+    with open_protocol("detect", config, variant) as session, changing_shapes():
         # Refused before annotations are read, which takes long for COCO.
         if session.arch.startswith("swin"):
             raise UserMistake(f"{session.arch} is no backbone of the published detectors; give a ResNet's checkpoint")

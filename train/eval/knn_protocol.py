@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UserMistake
-from ..measure.knn import knn_predict
+from ..measure.knn import predict_over_ranks
 from .accuracy import read_real_labels, real_accuracy
 from .options import KnnConfig
 from .session import class_count, open_session, percent, table
@@ -24,7 +24,9 @@ def run(config: KnnConfig) -> int:
             names = source_names(config.val_data)
             every = read_real_labels(config.real_labels, names, len(queries.labels) + queries.bad, classes)
             real = [every[sample] for sample in queries.samples.tolist()]
-        predictions = knn_predict(
+        runtime = session.runtime
+        predict = predict_over_ranks(runtime.rank, runtime.world_size, runtime.gather_objects)
+        predictions = predict(
             bank.features, bank.labels, queries.features, config.k, config.temperature, classes, config.block
         )
         rows = []

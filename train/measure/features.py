@@ -86,6 +86,7 @@ def extract_features(
     view: str | None = None,
     transform: Callable[[Batch, Tensor], Tensor] | None = None,
     max_bad: float = MAX_BAD,
+    compact: bool = False,
 ) -> Features:
     """Globally average-pooled features of every image of a pipeline, the encoder in eval mode.
 
@@ -100,6 +101,8 @@ def extract_features(
         transform: (batch, uint8 view) -> normalised images, where the view needs augmentation; None normalises.
         max_bad: share of the images that may be unreadable. A loader delivers other pixels in their place; those rows
             are left out, since they would count a picture under another one's label.
+        compact: keep directions alone, as L2-normalised rows in float16: for nearest neighbours, whose table of
+            ImageNet would otherwise take 31 GB of a GPU while it is put together, beside the training.
 
     Returns:
         Features sorted by sample index, of the images that can be read.
@@ -119,15 +122,19 @@ def extract_features(
                 raise ValueError(f"several views {sorted(batch.views)}; name the one to encode")
             pixels = batch.views[view or next(iter(batch.views))].to(device, non_blocking=True)
             images = normalise(pixels) if transform is None else transform(batch, pixels)
-            features.append(_encode(encoder, images, autocast_dtype))
+            encoded = _encode(encoder, images, autocast_dtype)
+            features.append(normalised_rows(encoded).half() if compact else encoded)
             labels.append(batch.label)
             indices.append(batch.index)
     width = _common_width(features[0].shape[1] if features else 0, device)
     if width == 0:
         raise ValueError("the pipeline delivered no image; check the data path and the population")
+    # With an empty part in front, so that a rank without images can join in.
+    empty = torch.zeros(0, width, dtype=torch.float16 if compact else torch.float32, device=device)
+    table = torch.cat([empty, *features])
+    features.clear()  # a second table of the size of the first
     gathered = gather_rows(
-        # With an empty part in front, so that a rank without images can join in.
-        torch.cat([torch.zeros(0, width, device=device), *features]),
+        table,
         torch.cat([torch.zeros(0, dtype=torch.int64), *labels]),
         torch.cat([torch.zeros(0, dtype=torch.int64), *indices]),
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import DEFAULT_KS, DEFAULT_TEMPERATURE
+
+_PIECE = 1 << 16
+"""Rows of a half-precision table that are fp32 at a time."""
 
 
 def _vote(labels: Tensor, weights: Tensor, num_classes: int) -> Tensor:
@@ -37,7 +41,8 @@ def knn_predict(
     """Nearest-neighbour votes of every query by cosine similarity.
 
     Args:
-        bank: (N, C) features of the labelled set, any float dtype; normalised here.
+        bank: (N, C) features of the labelled set, any float dtype; normalised here. A table in half precision stays
+            one: its rows become fp32 in pieces, as they are compared.
         bank_labels: (N,) int64, all >= 0.
         queries: (Q, C) features to classify, on the same device as the bank.
         ks: how many neighbours vote; a k above N uses all N.
@@ -55,7 +60,8 @@ def knn_predict(
     """
     _check(bank, bank_labels, queries, ks, num_classes)
     classes = int(bank_labels.max()) + 1 if num_classes is None else num_classes
-    bank = F.normalize(bank.float(), dim=1, eps=1e-12)
+    if bank.dtype not in (torch.float16, torch.bfloat16):
+        bank = F.normalize(bank.float(), dim=1, eps=1e-12)
     bank_labels = bank_labels.to(bank.device)
     most = min(max(ks), bank.shape[0])
     weighted: dict[int, list[Tensor]] = {k: [] for k in ks}
@@ -64,7 +70,7 @@ def knn_predict(
     with torch.autocast(bank.device.type, enabled=False):
         for rows in queries.split(block):
             rows = F.normalize(rows.to(bank.device).float(), dim=1, eps=1e-12)
-            similarity, neighbour = (rows @ bank.T).topk(most, dim=1, largest=True, sorted=True)
+            similarity, neighbour = _similarities(rows, bank).topk(most, dim=1, largest=True, sorted=True)
             labels = bank_labels[neighbour]
             # exp((s - s_max) / T) only scales every vote of a row, and cannot overflow for small temperatures.
             votes = torch.exp((similarity - similarity[:, :1]) / temperature)
@@ -72,6 +78,58 @@ def knn_predict(
                 weighted[k].append(_vote(labels[:, :k], votes[:, :k], classes).cpu())
                 majority[k].append(_vote(labels[:, :k], torch.ones_like(votes[:, :k]), classes).cpu())
     return {k: (torch.cat(weighted[k]), torch.cat(majority[k])) for k in ks}
+
+
+def _similarities(rows: Tensor, bank: Tensor) -> Tensor:
+    """Cosines (q, N) fp32 of normalised fp32 rows (q, C) with a bank (N, C), normalised unless in half precision."""
+    if bank.dtype == rows.dtype:
+        return rows @ bank.T
+    # Sums in fp32 of rounded features: a product in half precision would rank by three digits.
+    pieces = (F.normalize(piece.float(), dim=1, eps=1e-12) for piece in bank.split(_PIECE))
+    return torch.cat([rows @ piece.T for piece in pieces], dim=1)
+
+
+class Predict(Protocol):
+    """What `knn_predict` is."""
+
+    def __call__(
+        self,
+        bank: Tensor,
+        bank_labels: Tensor,
+        queries: Tensor,
+        ks: Sequence[int],
+        temperature: float,
+        num_classes: int | None,
+        block: int,
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Predictions as `knn_predict` gives them."""
+
+
+def predict_over_ranks(rank: int, world_size: int, gather: Callable[[Any], list[Any]]) -> Predict:
+    """`knn_predict` shared among ranks that all hold the same bank and queries; every rank gets all predictions.
+
+    Args:
+        rank: this process.
+        world_size: number of processes.
+        gather: a value of each rank -> those of all ranks, in rank order, on every rank.
+    """
+
+    def predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, *rest: Any) -> dict[int, tuple[Tensor, Tensor]]:
+        # Every n-th query, so that shares differ by one at most.
+        shares = gather(knn_predict(bank, bank_labels, queries[rank::world_size], *rest))
+        return {
+            k: (_dealt([share[k][0] for share in shares]), _dealt([share[k][1] for share in shares])) for k in shares[0]
+        }
+
+    return knn_predict if world_size == 1 else predict  # type: ignore[return-value]
+
+
+def _dealt(shares: list[Tensor]) -> Tensor:
+    """The rows in one tensor, of which share number r holds every n-th from r on."""
+    joined = torch.empty(sum(len(share) for share in shares), dtype=shares[0].dtype)
+    for number, share in enumerate(shares):
+        joined[number :: len(shares)] = share
+    return joined
 
 
 def knn_classify(
@@ -83,15 +141,16 @@ def knn_classify(
     temperature: float = DEFAULT_TEMPERATURE,
     num_classes: int | None = None,
     block: int = 512,
+    predict: Predict = knn_predict,
 ) -> dict[int, tuple[float, float]]:
     """Shares right: k -> (weighted top-1, majority top-1) in [0, 1], over the queries whose label (Q,) is not negative.
 
-    The other arguments and errors are those of `knn_predict`.
+    `predict` is `knn_predict` or what `predict_over_ranks` gives. The rest is as for `knn_predict`.
     """
     known = query_labels.cpu() >= 0
     if not bool(known.any()):
         raise ValueError(f"none of the {len(query_labels)} queries has a label; pass labelled validation images")
-    predictions = knn_predict(bank, bank_labels, queries[known.to(queries.device)], ks, temperature, num_classes, block)
+    predictions = predict(bank, bank_labels, queries[known.to(queries.device)], ks, temperature, num_classes, block)
     truth = query_labels.cpu()[known]
     return {
         k: (float((w == truth).double().mean()), float((m == truth).double().mean()))

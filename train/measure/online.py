@@ -12,7 +12,7 @@ from ..inputs import VIEWS
 from ..runtime import Runtime
 from .features import evaluation_mode, extract_features
 from .health import health
-from .knn import knn_classify
+from .knn import knn_classify, predict_over_ranks
 
 KNN_NEIGHBOURS = 20
 
@@ -56,11 +56,15 @@ def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, fl
     assert data.bank is not None and data.queries is not None
     autocast_dtype = None if runtime.dtype is torch.float32 else runtime.dtype
     bank, queries = (
-        extract_features(method.encoder, pipeline, runtime.device, autocast_dtype)
+        # On the CPU, whose memory holds it, the table keeps all digits.
+        extract_features(method.encoder, pipeline, runtime.device, autocast_dtype, compact=runtime.device.type != "cpu")
         for pipeline in (data.bank, data.queries)
     )
+    predict = predict_over_ranks(runtime.rank, runtime.world_size, runtime.gather_objects)
     k = min(KNN_NEIGHBOURS, len(bank.features))
-    weighted, majority = knn_classify(bank.features, bank.labels, queries.features, queries.labels, [k])[k]
+    weighted, majority = knn_classify(
+        bank.features, bank.labels, queries.features, queries.labels, [k], predict=predict
+    )[k]
     return {
         "top1": weighted,
         "top1_majority": majority,

@@ -16,7 +16,7 @@ from models.norm import running_buffers
 
 from ...errors import NonFinite
 from ...measure.features import evaluation_mode
-from ...runtime import Runtime, SignalWatch
+from ...runtime import Runtime, SignalWatch, changing_shapes
 from ...state import TuningState
 from ..tuning import TuningCheckpoints, seed_step
 from .feed import TrainBatch, TrainingFeed, validation_pairs
@@ -139,7 +139,7 @@ def validate(
     device = runtime.device
     # Whole numbers: a float32 counts pixels exactly only up to 16 million.
     confusion = torch.zeros(labels.classes, labels.classes, dtype=torch.int64, device=device)
-    with torch.no_grad(), evaluation_mode(network):
+    with torch.no_grad(), evaluation_mode(network), changing_shapes():
         for image, label in validation_pairs(pairs, labels, runtime.rank, runtime.world_size, threads):
             predicted = predict(logits_of, image, device, plan.geometry.scale, plan.window, plan.stride)
             confusion += confusion_matrix(predicted, torch.from_numpy(label).to(device), labels.classes)

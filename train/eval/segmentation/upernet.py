@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UserMistake
@@ -39,7 +41,47 @@ def build_decoder(stage_channels: Sequence[int], channels: int) -> nn.Module:
     # Its list of channels starts at stride 1; what it would do with the first two strides it leaves out.
     decoder = UPerNetDecoder([3, 0, *stage_channels], encoder_depth=5, decoder_channels=channels)
     decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in stage_channels)
+    _replace_pools(decoder)
     return decoder
+
+
+class MeanPool(nn.Module):
+    """Adaptive average pooling (B, C, H, W) -> (B, C, side, side), by two small matrices where that must be repeatable.
+
+    PyTorch's own has no deterministic backward pass on CUDA and raises under `--deterministic`.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Means over the windows of `nn.AdaptiveAvgPool2d`."""
+        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+            return mean_pool(x, self.side)
+        return F.adaptive_avg_pool2d(x, self.side)
+
+
+def mean_pool(x: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, side, side) in x's dtype, as adaptive average pooling but for rounding."""
+    rows, columns = (_averages(length, side, x) for length in x.shape[2:])
+    return rows @ x @ columns.T
+
+
+def _averages(length: int, side: int, like: Tensor) -> Tensor:
+    """(side, length): row i averages positions floor(i * length / side) to ceil((i + 1) * length / side)."""
+    cell = torch.arange(side, device=like.device)[:, None]
+    place = torch.arange(length, device=like.device)
+    within = (place >= cell * length // side) & (place < -(-(cell + 1) * length // side))
+    return (within / within.sum(1, keepdim=True)).to(like.dtype)
+
+
+def _replace_pools(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.AdaptiveAvgPool2d):
+            setattr(module, name, MeanPool(int(child.output_size)))  # type: ignore[arg-type]
+        else:
+            _replace_pools(child)
 
 
 class UPerNetHead(nn.Module):

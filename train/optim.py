@@ -273,7 +273,7 @@ def _adapt(
     decay, trust = group["weight_decay"], group["trust"]
     torch._foreach_add_(updates, weights, alpha=decay)
     weight_norms = torch.stack(torch._foreach_norm(weights))
-    if group["lr_in_buffer"]:
+    if _norms_apart(group):
         denominator = torch.stack(torch._foreach_norm(gradients)) + decay * weight_norms
         ratios = torch.where(denominator > 0, trust * weight_norms / denominator, 1.0)
     else:

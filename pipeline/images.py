@@ -9,11 +9,13 @@ refuse what is cut.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import struct
 import warnings
 import zlib
+from collections.abc import Collection
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
@@ -23,7 +25,7 @@ from .refusal import MAX_PIXELS, ImageRefused, refuse_if_huge
 
 # Others that PIL can open are left out: some start an interpreter (EPS), some have no signature and take any bytes
 # for an image (TGA), some are not pictures.
-_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
+_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "HEIF")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -87,7 +89,7 @@ def refuse_other_content(data: bytes) -> None:
     """Refuse by name what people often find in place of an image.
 
     Raises:
-        ImageRefused: an empty file, a web page, a Git LFS pointer or a HEIF image.
+        ImageRefused: an empty file, a web page, a Git LFS pointer, or a HEIF image without pillow-heif.
     """
     start = data[:64].lstrip().lower()
     if not data:
@@ -97,8 +99,19 @@ def refuse_other_content(data: bytes) -> None:
     if start.startswith(b"version https://git-lfs"):
         raise ImageRefused("a Git LFS pointer, not the image; fetch it with git lfs pull")
     if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"heif", b"mif1", b"msf1", b"hevc"):
-        if b"avif" not in data[8:64]:
-            raise ImageRefused("format HEIF is not supported; convert it to JPEG or PNG")
+        if b"avif" not in data[8:64] and not _reads_heif():
+            raise ImageRefused("format HEIF needs pillow-heif (pip install pillow-heif); or convert it to JPEG or PNG")
+
+
+@functools.cache
+def _reads_heif() -> bool:
+    """Whether PIL can read HEIF here; the package that gives it this is asked for with the first such file."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _open_jpeg(data: bytes, info: JpegInfo, at_least_px: int | None) -> Image.Image:
@@ -119,7 +132,7 @@ def _open_jpeg(data: bytes, info: JpegInfo, at_least_px: int | None) -> Image.Im
 def _open_other(data: bytes, max_pixels: int) -> Image.Image:
     name = "image"
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=[each for each in _FORMATS if each in _known()]) as image:
             name = str(image.format)
             refuse_if_huge(*image.size, max_pixels)
             image.load()
@@ -133,6 +146,12 @@ def _open_other(data: bytes, max_pixels: int) -> Image.Image:
         raise ImageRefused("not an image, or in a format that is not supported") from error
     except Exception as error:  # PIL's readers raise many types on hostile input
         raise ImageRefused(f"{name} cannot be decoded: {_message(error)}") from error
+
+
+def _known() -> Collection[str]:
+    # PIL fails with a KeyError for the name of a format that nobody has registered.
+    Image.init()
+    return Image.OPEN
 
 
 def _message(error: Exception) -> str:

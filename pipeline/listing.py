@@ -84,6 +84,8 @@ def _instead(passed_over: Mapping[str, int]) -> str:
             f"it has {passed_over['.tar']} tar files without an index: pack them with tools/make_webdataset.py "
             "'FOLDER/*.tar' SHARDS, and give SHARDS"
         )
+    if passed_over.get(".parquet"):
+        return f"it has {passed_over['.parquet']} parquet files: give 'FOLDER/*.parquet'"
     return "give a folder of photos or a list with one path a line"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -13,7 +12,8 @@ import torch
 
 from .interface import Pipeline, PipelineConfig
 from .native_build import NativeUnavailable, load
-from .stores import is_shard_pattern
+from .parquet import ENDING
+from .stores import data_parts, is_shard_pattern
 
 
 def _need(module: str, loader: str, extra: str) -> None:
@@ -102,12 +102,11 @@ def choose_loader(data: str) -> tuple[str, str]:
     # Before the path is looked at: an address or a pattern is no path.
     if is_shard_pattern(data):
         return "webdataset", "the data is tar shards"
-    path = Path(data)
+    parts = data_parts(data)
+    if len(parts) > 1:
+        return "folder", f"the data is {len(parts)} folders or files"
+    path = Path(parts[0])
     if not path.exists():
-        if glob.has_magic(data):
-            raise ValueError(
-                f"no file matches {data}; patterns name tar shards, as shards/photos-{{000000..000009}}.tar"
-            )
         raise ValueError(f"{data} does not exist; check the path, or pack images with tools/make_ffcv_dataset.py")
     if path.suffix == ".beton":
         # Our own reader gives the same pixels, so a missing FFCV changes no run.
@@ -115,6 +114,8 @@ def choose_loader(data: str) -> tuple[str, str]:
         if missing is None:
             return "ffcv", "the data is a packed file"
         return "folder", f"the data is a packed file and {missing}, so our own reader serves it"
+    if path.suffix == ENDING:
+        return "folder", "the data is a parquet file; packed, it is read faster"
     return "folder", "the data is a folder" if path.is_dir() else "the data is a list of files"
 
 

@@ -41,6 +41,25 @@ def copy_remote(address: str, file: BinaryIO) -> None:
         shutil.copyfileobj(source, file, 1 << 20)
 
 
+def listed(address: str) -> list[str]:
+    """Paths of all files below a folder with an address, relative to it.
+
+    Raises:
+        SourceClosed, OSError: as `opened`.
+    """
+    import fsspec
+
+    try:
+        store, root = fsspec.core.url_to_fs(address)
+        return [str(path)[len(root) :].lstrip("/") for path in store.find(root)]
+    except FileNotFoundError as error:
+        raise SourceClosed(f"{address} is not there ({error}); check the address") from error
+    except OSError:
+        raise
+    except Exception as error:  # as in `opened`
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
 def opened(address: str) -> Any:
     """A binary file behind an address, for reading; close it.
 

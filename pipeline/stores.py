@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import zlib
@@ -11,9 +12,12 @@ from typing import Protocol
 import numpy as np
 
 from .beton import BetonReader
+from .classes import joined
+from .clutter import is_clutter
 from .layouts import CHECK_CRC, REFUSE_ROTATED, WHOLE_IMAGE
 from .listing import list_images
 from .manifest import manifest_of
+from .parquet import ENDING, ParquetImages
 from .shards import INDEX_NAME
 
 
@@ -89,6 +93,10 @@ class FileStore:
         if not source.exists():
             raise ValueError(f"{source} does not exist; give a folder of photos or a list with one path a line")
         listing = list_images(source)
+        if any("://" in name for name in listing.names):
+            raise ValueError(
+                f"{source} names addresses, which a packer fetches: tools/make_ffcv_dataset.py {source} DEST"
+            )
         self.files, self.labels, self.classes = listing.files, listing.labels, listing.classes
         # Encoded once; C++ wants bytes that end in a zero.
         self._encoded = [os.fsencode(file) + b"\0" for file in self.files]
@@ -122,6 +130,108 @@ class FileStore:
         return str(self.files[index])
 
 
+class TableStore:
+    """The images of a parquet file; nothing vouches for them, so every one is decoded to its end."""
+
+    def __init__(self, path: str):
+        file = Path(path)
+        self.images = ParquetImages([file])
+        self.labels, self.classes = self.images.labels, self.images.classes
+        # As for plain files, name and size stand for the content.
+        described = f"{file.name}\0{file.stat().st_size}"
+        self.data_hash = hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
+        """Addresses of the cells' bytes, which the result keeps."""
+        held = [np.frombuffer(self.images.read(each) or b"\0", dtype=np.uint8) for each in index.tolist()]
+        jobs["data"], jobs["size"] = [data.ctypes.data for data in held], [len(data) for data in held]
+        jobs["flags"] = WHOLE_IMAGE | REFUSE_ROTATED
+        return held
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one image; raises OSError."""
+        return self.images.read(index)
+
+    def intact(self, index: int, data: bytes) -> bool:
+        """Nothing is known about them."""
+        return True
+
+    def name(self, index: int) -> str:
+        """The image's name in its table."""
+        return self.images.names[index]
+
+
+class JoinedStore:
+    """Several stores as one, one behind the other; classes meet by name."""
+
+    def __init__(self, stores: list[PackedStore | FileStore | TableStore], paths: list[str]):
+        self.stores = stores
+        parts = [(store.labels, store.classes, path) for store, path in zip(stores, paths, strict=True)]
+        self.labels, self.classes = joined(parts)
+        self._starts = np.cumsum([0, *(len(store.labels) for store in stores)])
+        self.data_hash = hashlib.sha256("\0".join(store.data_hash for store in stores).encode()).hexdigest()
+
+    def _place(self, index: int) -> tuple[PackedStore | FileStore | TableStore, int]:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.stores[part], index - int(self._starts[part])
+
+    def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
+        """What each store writes into the jobs of its records."""
+        parts = np.searchsorted(self._starts, index, side="right") - 1
+        kept = []
+        for part in np.unique(parts).tolist():
+            rows = np.flatnonzero(parts == part)
+            own = jobs[rows]
+            kept.append(self.stores[part].fill(own, index[rows] - self._starts[part]))
+            jobs[rows] = own
+        return kept
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one record; raises OSError."""
+        store, own = self._place(index)
+        return store.read(own)
+
+    def intact(self, index: int, data: bytes) -> bool:
+        """Whether the bytes are those that were packed; true where nothing is known."""
+        store, own = self._place(index)
+        return store.intact(own, data)
+
+    def name(self, index: int) -> str:
+        """What its store calls it."""
+        store, own = self._place(index)
+        return store.name(own)
+
+
+def data_parts(data: str) -> list[str]:
+    """The folders and files that `--data` names: several are separated by commas, or fit a pattern with `*`, `?`, `[`.
+
+    A path that exists is one part, whatever signs are in its name. Shard patterns and addresses are one part as well:
+    an index says which shards there are.
+
+    Raises:
+        ValueError: no file fits a pattern, or one of several parts does not exist.
+    """
+    if "://" in data or data.endswith(".tar") or os.path.exists(data):
+        return [data]
+    if "," in data:
+        parts = [part for text in data.split(",") if text for part in data_parts(text)]
+        missing = next((part for part in parts if not os.path.exists(part)), None)
+        if missing is not None:
+            raise ValueError(f"{missing} of {data} does not exist; several folders or files are separated by commas")
+        return parts
+    if not glob.has_magic(data):
+        return [data]
+    # In the order of the names as bytes, which does not depend on the locale.
+    found = sorted(glob.glob(data, recursive=True), key=os.fsencode)
+    found = [path for path in found if not is_clutter(os.path.basename(path))]
+    if not found:
+        raise ValueError(
+            f"no file matches {data}; quote a pattern so that the shell leaves it alone. Shards are named as "
+            "shards/photos-{000000..000009}.tar"
+        )
+    return found
+
+
 def is_shard_pattern(data: str) -> bool:
     """Whether the text names tar shards: a pattern, a tar file, an address, or a folder with a shard index.
 
@@ -131,6 +241,21 @@ def is_shard_pattern(data: str) -> bool:
     return data.endswith(".tar") or "://" in data or ((path / INDEX_NAME).is_file() and any(path.glob("*.tar")))
 
 
-def open_store(path: str) -> PackedStore | FileStore:
-    """The store at a path: a `.beton` file, or else a folder or list of images."""
-    return PackedStore(path) if path.endswith(".beton") else FileStore(path)
+def open_store(data: str) -> PackedStore | FileStore | TableStore | JoinedStore:
+    """The store that `--data` names: `.beton` or parquet files, folders or lists of images, or several of them."""
+    parts = data_parts(data)
+    if len(parts) == 1:
+        return _open_one(parts[0])
+    sharded = next((part for part in parts if is_shard_pattern(part)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is a set of shards, which cannot be read together with others; make one set of them with "
+            "tools/make_webdataset.py"
+        )
+    return JoinedStore([_open_one(part) for part in parts], parts)
+
+
+def _open_one(path: str) -> PackedStore | FileStore | TableStore:
+    if path.endswith(".beton"):
+        return PackedStore(path)
+    return TableStore(path) if path.endswith(ENDING) else FileStore(path)

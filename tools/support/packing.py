@@ -174,7 +174,12 @@ def with_progress(records: Iterator[tuple[int, Record | str]], total: int) -> It
 def add_packing_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that both packers have."""
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder, text file with one path a line, or shards name-{000000..000009}.tar")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="folder, text file with one path or address a line, shards name-{000000..000009}.tar, parquet file, or "
+        "several of them by commas or a pattern",
+    )
     add("--classes", metavar="FILE", help="pack only these classes: a text file with one class folder name a line")
     add("--max-resolution", type=int, default=400, metavar="PX", help="longest side; larger images are reduced to it")
     add("--jpeg-quality", type=int, default=90, metavar="1..100", help="of images that have to be coded anew")

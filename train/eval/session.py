@@ -20,6 +20,7 @@ from pipeline import augment
 from pipeline.atomic import write_atomically
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
+from pipeline.stores import data_parts
 
 from ..backbone_io import BackboneSource, build_encoder, load
 from ..config import RunConfig
@@ -237,7 +238,7 @@ def result_path(session: ProtocolSession) -> Path:
 
 def _check_exists(name: str, data: str) -> None:
     # Addresses and shard patterns are not paths; their loader checks them.
-    if not ("://" in data or "{" in data or Path(data).exists()):
+    if not ("://" in data or "{" in data or all(Path(part).exists() for part in data_parts(data))):
         raise UserMistake(f"--{name.replace('_', '-')} {data} does not exist; give a packed file, folder or shards")
 
 

@@ -11,9 +11,10 @@ from pipeline.beton import BetonReader
 from pipeline.classes import composed
 from pipeline.listing import list_images
 from pipeline.manifest import manifest_of
+from pipeline.parquet import ENDING
 from pipeline.rng import permutation
 from pipeline.shard_store import open_shards
-from pipeline.stores import is_shard_pattern
+from pipeline.stores import data_parts, is_shard_pattern, open_store
 
 from ..errors import UserMistake
 
@@ -43,7 +44,13 @@ def balanced_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
 
 def source_names(data: str) -> list[str] | None:
     """The source file of every sample in storage order, relative to the source; None where the store keeps none."""
-    path = Path(data)
+    parts = data_parts(data)
+    if len(parts) > 1:
+        several = [source_names(part) for part in parts]
+        # With the part before it: two folders may have files of one name.
+        joined_names = [f"{part}/{name}" for part, names in zip(parts, several, strict=True) for name in names or ()]
+        return None if None in several else joined_names
+    path = Path(parts[0])
     if path.suffix == ".beton":
         manifest = manifest_of(BetonReader(path))
         return None if manifest is None else manifest.sources
@@ -63,6 +70,9 @@ def class_names(data: str) -> list[str] | None:
         UserMistake: the data cannot be read.
     """
     try:
+        parts = data_parts(data)
+        if len(parts) > 1 or data.endswith(ENDING):
+            return list(open_store(data).classes) or None
         if is_shard_pattern(data):
             store = open_shards(data, "sequential", readers=1, window=1)
             store.files.close()

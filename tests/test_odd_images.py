@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import images
 from pipeline.beton import BetonReader
 from pipeline.images import decode_rgb
 from pipeline.interface import PipelineConfig, ViewSpec
@@ -17,6 +18,12 @@ from tools import make_ffcv_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_SIDE = 400
+
+
+@pytest.fixture(autouse=True)
+def without_heif(monkeypatch) -> None:
+    """What the set expects of HEIF is without the optional package; tests/test_data_sources.py tries it with."""
+    monkeypatch.setattr(images, "_reads_heif", lambda: False)
 
 
 @pytest.fixture(scope="module")

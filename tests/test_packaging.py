@@ -103,6 +103,7 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "skimage": "scikit-image",
     "nvidia": "nvidia-dali-cuda130",
+    "pillow_heif": "pillow-heif",
     "faster_coco_eval": "faster-coco-eval",
     "segmentation_models_pytorch": "segmentation-models-pytorch",
 }

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .kernels.fused_augment import LoadKernels
+from .profiles import Profile
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class PipelineConfig:
         population: sorted sample indices to draw from; None is all of them.
         shard_window: how many blocks are mixed with one another in the "sharded" order.
         block_size: samples in a block of the "sharded" order, for stores without shards.
-        augment: name of the augmentation profile that the views are to be delivered with; "" delivers uint8 crops.
+        augment: augmentation profile that the views are to be delivered with, or its name; "" delivers uint8 crops.
         implementation: of the augmentation, one of `augment.IMPLEMENTATIONS`.
         dtype: of augmented views.
         load_kernels: compiles and launches the fused GPU kernel, for implementation "kernel" only.
@@ -76,7 +77,7 @@ class PipelineConfig:
     population: np.ndarray | None = None
     shard_window: int = 16
     block_size: int = 256
-    augment: str = ""
+    augment: str | Profile = ""
     implementation: str = "auto"
     dtype: torch.dtype = torch.float32
     load_kernels: LoadKernels | None = None

@@ -1,4 +1,4 @@
-"""The README's example of a new method runs as it is printed there."""
+"""The example of a new method in models/README.md runs as it is printed there."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def example_source() -> str:
     """The Python block under "Adding a method"."""
-    section = (ROOT / "README.md").read_text().split("## Adding a method")[1].split("\n## ")[0]
+    section = (ROOT / "models" / "README.md").read_text().split("## Adding a method")[1].split("\n## ")[0]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert found, "the README shows no Python under 'Adding a method'"
+    assert found, "models/README.md shows no Python under 'Adding a method'"
     return found.group(1)
 
 

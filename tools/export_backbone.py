@@ -30,12 +30,13 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     arguments = parse(parser, argv)
     # Here and not above: PyTorch takes seconds, which `--help` and a mistyped flag should not cost.
-    from tools.support.exports import export, export_image_size
+    from tools.support.exports import export
     from train.backbone_io import load
+    from train.measure.embedding import own_image_size
 
     loaded = load(arguments.source, arguments.arch)
     out = Path(arguments.out)
-    size = export_image_size(loaded, arguments.image_size)
+    size = own_image_size(loaded, arguments.image_size)
     card = export(loaded, out, arguments.format, size, arguments.overwrite)
     print(f"{arguments.format}: {out}; model card: {card}")
     return 0

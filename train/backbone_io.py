@@ -7,6 +7,7 @@ found, with its shape, and every tensor of the file was used or is a classifier'
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -135,8 +136,11 @@ def save_backbone(
 
 
 def version() -> str:
-    """The project's version, from the checkout's pyproject.toml."""
-    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text()
+    """The project's version, from the checkout's pyproject.toml, or that of the installed package."""
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if not project.is_file():
+        return importlib.metadata.version("regatta")
+    text = project.read_text()
     found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
     return found.group(1) if found else "unknown"
 

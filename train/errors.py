@@ -30,7 +30,7 @@ EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 
 _HELD_S = 2.0
-_OURS = ("pipeline", "models", "train", "tools", "__main__")
+_OURS = ("pipeline", "models", "train", "tools", "regatta", "__main__")
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 

@@ -41,8 +41,10 @@ def protocol(name: str) -> Callable[[Any], int]:
         UserMistake: for a name that is none; it names the nearest.
     """
     check_name(name)
-    run: Callable[[Any], int] = import_module(f"train.eval.{PROTOCOLS[name].module}").run
-    return run
+    # By its package's own name, which is another one in the wheel.
+    folder = parse.__module__.rpartition(".")[0]
+    run_protocol: Callable[[Any], int] = import_module(f"{folder}.{PROTOCOLS[name].module}").run
+    return run_protocol
 
 
 def check_name(name: str) -> None:
@@ -63,7 +65,12 @@ def _run(name: str, argv: Sequence[str]) -> int:
     return protocol(name)(config)
 
 
-def _dispatch(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate as the arguments say; returns the exit code.
+
+    Raises:
+        UserMistake: naming the protocol or flag, its value and the remedy.
+    """
     if not arguments:
         raise UserMistake(f"a protocol is needed: {', '.join(PROTOCOLS)}")
     name = arguments[0]
@@ -72,14 +79,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return 0
     check_name(name)
     trials, rest = take_trials(name, arguments[1:])
-    run = partial(_run, name)
-    return run(rest) if trials is None else run_trials(run, trials, rest)
+    one = partial(_run, name)
+    return one(rest) if trials is None else run_trials(one, trials, rest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_to_exit_code(lambda: _dispatch(arguments), disk_full=EXIT_CHECKPOINT)
+    return run_to_exit_code(lambda: run(arguments), disk_full=EXIT_CHECKPOINT)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import train.main
 from models.methods import METHODS
 from models.resnet import BACKBONES, SmallResNet, initialise_convolutions
 from models.swin import SwinTrunk
 from tools.bench.rows import RESULTS, Report
 from tools.bench.shapes import CLASSES, write_pictures
+from train.main import main as train_main
 from train.record.run import read_run
 
 TRAINING, HELD_OUT = 128, 32  # pictures of each class
@@ -133,7 +133,7 @@ def learn(method: str, data: tuple[Path, Path], run_dir: Path, seed: int = 0, mo
     torch.set_num_threads(1)
     try:
         with shapes_backbones():
-            code = train.main.main([*argv, *settings(method), "--epochs", str(EPOCHS), *more])
+            code = train_main([*argv, *settings(method), "--epochs", str(EPOCHS), *more])
     finally:
         torch.set_num_threads(threads)
     assert code == 0, f"train/main.py ended with {code}"

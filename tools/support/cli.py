@@ -43,7 +43,12 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM end the process as Ctrl-C does, with temporary files removed."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
 def run_main(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run a command with the process's arguments and leave with its exit code; SIGTERM cleans up as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     sys.exit(call(main, sys.argv[1:]))

@@ -21,7 +21,6 @@ from pipeline.atomic import replacing, write_atomically
 from train.backbone_io import LoadedBackbone, backbone_state, torchvision_to_swin
 from train.errors import UserMistake
 from train.record.model_card import model_card
-from train.record.run import read_config
 
 TORCHVISION_NAMES = {
     "resnet18": "resnet18",
@@ -429,10 +428,3 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
         cause = getattr(reason, "strerror", None) or reason
         raise UserMistake(f"OUT {out}: {cause}; choose a place that can be written") from None
     return card
-
-
-def export_image_size(loaded: LoadedBackbone, wanted: int) -> int:
-    """Side of the images that an export is made for: `wanted`, or where that is 0 the run's own, or 224."""
-    if wanted or loaded.source.folder is None:
-        return wanted or 224
-    return int(read_config(loaded.source.folder).get("recipe", {}).get("image_size", 224))

@@ -1,0 +1,166 @@
+"""The commands as functions: the same code, with the flags as keyword arguments and errors as `ValueError`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train.errors import EXIT_REQUEUE, Stopped
+from train.keywords import arguments_of
+from train.measure.embedding import Embedding, own_image_size
+from train.record.run import Run, read_run
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """The caller's own signal handlers again afterwards; training replaces them, so that a signal saves first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals can be neither read nor set here
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(*, data: str | Path, out: str | Path, method: str, arch: str | None = None, **options: Any) -> Run:
+    """Pre-train a backbone without labels; a run in `out` that was stopped goes on.
+
+    Args:
+        data: a packed file, folder, list of files or shard pattern.
+        out: folder of the run: `backbone.safetensors`, `metrics.jsonl`, `report.html`, `checkpoints/`.
+        method: name of the method, a key of `regatta.methods`.
+        arch: backbone; None takes the recipe's.
+        options: every other flag of `regatta train`, with underscores; nested ones as a dict, `optim={"lr": 0.1}`.
+
+    Returns:
+        The run: configuration, rows and results.
+
+    Raises:
+        ValueError: an option, path or data set that cannot be used; the message names the remedy.
+        Stopped: a signal or an interrupt ended the run after saving; the same call goes on.
+    """
+    from train.main import run
+
+    more = options if arch is None else {"arch": arch, **options}
+    with _handlers_kept():
+        code = run(arguments_of({"method": method, "data": data, "run_dir": out, **more}))
+    if code == EXIT_REQUEUE:
+        raise Stopped(f"stopped and saved in {out}; the same call goes on from here")
+    if code:
+        raise RuntimeError(f"the processes of the run ended with code {code}; what they said stands above")
+    return read_run(Path(out))
+
+
+def evaluate(
+    protocol: str, *, checkpoint: str | Path, data: str | Path, val_data: str | Path, **options: Any
+) -> dict[str, Any]:
+    """Evaluate a backbone.
+
+    Args:
+        protocol: "knn", "linear", "fewshot", "semi", "detect" or "segment".
+        checkpoint: a run's folder, our backbone file, or torchvision or timm weights.
+        data: training images with their labels.
+        val_data: validation images with the same classes.
+        options: every other flag of `regatta evaluate PROTOCOL`; `output` is the result file, without which nothing
+            stays on disk and a stopped evaluation starts over.
+
+    Returns:
+        The result file's content: the figures, and the settings they belong to.
+
+    Raises:
+        ValueError: an option, path or data set that cannot be used; the message names the remedy.
+    """
+    from train.evaluate import run
+
+    asked = {"checkpoint": checkpoint, "data": data, "val_data": val_data, **options}
+    with tempfile.TemporaryDirectory(prefix="regatta-eval-") as folder, _handlers_kept():
+        asked.setdefault("output", Path(folder, "result.json"))
+        run([protocol, *arguments_of(asked)])
+        result: dict[str, Any] = json.loads(Path(asked["output"]).read_text())
+    return result
+
+
+def embed(
+    data: str | Path,
+    *,
+    checkpoint: str | Path,
+    out: str | Path | None = None,
+    arch: str = "",
+    image_size: int = 0,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+    loader: str = "auto",
+) -> Embedding:
+    """The features of every image: the backbone's last feature map, averaged over its positions.
+
+    Args:
+        data: a packed file, folder, list of files or shard pattern.
+        checkpoint: a run's folder, our backbone file, or torchvision or timm weights.
+        out: file to write, .npz or .npy; None writes none.
+        arch: architecture; empty finds it out.
+        image_size: side of the centre square in pixels; 0 is the run's own, or 224.
+        batch_size: images at a time; only memory depends on it.
+        device: "auto", "cpu" or "cuda".
+        workers: decoding threads; 0 follows from the cores that the process may use.
+        loader: where images come from.
+
+    Returns:
+        The features with labels and names.
+
+    Raises:
+        ValueError: checkpoint or data cannot be used; the message names the remedy.
+    """
+    from train.measure.embedding import embed as measured
+
+    return measured(
+        data,
+        checkpoint=checkpoint,
+        out=out,
+        arch=arch,
+        image_size=image_size,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        loader=loader,
+    )
+
+
+def export(
+    source: str | Path, out: str | Path, *, format: str, arch: str = "", image_size: int = 0, overwrite: bool = False
+) -> Path:
+    """Take a backbone to another library.
+
+    Args:
+        source: a run's folder, our backbone file, or torchvision or timm weights.
+        out: file to write; a folder for "hf".
+        format: "torchvision", "timm", "detectron2", "hf" or "onnx".
+        arch: architecture; empty finds it out.
+        image_size: for onnx and Swin; 0 is the run's own, or 224.
+        overwrite: replace what is there.
+
+    Returns:
+        The model card that was written beside the export.
+
+    Raises:
+        ValueError: source or place cannot be used; the message names the remedy.
+    """
+    from tools.support.exports import TARGETS
+    from tools.support.exports import export as write
+    from train.backbone_io import load
+    from train.errors import UserMistake
+
+    if format not in TARGETS:
+        raise UserMistake(f"format {format}: choose from {', '.join(TARGETS)}")
+    loaded = load(str(source), arch)
+    return write(loaded, Path(out), format, own_image_size(loaded, image_size), overwrite)

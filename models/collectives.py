@@ -84,6 +84,7 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
 
     With losses that are means over a rank's own rows, and gradients averaged over ranks afterwards, the result is the
     gradient of the mean over the global batch. Every rank must reach `backward`, which holds a collective.
+    Compiled code must leave it out (`torch.compiler.disable`).
 
     Args:
         rows: (B, D) floating-point.

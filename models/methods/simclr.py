@@ -49,11 +49,13 @@ class SimCLR(Method):
             output_norm="scale",
         )
         convert_batch_norm(self, bn_mode, bn_group_size)
+        # Not a decorator: that imports the compiler with this module, seconds for whoever only exports a backbone.
+        self._gather = torch.compiler.disable(gather_with_gradient)
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Both views of this rank's images against all views of all ranks."""
         first, second = (self.embed(view) for view in (inputs.view1, inputs.view2))  # (B, D) each
-        all_first, all_second = gather_with_gradient(first), gather_with_gradient(second)  # (G, D) each
+        all_first, all_second = self._gather(first), self._gather(second)  # (G, D) each
         count = inputs.view1.shape[0]
         own = inputs.rank * count + torch.arange(count, device=first.device)
         temperature = self.config.temperature

@@ -81,8 +81,31 @@ LEFT_OUT = {
 """Package -> its modules that only a checkout has a use for."""
 
 
+APART = ("results", "examples", "reproduction", "wheel")
+"""Folders of `tools` that only a checkout has a use for, or that are the package itself."""
+
+
+def packages(root: Path) -> dict[str, str]:
+    """Package of the wheel -> its folder in the checkout: every folder below `PACKAGES` that holds modules."""
+    found = {}
+    for folder, package in PACKAGES.items():
+        top = root.joinpath(*folder.split("."))
+        for path in (top, *sorted(each for each in top.rglob("*") if each.is_dir())):
+            inner = path.relative_to(top).parts
+            if not set(inner) & set(APART) and any(path.glob("*.py")):
+                found[".".join((package, *inner))] = path.relative_to(root).as_posix()
+    return found
+
+
 class BuildPackage(build_py):
-    """setuptools' `build_py`, with the imports of every copied module rewritten."""
+    """setuptools' `build_py` over `packages`, with the imports of every copied module rewritten."""
+
+    def initialize_options(self) -> None:
+        """Tell setuptools the packages; listed by hand they would miss the next new folder."""
+        super().initialize_options()
+        found = packages(Path(self.distribution.src_root or "."))
+        self.distribution.packages = list(found)
+        self.distribution.package_dir = dict(found)
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """(package, module, file) of each module of a package that goes into the wheel."""

@@ -159,6 +159,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_statistics(cons
     leave_partial(a, p, column, mean, square);
 }
 
+// The splits that a joining thread walks over: none for a lane beyond the channels. As a bound of the loop, not as a
+// condition in it, this lets the compiler issue the loads of several splits before it waits for the first: a thread has
+// up to 64 of them, and one wait for memory each would take longer than the pass over the map.
+static __device__ __forceinline__ int splits_to_join(const Arguments& a, bool here) { return here ? a.splits : 0; }
+
 // Sum over the slices of a joining block what each thread holds for its channel; every thread gets the sum.
 static __device__ __forceinline__ float join(float* shared, float value) {
     __syncthreads();
@@ -175,14 +180,17 @@ extern "C" __global__ void __launch_bounds__(JOIN_LANES * JOIN_SLICES) batch_nor
     __shared__ float shared[JOIN_LANES * JOIN_SLICES];
     const int c = blockIdx.x * JOIN_LANES + threadIdx.x, group = blockIdx.y;
     const bool here = c < a.channels;
+    const int splits = splits_to_join(a, here);
     const float* means = a.partial + (long long)group * a.splits * a.channels + c;
     const float* squares = means + (long long)a.groups * a.splits * a.channels;
     float sum = 0.0f;
-    for (int split = threadIdx.y; here && split < a.splits; split += JOIN_SLICES)
+#pragma unroll 8
+    for (int split = threadIdx.y; split < splits; split += JOIN_SLICES)
         sum += (float)count_of(a, split) * means[(long long)split * a.channels];
     const float mean = join(shared, sum) / (float)a.rows;
     float square = 0.0f;
-    for (int split = threadIdx.y; here && split < a.splits; split += JOIN_SLICES) {
+#pragma unroll 8
+    for (int split = threadIdx.y; split < splits; split += JOIN_SLICES) {
         const float apart = means[(long long)split * a.channels] - mean;
         square += squares[(long long)split * a.channels];
         square += (float)count_of(a, split) * apart * apart;
@@ -331,12 +339,14 @@ extern "C" __global__ void __launch_bounds__(JOIN_LANES * JOIN_SLICES) batch_nor
     __shared__ float shared[JOIN_LANES * JOIN_SLICES];
     const int c = blockIdx.x * JOIN_LANES + threadIdx.x;
     const bool here = c < a.channels;
+    const int splits = splits_to_join(a, here);
     float grad_weight = 0.0f, grad_bias = 0.0f;
     for (int group = 0; group < a.groups; ++group) {
         const float* plains = a.partial + (long long)group * a.splits * a.channels + c;
         const float* products = plains + (long long)a.groups * a.splits * a.channels;
         float plain = 0.0f, product = 0.0f;
-        for (int split = threadIdx.y; here && split < a.splits; split += JOIN_SLICES) {
+#pragma unroll 8
+        for (int split = threadIdx.y; split < splits; split += JOIN_SLICES) {
             plain += plains[(long long)split * a.channels];
             product += products[(long long)split * a.channels];
         }

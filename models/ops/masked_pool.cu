@@ -123,6 +123,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) masked_pool_backward_featu
     }
 }
 
+// Positions of which a thread keeps sums: eight are a whole 7 x 7 map, but with many maps they would fill the registers.
+#define AT_ONCE (MAPS <= 2 ? 8 : 4)
+
 // Grid (groups, images, blocks of MAPS masks). Writes the gradient of the weights: (B, G, M, H, W). A warp takes a
 // position and sums over the group's channels; then warp m finishes mask m: (p[s] - sum_s' w[s'] p[s'] / n) / n.
 extern "C" __global__ void __launch_bounds__(THREADS) masked_pool_backward_weights(const Arguments a) {
@@ -130,23 +133,40 @@ extern "C" __global__ void __launch_bounds__(THREADS) masked_pool_backward_weigh
     const int lane = threadIdx.x, slice = threadIdx.y, first = blockIdx.z * MAPS, positions = a.height * a.width;
     const int per_group = a.channels / a.groups;
     const long long image = blockIdx.y, group = blockIdx.x;
-    for (int s = slice; s < positions; s += SLICES) {
-        float sums[MAPS] = {};
+    for (int start = slice; start < positions; start += AT_ONCE * SLICES) {
+        float sums[AT_ONCE][MAPS] = {};
         for (int c = lane * VECTOR; c < per_group; c += LANES * VECTOR) {
             const long long channel = group * per_group + c;
-            const Pack feature = load_pack(a.features, (image * positions + s) * a.channels + channel);
+            // Read once for several positions: with two maps they are twice as many bytes as the features.
+            Pack grads[MAPS];
 #pragma unroll
             for (int m = 0; m < MAPS; ++m) {
                 if (first + m >= a.masks) break;
-                const Pack grad = load_pack(a.grad, (image * a.masks + first + m) * a.channels + channel);
+                grads[m] = load_pack(a.grad, (image * a.masks + first + m) * a.channels + channel);
+            }
 #pragma unroll
-                for (int v = 0; v < VECTOR; ++v) sums[m] += FEATURE::load(feature.bits[v]) * FEATURE::load(grad.bits[v]);
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const int s = start + i * SLICES;
+                if (s >= positions) break;
+                const Pack feature = load_pack(a.features, (image * positions + s) * a.channels + channel);
+#pragma unroll
+                for (int m = 0; m < MAPS; ++m) {
+                    if (first + m >= a.masks) break;
+#pragma unroll
+                    for (int v = 0; v < VECTOR; ++v)
+                        sums[i][m] += FEATURE::load(feature.bits[v]) * FEATURE::load(grads[m].bits[v]);
+                }
             }
         }
 #pragma unroll
-        for (int m = 0; m < MAPS; ++m) {
-            const float sum = warp_sum(sums[m]);
-            if (lane == 0) products[m][s] = sum;
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int s = start + i * SLICES;
+            if (s >= positions) break;  // a warp has one slice, so all of its lanes leave
+#pragma unroll
+            for (int m = 0; m < MAPS; ++m) {
+                const float sum = warp_sum(sums[i][m]);
+                if (lane == 0) products[m][s] = sum;
+            }
         }
     }
     __syncthreads();

@@ -1,0 +1,215 @@
+"""Damage photos in every way that files get damaged, and see that no reader crashes, hangs or takes memory for it.
+
+`python -m tests.faults.images --files 2000 [--report FILE.txt]` is the long form; the short one runs in CI. Each file
+is read by the general decoder, by the packer and by the compiled threads, which must agree on what is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import resource
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.images import decode_rgb
+from pipeline.interface import PipelineConfig, ViewSpec
+from pipeline.loaders import build_pipeline
+from pipeline.records import make_record
+from pipeline.refusal import ImageRefused
+
+SLOWEST_S = 20.0
+MOST_GROWTH_KIB = 1_500_000
+"""What the peak of memory may grow over all files: one image at the limit of pixels is not among them."""
+_BATCH = 16
+
+
+def seeds() -> dict[str, bytes]:
+    """Whole small files of the kinds that people have."""
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (9, 12, 3)).astype(np.uint8)
+    picture = Image.fromarray(pixels).resize((96, 72), Image.Resampling.BICUBIC)
+    kinds: dict[str, tuple[Image.Image, str, dict[str, object]]] = {
+        "jpeg": (picture, "JPEG", {}),
+        "progressive": (picture, "JPEG", {"progressive": True}),
+        "restarts": (picture, "JPEG", {"restart_marker_blocks": 3}),
+        "gray": (picture.convert("L"), "JPEG", {}),
+        "cmyk": (picture.convert("CMYK"), "JPEG", {}),
+        "444": (picture, "JPEG", {"subsampling": 0, "quality": 98}),
+        "png": (picture, "PNG", {}),
+        "palette": (picture.quantize(16), "PNG", {}),
+        "webp": (picture, "WEBP", {}),
+        "gif": (picture.quantize(16), "GIF", {}),
+        "bmp": (picture, "BMP", {}),
+        "tiff": (picture, "TIFF", {"compression": "tiff_lzw"}),
+        "avif": (picture, "AVIF", {}),
+    }
+    found = {}
+    for name, (image, form, settings) in kinds.items():
+        coded = io.BytesIO()
+        image.save(coded, form, **settings)
+        found[name] = coded.getvalue()
+    return found
+
+
+def _flip(data: bytes, draw: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(draw.choice([1, 1, 3, 20])):
+        out[draw.randrange(len(out))] ^= 1 << draw.randrange(8)
+    return bytes(out)
+
+
+def _cut_at_marker(data: bytes, draw: random.Random) -> bytes:
+    marks = [at for at in range(len(data) - 1) if data[at] == 0xFF and data[at + 1] not in (0, 0xFF)]
+    return data[: draw.choice(marks) + draw.randrange(3)] if marks else data[: draw.randrange(len(data))]
+
+
+def _zero(data: bytes, draw: random.Random) -> bytes:
+    at, length = draw.randrange(len(data)), draw.randrange(1, 400)
+    return data[:at] + bytes(len(data[at : at + length])) + data[at + length :]
+
+
+def _twelve_bits(data: bytes, draw: random.Random) -> bytes:
+    at = data.find(b"\xff\xc0")
+    return data if at < 0 else data[: at + 4] + b"\x0c" + data[at + 5 :]
+
+
+def _huge_size(data: bytes, draw: random.Random) -> bytes:
+    """The header claims a picture that no memory holds."""
+    if data[:4] == b"\x89PNG":
+        header = struct.pack(">II", draw.choice([1 << 31, 60_000, 100_000]), 60_000) + data[24:29]
+        return data[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + data[33:]
+    for marker in (b"\xff\xc0", b"\xff\xc2"):
+        at = data.find(marker)
+        if at >= 0:
+            return data[: at + 5] + draw.choice([b"\xff\xff\xff\xff", b"\xff\xff\x00\x10"]) + data[at + 9 :]
+    return data + bytes(1 << 16)
+
+
+def _more_scans(data: bytes, draw: random.Random) -> bytes:
+    """One scan repeated thousands of times: little to store, long to decode."""
+    at = data.find(b"\xff\xda")
+    return data if at < 0 else data[:-2] + data[at:-2] * draw.choice([50, 500]) + data[-2:]
+
+
+MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "flip": _flip,
+    "cut": lambda data, draw: data[: draw.randrange(len(data))],
+    "cut at marker": _cut_at_marker,
+    "zero": _zero,
+    "empty": lambda data, draw: b"",
+    "append": lambda data, draw: data + draw.randbytes(draw.randrange(1, 3000)),
+    "splice": lambda data, draw: (
+        data[: len(data) // 2] + draw.randbytes(draw.randrange(1, 300)) + data[len(data) // 2 :]
+    ),
+    "12 bits": _twelve_bits,
+    "huge": _huge_size,
+    "scans": _more_scans,
+    "noise": lambda data, draw: data[:4] + draw.randbytes(len(data)),
+}
+
+
+def files(count: int, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
+    """(kind, mutation, bytes) of `count` files, all pairs in turn."""
+    draw, whole = random.Random(seed), seeds()
+    pairs = [(kind, name) for name in MUTATIONS for kind in whole]
+    for number in range(count):
+        kind, name = pairs[number % len(pairs)]
+        yield kind, name, MUTATIONS[name](whole[kind], draw)
+
+
+def verdict(data: bytes) -> str:
+    """What the general decoder and the packer say: "read" or "refused".
+
+    Raises:
+        AssertionError: they differ, or a refusal has no reason of one line.
+    """
+    said = []
+    for reader in (lambda: decode_rgb(data), lambda: make_record(data, 64, 90, 1 << 24)):
+        try:
+            reader()
+            said.append("read")
+        except ImageRefused as refusal:
+            assert str(refusal) and "\n" not in str(refusal)
+            said.append("refused")
+    assert said[0] == said[1], f"the decoder says {said[0]}, the packer {said[1]}"
+    return said[0]
+
+
+def loaded(folder: Path, contents: list[bytes]) -> set[int]:
+    """Numbers of the files that the compiled loader refuses, read beside as many whole ones under wrong endings."""
+    good = seeds()["jpeg"]
+    for number, data in enumerate(contents):
+        # A wrong ending must not matter: content decides.
+        (folder / f"{number:03d}.png").write_bytes(data)
+        (folder / f"{number + len(contents):03d}.jpg").write_bytes(good)
+    config = PipelineConfig(str(folder), (ViewSpec("v", 16),), 8, order="sequential", drop_last=False)
+    pipeline = build_pipeline("folder", config, quiet=True)
+    try:
+        for _ in pipeline:
+            pass
+        bad = set(pipeline.stats().bad_records)
+    finally:
+        pipeline.close()
+    for file in folder.iterdir():
+        file.unlink()
+    return bad
+
+
+def attack(count: int, seed: int = 0) -> Counter[tuple[str, str]]:
+    """Outcomes of `count` damaged files, by (mutation, outcome).
+
+    Raises:
+        AssertionError: readers disagree, one file takes too long, or memory grows beyond the bound.
+    """
+    tally: Counter[tuple[str, str]] = Counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    waiting: list[tuple[str, str, bytes, str]] = []
+    with tempfile.TemporaryDirectory() as name:
+        for number, (kind, mutation, data) in enumerate(files(count, seed), 1):
+            started = time.monotonic()
+            outcome = verdict(data)
+            assert time.monotonic() - started < SLOWEST_S, f"{kind} {mutation} takes too long"
+            tally[mutation, outcome] += 1
+            waiting.append((kind, mutation, data, outcome))
+            if len(waiting) == _BATCH or number == count:
+                bad = loaded(Path(name), [data for _, _, data, _ in waiting])
+                for place, (kind, mutation, _, outcome) in enumerate(waiting):
+                    assert (place in bad) == (outcome == "refused"), (
+                        f"{kind} {mutation}: the loader differs ({outcome})"
+                    )
+                waiting = []
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert growth < MOST_GROWTH_KIB, f"memory grew by {growth} KiB"
+    return tally
+
+
+def main(argv: list[str]) -> int:
+    """The long form; prints a table and writes it where `--report` says."""
+    parser = argparse.ArgumentParser(description="Read damaged photos by every reader.")
+    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, help="text file to write")
+    arguments = parser.parse_args(argv)
+    tally = attack(arguments.files, arguments.seed)
+    lines = [f"python -m tests.faults.images --files {arguments.files} --seed {arguments.seed}"]
+    lines += [f"{mutation}  {outcome}  {count}" for (mutation, outcome), count in sorted(tally.items())]
+    lines.append(f"{sum(tally.values())} files, decoder, packer and loader agree on each, no crash, no hang")
+    print("\n".join(lines))
+    if arguments.report:
+        arguments.report.write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -96,6 +96,26 @@ def test_what_is_said_of_a_run(tmp_path: Path) -> None:
     assert not quickstart.queue_filled_twice(read_run(write_run(tmp_path / "short", steps=170)))
 
 
+def test_the_verdict_asks_for_twice_the_standard_error(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    # 35 to 41% of 400 images: a standard error of 3.4 points; 10 to 30%: of 2.7.
+    for row in run.of_kind("knn"):
+        row["val_images"] = 400
+    said = quickstart.verdict(run)
+    assert "ahead by more than twice the standard error in view retrieval (2.7 points)." in said
+    assert "not clearly ahead in 20-NN top-1 (3.4 points)" in said
+    for row in run.of_kind("knn"):
+        row["val_images"] = 4000
+    said = quickstart.verdict(run)
+    assert "20-NN top-1 (1.1 points) and view retrieval" in said and "not clearly" not in said
+
+
+def test_images_of_view_retrieval_are_those_of_training() -> None:
+    from train.measure.health import MAX_RETRIEVAL_IMAGES
+
+    assert quickstart._HEALTH_IMAGES == MAX_RETRIEVAL_IMAGES
+
+
 def test_only_its_own_run_folder_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserMistake, match="did not make"):
@@ -128,6 +148,7 @@ def test_the_whole_of_it_on_a_folder_of_photos(photos, tmp_path: Path, capfd: py
         "report.html",
         "backbone.safetensors",
         "cannot show",
+        "standard error",
     ):
         assert words in said
     assert (run_dir / "backbone.safetensors").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ class Metrics:
         self._board: Any = None
         self._bar: tqdm | None = None
         self._last_console = 0.0
+        self._first_step, self._total_steps = first_step, total_steps
         if run_dir is None:
             return
         path = run_dir / METRICS
@@ -88,7 +90,15 @@ class Metrics:
         elif kind != "train" or time.monotonic() - self._last_console > _CONSOLE_EVERY_S:
             if kind == "train":
                 self._last_console = time.monotonic()
-            tqdm.write(f"[{kind}] step {row['step']} epoch {row['epoch']} {text}", file=sys.stderr)
+            place = self._place(row["step"]) if self._bar is None and kind == "train" else ""
+            tqdm.write(f"[{kind}] step {row['step']} epoch {row['epoch']} {place}{text}", file=sys.stderr)
+
+    def _place(self, step: int) -> str:
+        """How far the run is, for a log that has no bar: share of the steps, time left at the pace so far, clock."""
+        # The steps of this process alone: those before a restart took time that its clock has not seen.
+        pace = (time.monotonic() - self._start) / max(step - self._first_step, 1)
+        left = datetime.timedelta(seconds=round(pace * (self._total_steps - step)))
+        return f"({step / self._total_steps:.0%}, {left} left at {time.strftime('%H:%M:%S')}) "
 
     def close(self) -> None:
         """Flush and release files."""

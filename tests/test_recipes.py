@@ -249,7 +249,9 @@ def test_every_published_recipe_has_a_line() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_small_recipes_of_all_methods_have_equal_optimizer_schedule_and_images(method: str) -> None:
     recipe, _ = RECIPES[f"{method}-small"][1]()
-    other, _ = RECIPES["moco-v2-small"][1]()
+    # Methods that regress a momentum network are a family of their own, with a higher rate.
+    family = "byol" if method in ("byol", "care", "lewel-b") else "moco-v2"
+    other, _ = RECIPES[f"{family}-small"][1]()
     same = ("image_size", "epochs", "global_batch", "optim", "schedule")
     assert [getattr(recipe, name) for name in same] == [getattr(other, name) for name in same]
     assert recipe.arch == ("swin-t" if "moby" in method else "resnet18")

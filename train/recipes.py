@@ -357,9 +357,10 @@ def _regression_small(made: Made, **model: Any) -> Made:
     """Methods that regress a momentum network, without negatives.
 
     The network starts with random embeddings, and with a coefficient of 0.99 the learner is held to them for the first
-    hundreds of steps, which a short run does not have: it ends below the untrained backbone.
+    hundreds of steps, which a short run does not have. On Imagenette (resnet10-w16, 32 px, six epochs) BYOL went from
+    27.0 to 32.5% 20-NN so, to 33.6% with a higher rate, and to 33.3% within four epochs with a coefficient of 0.9.
     """
-    recipe, config = _gentle(made, hidden_dim=1024, **model)
+    recipe, config = _small(made, 32, 64, lr=1e-3, warmup_epochs=4, hidden_dim=1024, **model)
     return replace(recipe, ema=EmaConfig(0.9, recipe.ema.schedule)), config
 
 

@@ -14,6 +14,11 @@ from ..resnet import Trunk, build_backbone
 from .base import Method, StepInputs, StepOutput
 
 
+def _gathered(rows: Tensor) -> Tensor:
+    """(G, D): the rows (B, D) of all ranks, with gradient; a function of its own, for `torch.compiler.disable`."""
+    return gather_with_gradient(rows)
+
+
 class SimCLR(Method):
     """Normalised-temperature cross entropy of both views of every image against all other views of the global batch.
 
@@ -50,7 +55,7 @@ class SimCLR(Method):
         )
         convert_batch_norm(self, bn_mode, bn_group_size)
         # Not a decorator: that imports the compiler with this module, seconds for whoever only exports a backbone.
-        self._gather = torch.compiler.disable(gather_with_gradient)
+        self._gather = torch.compiler.disable(_gathered)
 
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Both views of this rank's images against all views of all ranks."""

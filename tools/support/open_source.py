@@ -14,7 +14,6 @@ from pipeline.listing import list_images
 from pipeline.parquet import ENDING, ParquetImages
 from pipeline.refusal import ImageRefused
 from pipeline.shards import expand_braces
-from pipeline.stores import data_parts
 
 from .remote_source import open_mixed_list, open_remote
 from .source import FilePart, Place, Source, refuse_huge
@@ -31,6 +30,9 @@ def open_source(text: str) -> Source:
     Raises:
         ValueError: it does not exist, holds no images, or a shard is damaged.
     """
+    # Here and not above: stores import PyTorch, seconds that `--help` and a mistyped flag should not cost.
+    from pipeline.stores import data_parts
+
     parts = data_parts(text)
     if len(parts) == 1:
         return _open_one(parts[0])

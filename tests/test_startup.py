@@ -53,14 +53,14 @@ def answer(*command: str) -> dict:
 
 
 def commands() -> list[tuple[str, ...]]:
-    """Every command but the benchmarks, which nobody meets first; what stands before the flag stands with it."""
+    """Every command but those that measure or prove, which nobody meets first; words before the flag stand with it."""
     found: list[tuple[str, ...]] = []
     for path in entry_files():
         if path.stem == "evaluate":
             found += [(str(path), "knn"), (str(path), "detect"), (str(path), "segment")]
         elif path.stem == "main":
             found += [(str(path), "--method", "regioncl-m")]
-        elif not path.stem.startswith(("bench_", "record_", "plot_")):
+        elif not path.stem.startswith(("bench_", "record_", "plot_", "gpu_", "prove_")):
             found += [(str(path),)]
     return found
 

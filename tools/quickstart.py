@@ -314,7 +314,8 @@ def verdict(run: Run) -> str:
     knn = run.last("knn")
     images = run.config["data_images"] if knn is None else knn["val_images"]
     looked_at = {"knn": images, "health": min(images, _HEALTH_IMAGES)}
-    clear, unclear = [], []
+    clear: list[str] = []
+    unclear: list[str] = []
     for kind, name, label in (("knn", "top1", "20-NN top-1"), ("health", "view_retrieval", "view retrieval")):
         rows = run.of_kind(kind)
         if len(rows) < 2:

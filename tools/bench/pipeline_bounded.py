@@ -99,12 +99,12 @@ def measure_bounded(
 
         return run
 
-    views = config.views[0].size, config.global_batch, config.workers
+    settings = config.views, config.global_batch, config.workers
     makers: dict[str, Callable[[], Callable[[], int]]] = {
         "sharded": lambda: ours(sharded),
         "global": lambda: ours(config),
-        "stock-ffcv": lambda: stock_ffcv_epoch(data, *views),
-        "stock-ffcv-quasi-random": lambda: stock_ffcv_epoch(data, *views, quasi_random=True),
+        "stock-ffcv": lambda: stock_ffcv_epoch(data, *settings),
+        "stock-ffcv-quasi-random": lambda: stock_ffcv_epoch(data, *settings, quasi_random=True),
     }
     calls = {}
     for name in contenders:

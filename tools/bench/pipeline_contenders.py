@@ -1,13 +1,13 @@
 """What `bench_pipeline.py` measures itself against: stock FFCV, and PyTorch's DataLoader with PIL.
 
-Each contender is one epoch over a packed file that makes two views of every image and throws them away.
+Each contender is one epoch over a packed file that makes views of every image, two in most, and throws them away.
 """
 
 from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pipeline.beton import BetonReader
+from pipeline.interface import ViewSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -84,8 +85,19 @@ def dataloader_epoch(
     return lambda: sum(len(views[0]) for views in loader)
 
 
-def stock_ffcv_epoch(path: Path, size: int, batch: int, workers: int, quasi_random: bool = False) -> Callable[[], int]:
+MULTI_CROP = tuple(
+    ViewSpec(name=f"view{number + 1}", size=size, scale=scale, draw_id=number)
+    for number, (size, scale) in enumerate([(224, (0.14, 1.0))] * 2 + [(96, (0.05, 0.14))] * 6)
+)
+"""Two large and six small crops. Source: SwAV (arXiv 2006.09882) as facebookresearch/swav trains it on ImageNet."""
+
+
+def stock_ffcv_epoch(
+    path: Path, views: Sequence[ViewSpec], batch: int, workers: int, quasi_random: bool = False
+) -> Callable[[], int]:
     """An epoch of stock FFCV: its own decoder once per view, in random order; returns how many were delivered.
+
+    Of the views their names, sizes and scales count: FFCV has one way to resize.
 
     `quasi_random` is what FFCV has for files larger than memory: pages are read into a cache of its own.
     """
@@ -94,8 +106,8 @@ def stock_ffcv_epoch(path: Path, size: int, batch: int, workers: int, quasi_rand
     from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.transforms import ToTensor
 
-    def view() -> PipelineSpec:
-        decoder = RandomResizedCropRGBImageDecoder((size, size), scale=(0.2, 1.0))
+    def view(spec: ViewSpec) -> PipelineSpec:
+        decoder = RandomResizedCropRGBImageDecoder((spec.size, spec.size), scale=spec.scale)
         return PipelineSpec("image", decoder=decoder, transforms=[ToTensor()])
 
     # FFCV's Loader sets PyTorch's number of threads, which the other contenders would then run with.
@@ -107,7 +119,7 @@ def stock_ffcv_epoch(path: Path, size: int, batch: int, workers: int, quasi_rand
         os_cache=not quasi_random,
         drop_last=True,
         order=OrderOption.QUASI_RANDOM if quasi_random else OrderOption.RANDOM,
-        pipelines={"view1": view(), "view2": view(), "image": None, "label": None},
+        pipelines={**{spec.name: view(spec) for spec in views}, "image": None, "label": None},
     )
     torch.set_num_threads(threads)
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "bash cat cut sha256sum find sort xargs head tail wc mktemp rm mv grep tr awk flock id uname dirname mkdir cp env "
-    "sleep touch"
+    "sleep touch sed"
 )
 
 # Answers what the script asks of an interpreter and logs each call. What FAKE_BAD matches cannot be installed.
@@ -36,6 +36,7 @@ case "$*" in
       if [ -f "$argument" ] && grep -q "^ffcv==" "$argument"; then touch "$FAKE_LOG.ffcv"; fi
     done ;;
   "-") cat >/dev/null; exit "${FAKE_MISMATCH:-0}" ;;
+  "-c import sys; from train.cards import problems_of"*) sed 's/^/no code for /' ;;
   "-m pipeline.native_build") exit "${FAKE_NATIVE:-0}" ;;
   *) echo "the fake Python does not know: $*" >&2; exit 9 ;;
 esac
@@ -165,6 +166,19 @@ def test_without_compiler_and_apt_the_line_to_run_is_printed(checkout: Checkout)
     checkout.tools("g++")
     checkout.setup()
     assert installs(checkout.calls()), "a compiler that has appeared is reason enough to try again"
+
+
+def test_a_card_that_torch_has_no_code_for_is_told(checkout: Checkout) -> None:
+    checkout.tools("g++", "pkg-config", "nvidia-smi")
+    listing = '[ "$*" = "--query-gpu=name,compute_cap --format=csv,noheader" ] && echo "Tesla V100, 7.0"'
+    (checkout.bin / "nvidia-smi").write_text(f"#!/usr/bin/env bash\n{listing}\n")
+    answer = checkout.setup()
+    assert answer.returncode == 0, answer.stderr
+    assert "setup: GPU: no code for Tesla V100, 7.0\n" in answer.stdout
+    (checkout.bin / "nvidia-smi").write_text("#!/usr/bin/env bash\necho no driver; exit 9\n")
+    (checkout.root / ".venv" / "regatta-setup").unlink()
+    again = checkout.setup()
+    assert again.returncode == 0 and "ready" in again.stdout, "a listing that fails stops nothing"
 
 
 def test_two_at_once_do_not_disturb_each_other(checkout: Checkout) -> None:

@@ -201,6 +201,13 @@ if ! "$python" -c 'import ffcv.loader' >/dev/null 2>&1; then
   fi
 fi
 
+# A card that this PyTorch has no code for would be found by the first kernel only.
+if command -v nvidia-smi >/dev/null; then
+  cards=$(nvidia-smi --query-gpu=name,compute_cap --format=csv,noheader 2>/dev/null || true)
+  "$python" -c 'import sys; from train.cards import problems_of; print(*problems_of(sys.stdin), sep="\n")' <<<"$cards" 2>/dev/null |
+    while IFS= read -r line; do [ -z "$line" ] || say "GPU: $line"; done || true
+fi
+
 # --- our decoder ---------------------------------------------------------------------------------------------------------
 
 if [ -f pipeline/native_build.py ]; then

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pipeline.fetch import stop_waiting
 from pipeline.prefetch import set_sharing_processes
 
+from .cards import refuse_without_code
 from .config import RunConfig
 from .errors import RunEnd, UserMistake
 from .slurm import meeting_place, step_ranks
@@ -149,7 +150,9 @@ def _choose_device(wanted: str, local_rank: int) -> torch.device:
         )
     # NCCL's collectives use the current device, which would be GPU 0 for every rank.
     torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank)
+    refuse_without_code(device)
+    return device
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from tools.support.cli import positive
+from train.cards import refuse_without_code
 
 
 def time_interleaved(
@@ -114,11 +115,13 @@ def choose_device(name: str) -> torch.device:
     """The device of a `--device` flag.
 
     Raises:
-        ValueError: CUDA was asked for and there is none.
+        ValueError: CUDA was asked for and there is none, or this PyTorch has no code for the card.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or check the driver")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    refuse_without_code(device)
+    return device
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float:

@@ -22,6 +22,7 @@ from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from train.backbone_io import LoadedBackbone, load
 from train.build import build_method, feature_grid
+from train.cards import refuse_without_code
 from train.checkpoint import is_good, read_checkpoint
 from train.config import Config
 from train.errors import UserMistake
@@ -38,7 +39,9 @@ PROBE_L2 = 1e-3
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_without_code(device)
+    return device
 
 
 def _pyplot() -> Any:

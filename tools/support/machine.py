@@ -64,9 +64,17 @@ def _gpu() -> Iterator[Finding]:
         import torch
     except ImportError:
         return
+    from train.cards import card_problem
+
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
+            problem = card_problem(properties.name, (properties.major, properties.minor))
+            if problem:
+                # Its last part is what to install.
+                text, _, remedy = problem.rpartition("; ")
+                yield Finding("fault", f"GPU {number}: {text}", remedy)
+                continue
             half = "bf16" if properties.major >= 8 else "fp16"
             memory_gib = properties.total_memory / 2**30
             yield Finding("ok", f"GPU {number}: {properties.name}, {memory_gib:.0f} GiB; --precision auto is {half}")

@@ -12,6 +12,7 @@ from models.methods.base import Method, StepInputs, StepOutput
 from pipeline.interface import Batch
 from tools.wheel.loader import Loader
 from train.build import build_method, check_fit, feature_grid
+from train.cards import refuse_without_code
 from train.inputs import InputBuilder, train_views
 from train.keywords import arguments_of
 from train.optim import build_optimizer, set_learning_rate
@@ -43,6 +44,7 @@ class Pretraining:
         asked = {"method": method, "device": device, "precision": precision, **options}
         self.config = resolve(arguments_of(asked))
         where = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+        refuse_without_code(torch.device(where))
         together = dist.is_available() and dist.is_initialized()
         self.runtime = Runtime(
             rank=dist.get_rank() if together else 0,

@@ -14,6 +14,7 @@ from pipeline.interface import PipelineConfig
 from pipeline.loaders import build_pipeline
 
 from ..backbone_io import LoadedBackbone, load
+from ..cards import refuse_without_code
 from ..errors import UserMistake
 from ..eval.splits import source_names
 from ..record.run import read_config
@@ -100,6 +101,7 @@ def embed(
     path = None if out is None else check_out(out)
     loaded = load(str(checkpoint), arch)
     where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    refuse_without_code(where)
     encoder = loaded.encoder.to(where).to(memory_format=torch.channels_last)
     settings = PipelineConfig(
         data=str(data),

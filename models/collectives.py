@@ -98,6 +98,39 @@ def gather_with_gradient(rows: Tensor) -> Tensor:
     return gathered
 
 
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        # Every rank computes the same loss from the sum, so the sum of the ranks' gradients needs no exchange.
+        scaled: Tensor = grads[0] * world()
+        return scaled
+
+
+@torch.compiler.disable
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, for a loss that every rank computes alike from it.
+
+    Gradients are those of the sum of the ranks' equal losses, so that averaging what follows from them over ranks gives
+    the gradient of one loss over the global batch.
+
+    Args:
+        values: floating-point, of equal shape on all ranks.
+
+    Returns:
+        A tensor of that shape; `values` itself where there is one process.
+    """
+    if world() == 1:
+        return values
+    total: Tensor = _SumOverRanks.apply(values)
+    return total
+
+
 def _local_slice(permutation: Tensor, rows: int) -> Tensor:
     if permutation.numel() != rows * world():
         raise ValueError(

@@ -301,6 +301,20 @@ class SimCLRConfig:
     zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
 
 
+@dataclass(frozen=True)
+class BarlowTwinsConfig:
+    """Hyper-parameters of Barlow Twins."""
+
+    off_diagonal_weight: float = option(0.0051, "weight of the redundancy term (lambda)", least=0)
+    loss_scale: float = option(
+        1 / 16, "factor of the loss; the released code's gradient is that of its 16 devices together divided by 16"
+    )
+    dim: int = option(8192, "width of the embeddings", above=0)
+    hidden_dim: int = option(8192, "width of the projector's two hidden layers", above=0)
+    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
+    zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
+
+
 CONFIGS: dict[str, type[Any]] = {
     "moco-v2": MoCoV2Config,
     "regioncl-m": RegionCLMConfig,
@@ -317,6 +331,7 @@ CONFIGS: dict[str, type[Any]] = {
     "moby": MoBYConfig,
     "regioncl-moby": RegionCLMoBYConfig,
     "simclr": SimCLRConfig,
+    "barlow-twins": BarlowTwinsConfig,
 }
 """The methods by name, with their hyper-parameters; `models.methods.METHODS` has the networks under the same names."""
 

@@ -106,6 +106,19 @@ def nt_xent(query: Tensor, others: Tensor, same: Tensor, own: Tensor, temperatur
         return F.cross_entropy(logits, own, reduction="none")
 
 
+def correlation_terms(correlation: Tensor) -> tuple[Tensor, Tensor]:
+    """How far a cross-correlation matrix (D, D) is from the identity: on its diagonal and off it.
+
+    Returns:
+        sum_i (1 - C_ii)^2 and sum_(i != j) C_ij^2, scalars.
+
+    Source: Barlow Twins (arXiv 2103.03230) Eq. 1.
+    """
+    diagonal = correlation.diagonal()
+    # The matrix has millions of entries: a difference of sums needs no copy of it without its diagonal.
+    return (1.0 - diagonal).square().sum(), correlation.square().sum() - diagonal.square().sum()
+
+
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     """-cos(prediction_i, sg(target_i)) for each row: (N, D) and (N, D) -> (N,).
 

@@ -293,6 +293,22 @@ def simclr(method: Any, inputs: StepInputs) -> Tensor:
     return torch.stack(terms).sum() / count
 
 
+def barlow_twins(method: Any, inputs: StepInputs) -> Tensor:
+    """Eq. 1 and 2, entry by entry of the matrix."""
+    config = method.config
+    normalised = []
+    for view in VIEWS:
+        z = method.projector(gap(method.encoder(getattr(inputs, view))))
+        mean = mean_of(list(z))
+        normalised.append([(row - mean) / (mean_of([(r - mean) ** 2 for r in z]) + 1e-5).sqrt() for row in z])
+    total = []
+    for i in range(config.dim):
+        for j in range(config.dim):
+            entry = mean_of([a[i] * b[j] for a, b in zip(*normalised, strict=True)])
+            total.append((1 - entry) ** 2 if i == j else config.off_diagonal_weight * entry**2)
+    return config.loss_scale * torch.stack(total).sum()
+
+
 REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "moco-v2": moco_family,
     "regioncl-m": moco_family,
@@ -305,6 +321,7 @@ REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "moby": moby_family,
     "regioncl-moby": moby_family,
     "simclr": simclr,
+    "barlow-twins": barlow_twins,
 }
 
 

@@ -39,7 +39,7 @@ from tests.method_cases import (
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20
-WITHOUT_MOMENTUM = ("simsiam", "regioncl-s", "simclr")
+WITHOUT_MOMENTUM = ("simsiam", "regioncl-s", "simclr", "barlow-twins")
 each_method = pytest.mark.parametrize("name", METHODS)
 with_momentum = pytest.mark.parametrize("name", [name for name in METHODS if name not in WITHOUT_MOMENTUM])
 
@@ -282,7 +282,7 @@ RANK_CASES = {
     "two ranks, queues": (2, [Case(name) for name in ("moco-v2", "regioncl-m", "densecl", "regioncl-d", "lewel-m")]),
     "two ranks, no queue": (2, [Case(name) for name in ("simsiam", "byol", "moco-v3", "care", "lewel-b")]),
     "two ranks, regions": (2, [Case(name) for name in ("regioncl-s", "regioncl-m3", "moby", "regioncl-moby")]),
-    "two ranks, other baselines": (2, [Case("simclr")]),
+    "two ranks, other baselines": (2, [Case("simclr"), Case("barlow-twins")]),
     "two ranks, pairs across": (
         2,
         [Case(name, ACROSS_RANKS) for name in ("regioncl-m", "regioncl-s", "regioncl-m3", "regioncl-moby")],
@@ -360,7 +360,7 @@ def test_options_are_explicit_and_explained(name):
 def test_names_of_the_contract():
     assert set(METHODS) == set(
         "moco-v2 regioncl-m densecl regioncl-d simsiam regioncl-s byol care lewel-m lewel-b moco-v3 regioncl-m3 moby "
-        "regioncl-moby simclr".split()
+        "regioncl-moby simclr barlow-twins".split()
     )
 
 

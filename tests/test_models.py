@@ -303,9 +303,9 @@ def test_reference_initialisations_of_the_methods():
         open_self_sup = name in ("regioncl-m", "densecl", "regioncl-d")
         expected = "fan_in" if open_self_sup else "torch" if "moby" in name else "fan_out"
         assert config.conv_init == expected, name
-        assert config.zero_init_residual == (name in ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "simclr")), (
-            name
-        )
+        assert config.zero_init_residual == (
+            name in ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "simclr", "barlow-twins")
+        ), name
         if hasattr(config, "head_init"):
             assert config.head_init == ("fan_in" if open_self_sup else "torch"), name
 

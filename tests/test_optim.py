@@ -313,3 +313,15 @@ def test_every_setting_has_help() -> None:
     for config in (OptimConfig, LarsConfig, ScheduleConfig, EmaConfig):
         for leaf in flatten(config()).values():
             assert leaf.option.help, leaf.name
+
+
+def test_excluded_parameters_may_have_a_share_of_the_learning_rate() -> None:
+    config = OptimConfig(kind="lars", lr=0.2, lr_reference_batch=256, exclude="1d", excluded_lr_share=0.024)
+    optimizer = build_optimizer(Toy(), config, 2048)
+
+    def rates() -> dict[bool, float]:
+        return {group["adapt"]: group["lr"] for group in optimizer.param_groups}
+
+    assert rates() == {True: pytest.approx(1.6), False: pytest.approx(0.0384)}
+    set_learning_rate(optimizer, 0.5)
+    assert rates() == {True: pytest.approx(0.5), False: pytest.approx(0.012)}

@@ -13,6 +13,7 @@
 | drop-path masks shared by two passes; drop-path in the momentum network | the same |
 | the two queues of MoBY exchanged | the same |
 | an embedding as its own negative; no negatives of the own view; negatives without gradient (SimCLR) | the same |
+| embeddings not standardised; the diagonal's weight on all entries; both views the same (Barlow Twins) | the same |
 | momentum network frozen; momentum network a copy of the online one | after_step moves all state as specified (below) |
 | a momentum module left out of the average | the same |
 | queue not advanced; not filled | the same |
@@ -33,6 +34,7 @@ import torch
 
 from models import key_queue, losses
 from models.methods import (
+    barlow_twins,
     densecl,
     moby,
     moco_v2,
@@ -121,6 +123,26 @@ def wrong_views(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(moco_v3.MoCoV3, "global_keys", lambda self, view: global_keys(self, view.flip(0)))
     nt_xent = losses.nt_xent
     patch.setattr(simclr, "nt_xent", lambda query, others, same, *rest: nt_xent(query, same, others, *rest))
+    embed, seen = barlow_twins.BarlowTwins.embed, []
+
+    def first_view(self, view):
+        seen.append(view)
+        return embed(self, seen[0])
+
+    patch.setattr(barlow_twins.BarlowTwins, "embed", first_view)
+
+
+def not_standardised(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        barlow_twins.BarlowTwins, "embed", lambda self, view: self.projector(self.encoder(view).mean(dim=(2, 3)))
+    )
+
+
+def one_weight_for_all_entries(patch: pytest.MonkeyPatch) -> None:
+    def terms(correlation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (torch.eye(len(correlation)) - correlation).square().sum(), correlation.new_zeros(())
+
+    patch.setattr(barlow_twins, "correlation_terms", terms)
 
 
 def own_embedding_as_negative(patch: pytest.MonkeyPatch) -> None:
@@ -228,6 +250,8 @@ FAULTS: list[tuple[Patch, Callable[[str, Method, StepInputs], None], list[str]]]
     (shared_drop_path, check_against_formula, ["moby", "regioncl-moby"]),
     (momentum_drop_path, check_against_formula, ["moby", "regioncl-moby"]),
     (queues_exchanged, check_against_formula, ["moby", "regioncl-moby"]),
+    (not_standardised, check_against_formula, ["barlow-twins"]),
+    (one_weight_for_all_entries, check_against_formula, ["barlow-twins"]),
     (own_embedding_as_negative, check_against_formula, ["simclr"]),
     (no_negatives_of_the_own_view, check_against_formula, ["simclr"]),
     (negatives_without_gradient, check_against_formula, ["simclr"]),

@@ -214,6 +214,22 @@ TABLE |= {
 }
 
 
+TABLE["barlow-twins"] = Row(
+    "lars",
+    1.6,
+    2048,
+    1e-6,
+    "1d",
+    10,
+    "cosine-step",
+    CONSTANT,
+    1000,
+    "sync",
+    "byol",
+    model=(("off_diagonal_weight", 0.0051), ("loss_scale", 1 / 16), ("dim", 8192), ("hidden_dim", 8192)),
+)
+
+
 def row_of(recipe: Recipe, model: Any, wanted: Row) -> Row:
     optim, schedule = recipe.optim, recipe.schedule
     return Row(
@@ -267,10 +283,15 @@ def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
     if "moby" in name:
         assert ends == (5e-7, 5e-6, True, 0, "run-start") and recipe.optim.clip_grad_norm == 5.0
         assert recipe.optim.betas == (0.9, 0.999) and recipe.optim.eps == 1e-8
+    elif name == "barlow-twins":
+        assert ends == (0.0, 2e-4, True, 0, "warmup-end") and recipe.optim.clip_grad_norm == 0.0
     else:
         start = 1e-6 if name.startswith("care") else 0.0
         assert ends == (start, 0.0, False, int(lewel), "warmup-end") and recipe.optim.clip_grad_norm == 0.0
     assert recipe.optim.lars.lr_in_buffer == (lewel or name.startswith("simclr")) and recipe.optim.lars.trust == 1e-3
+    assert recipe.optim.excluded_lr_share * recipe.optim.lr == pytest.approx(
+        0.0048 if name == "barlow-twins" else recipe.optim.lr
+    )
     assert recipe.optim.lars.denominator == ("joint" if name.startswith("simclr") else "auto")
     if hasattr(model, "symmetric"):
         wanted = ("symmetric" in name, "sum", "both")
@@ -278,9 +299,9 @@ def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
 
 
 def test_the_zero_started_norms_are_those_of_the_papers_that_have_them() -> None:
-    """The codes of SimSiam, MoCo v3, SimCLR and BYOL do so; LEWEL's code base, MoCo and CARE do not."""
+    """The codes of SimSiam, MoCo v3, SimCLR, Barlow Twins and BYOL do so; LEWEL's code base, MoCo and CARE do not."""
     started = {name for name in TABLE if getattr(RECIPES[name][1]()[1], "zero_init_residual", False)}
-    bases = ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "byol-paper", "simclr")
+    bases = ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "byol-paper", "simclr", "barlow-twins")
     assert started == {name for name in TABLE if name.startswith(bases)}
 
 

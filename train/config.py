@@ -134,6 +134,9 @@ class OptimConfig:
         "tables are decayed); bias_bn: biases and batch norms; bias_bn_encoder: the same, but batch-norm scales only "
         "inside the encoder (LEWEL's code with SyncBN); 1d_tables: vectors and relative-position tables",
     )
+    excluded_lr_share: float = option(
+        1.0, "learning rate of what is excluded, as a share of lr (Barlow Twins, whose biases learn slowly)", above=0
+    )
     sgd_momentum: float = option(0.9, "momentum of sgd and lars", least=0, below=1)
     betas: tuple[float, float] = option((0.9, 0.999), "decay rates of adamw's two averages")
     eps: float = option(1e-8, "adamw's addition to the denominator")

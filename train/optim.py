@@ -41,8 +41,9 @@ _TABLES = frozenset({"row", "col", "rel_h", "rel_w"})  # position tables of the 
 def parameter_groups(method: nn.Module, config: OptimConfig, global_batch: int) -> list[dict[str, Any]]:
     """Trainable parameters in up to four groups: adapted or excluded, scheduled or fixed learning rate.
 
-    Each group holds "name", "params", "lr" (the peak), "weight_decay", "adapt" (whether LARS scales it) and "fixed_lr"
-    (whether schedules leave it alone). The order within a group is that of `named_parameters`.
+    Each group holds "name", "params", "lr" (the peak), "lr_share" (of the schedule's rate), "weight_decay", "adapt"
+    (whether LARS scales it) and "fixed_lr" (whether schedules leave it alone). The order within a group is that of
+    `named_parameters`.
     """
     excluded = _exclusion(method, config.exclude)
     fixed_modules: Iterable[nn.Module] = getattr(method, "fixed_lr_modules", list)()
@@ -57,7 +58,8 @@ def parameter_groups(method: nn.Module, config: OptimConfig, global_batch: int) 
         {
             "name": f"{'excluded' if is_excluded else 'decayed'}{'/fixed_lr' if is_fixed else ''}",
             "params": parameters,
-            "lr": scaled_lr(config, global_batch),
+            "lr": scaled_lr(config, global_batch) * (config.excluded_lr_share if is_excluded else 1.0),
+            "lr_share": config.excluded_lr_share if is_excluded else 1.0,
             "weight_decay": 0.0 if is_excluded else config.weight_decay,
             "adapt": not is_excluded,
             "fixed_lr": is_fixed,
@@ -113,10 +115,11 @@ def with_momentum_buffers(optimizer: torch.optim.SGD) -> torch.optim.SGD:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give this learning rate to every group but those whose rate is fixed."""
+    """Give this learning rate, or a group's share of it, to every group but those whose rate is fixed."""
     for group in optimizer.param_groups:
         if not group.get("fixed_lr", False):
-            group["lr"] = lr
+            # Groups of checkpoints from before there were shares have all of it.
+            group["lr"] = lr * group.get("lr_share", 1.0)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ epoch. Every published schedule of the trainer is one setting of `ScheduleConfig
 | MoCo v1 | 0 | | | steps (milestones 120, 160) | | |
 | MoCo v2, DenseCL, SimSiam, RegionCL-M | 0 | | | cosine-epoch | | 0 |
 | MoCo v3, BYOL, SimCLR | 10 | 0 | 0 | cosine-step | warmup-end | 0 |
+| Barlow Twins | 10 | 0 | 0 | cosine-step | warmup-end | 2e-4 (scaled) |
 | CARE | 10 | 1e-6 | 0 | cosine-step | warmup-end | 0 |
 | LEWEL | 10 | 0 | 1 | cosine-epoch | warmup-end | 0 |
 | MoBY | 5 | 5e-7 (scaled) | 0 | cosine-step | run-start | 5e-6 (scaled) |

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .barlow_twins import BarlowTwins
 from .base import Method
 from .byol import Byol
 from .care import Care
@@ -35,4 +36,5 @@ METHODS: dict[str, type[Method]] = {
     "moby": MoBY,
     "regioncl-moby": RegionCLMoBY,
     "simclr": SimCLR,
+    "barlow-twins": BarlowTwins,
 }

@@ -70,6 +70,7 @@ FAMILIES = {
     ("moco-v3", "regioncl-m3"): [*SGD, "--ema.momentum=0.99", "--temperature=0.2"],
     ("moby", "regioncl-moby"): [*ADAMW, "--ema.momentum=0.99", "--temperature=0.1"],
     ("simsiam",): ADAMW,
+    ("barlow-twins",): [*ADAMW, "--loss-scale=1"],
     ("simclr",): [*ADAMW, "--temperature=0.2"],
     ("regioncl-s",): [*ADAMW, "--region.head-batching=separate"],
     ("byol",): [*ADAMW, *QUICK_EMA],

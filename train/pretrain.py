@@ -19,6 +19,7 @@ from .describe import describe
 from .errors import UserMistake
 from .loop import Job, train
 from .measure.online import health_figures, knn_figures
+from .memory import naming_remedy, training_remedy
 from .proving.choose import Choice, apply, settle, told
 from .record.run import CONFIG
 from .resolve import changed_fields, continued
@@ -36,7 +37,7 @@ def run(config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, A
         taken_over: values that the run's folder has recorded and that the recipe would have otherwise, to be told.
         recorded: configuration in the checkpoint that the run goes on from; None for a new run.
     """
-    with start(config.run) as runtime:
+    with start(config.run) as runtime, naming_remedy(lambda: training_remedy(config, runtime)):
         method = build_method(config, runtime)
         check_fit(config, runtime, method)
         if runtime.is_main:

@@ -250,6 +250,7 @@ def run(config: DetectConfig) -> int:
         if session.arch.startswith("swin"):
             raise UserMistake(f"{session.arch} is no backbone of the published detectors; give a ResNet's checkpoint")
         plan = plan_of(config, kind)
+        session.batch = plan.batch
         data, val = read_both(session, config)
         detector, history = fine_tune(session, config, plan, data)
         threads = decoding_threads(config.workers)

@@ -371,6 +371,7 @@ def _train_by_steps(
         population = np.arange(counted.num_samples)
         counted.close()
     batch = batch_for(recipe.global_batch, config.global_batch, len(population), runtime.world_size)
+    session.batch = batch
     pipeline = session.open_training(config.data, batch, population)
     try:
         # Before the first step: other classes in the validation images would be noticed only after an epoch.

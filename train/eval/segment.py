@@ -119,6 +119,7 @@ def _settings(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
 def fine_tune(session: ProtocolSession, config: SegmentConfig, plan: Plan, data: Data) -> dict[str, Any]:
     """Fine-tune and validate; returns what the result file says."""
     runtime, threads = session.runtime, decoding_threads(config.workers)
+    session.batch = config.global_batch
     # Taken before the network is built, which dilates the trunk in place and takes it over.
     settings = _settings(session, config, plan, data)
     trunk = require_resnet(session.encoder, session.arch)

@@ -104,6 +104,7 @@ def _validate(session: Session, model: Classifier, val: Pipeline) -> Accuracy:
 def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> tuple[HeadRecord, dict[str, Any]]:
     """Fine-tune on the images `population` and validate."""
     batch = batch_for(256, config.global_batch, len(population), session.runtime.world_size)
+    session.batch = batch
     train = session.open_training(config.data, batch, population)
     # Opened before training, so that classes which do not fit are refused at once.
     val = session.open(config.val_data, (center_view(session.image_size),))

@@ -26,6 +26,7 @@ from ..backbone_io import BackboneSource, build_encoder, load
 from ..config import RunConfig
 from ..errors import UserMistake
 from ..measure.features import Features, center_view, extract_features
+from ..memory import evaluation_remedy, naming_remedy
 from ..record.run import read_config
 from ..runtime import Runtime, start
 from ..versions import versions
@@ -49,6 +50,7 @@ class ProtocolSession:
         source: what was loaded.
         run: the run's `config.json`, empty for a file.
         variant: part of the result file's name, for a protocol with several models; may be empty.
+        batch: images of a training step over all ranks, once the protocol knows it; 0 before and without training.
     """
 
     protocol: str
@@ -59,6 +61,7 @@ class ProtocolSession:
     source: BackboneSource
     run: dict[str, Any]
     variant: str = ""
+    batch: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -270,7 +273,9 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
         # The pipelines deliver channels-last images; weights in the plain layout would be converted at each call.
         encoder = encoder.to(runtime.device).to(memory_format=torch.channels_last)
         run = {} if loaded.source.folder is None else read_config(loaded.source.folder)
-        yield ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run, variant)
+        session = ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run, variant)
+        with naming_remedy(lambda: evaluation_remedy(runtime, session.batch, 0)):
+            yield session
 
 
 @contextmanager
@@ -288,7 +293,7 @@ def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
     with open_protocol(protocol, config) as opened:
         # A run is judged at the size it was trained at; a file does not say its size.
         size = config.image_size or int(opened.run.get("recipe", {}).get("image_size", 0)) or DEFAULT_IMAGE_SIZE
-        yield Session(
+        session = Session(
             protocol,
             config,
             opened.runtime,
@@ -299,6 +304,8 @@ def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
             started=opened.started,
             image_size=size,
         )
+        with naming_remedy(lambda: evaluation_remedy(session.runtime, session.batch, size)):
+            yield session
 
 
 def linear_views(image_size: int) -> tuple[ViewSpec, ...]:

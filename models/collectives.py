@@ -112,12 +112,11 @@ class _SumOverRanks(torch.autograd.Function):
         return scaled
 
 
-@torch.compiler.disable
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of all ranks' tensors, for a loss that every rank computes alike from it.
 
     Gradients are those of the sum of the ranks' equal losses, so that averaging what follows from them over ranks gives
-    the gradient of one loss over the global batch.
+    the gradient of one loss over the global batch. Compiled code must leave it out (`torch.compiler.disable`).
 
     Args:
         values: floating-point, of equal shape on all ranks.

@@ -452,9 +452,14 @@ def test_the_lint_finds_what_it_should(source: str, waits: bool) -> None:
 # --- figures of the README -------------------------------------------------------------------------------------------
 
 
+def benchmark_tables() -> list[Path]:
+    """The tables of benchmarks; a plan's table has a row a run, with the columns of `tools/support/plans.py`."""
+    return sorted(set((ROOT / "tools" / "results").glob("*.csv")) - {ROOT / "tools" / "results" / "imagenette.csv"})
+
+
 def result_rows() -> list[dict[str, str]]:
     rows = []
-    for path in sorted((ROOT / "tools" / "results").glob("*.csv")):
+    for path in benchmark_tables():
         with path.open(newline="") as stream:
             rows += [{**row, "file": path.name} for row in csv.DictReader(stream)]
     return rows
@@ -462,7 +467,7 @@ def result_rows() -> list[dict[str, str]]:
 
 def test_result_files_have_the_contract_s_columns() -> None:
     wanted = set("date commit benchmark contender setting metric unit median p20 p80 n device cpu cores torch".split())
-    for path in sorted((ROOT / "tools" / "results").glob("*.csv")):
+    for path in benchmark_tables():
         with path.open(newline="") as stream:
             reader = csv.DictReader(stream)
             assert wanted <= set(reader.fieldnames or ()), f"{path.name} lacks {wanted - set(reader.fieldnames or ())}"

@@ -24,6 +24,7 @@ from pipeline.images import decode_rgb
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import PIPELINES, build_pipeline, choose_loader
 from pipeline.native_build import NativeUnavailable
+from pipeline.refusal import TooManyBad
 from pipeline.sampling import hold_out
 from pipeline.shard_store import open_shards
 from pipeline.stores import FileStore
@@ -373,7 +374,7 @@ def test_all_records_bad_is_an_error_not_a_hang(folder: Path, tmp_path: Path, bu
     shutil.copytree(folder, data)
     for path in FileStore(str(data)).files:
         path.write_bytes(b"no image")
-    with pytest.raises(RuntimeError, match="others drawn for its place"):
+    with pytest.raises(TooManyBad, match="nor can 64 others that were drawn for its place"):
         collect(build(Case("folder", packed=False), data))
 
 

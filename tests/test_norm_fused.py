@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +28,18 @@ def restore_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool, bool]]:
     """(groups, whether there is a residual, whether there is a ReLU) of each call of the operator."""
     made: list[tuple[int, bool, bool]] = []
-    original = sys.modules["models.ops.batch_norm_act"]._batch_norm_act  # type: ignore[attr-defined]
+    module = sys.modules["models.ops.batch_norm_act"]
 
-    def counted(x, residual, weight, bias, groups, eps, relu, keep_mask):
-        made.append((groups, residual is not None, relu))
-        return original(x, residual, weight, bias, groups, eps, relu, keep_mask)
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x, residual, weight, bias, groups, eps, relu, keep_mask):
+            made.append((groups, residual is not None, relu))
+            return original(x, residual, weight, bias, groups, eps, relu, keep_mask)
 
-    monkeypatch.setattr(sys.modules["models.ops.batch_norm_act"], "_batch_norm_act", counted)
+        return call
+
+    # The operator, and what stands in for it in a pass without gradients.
+    for name in ("_batch_norm_act", "_forward"):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return made
 
 

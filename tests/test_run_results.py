@@ -174,6 +174,15 @@ def test_a_stop_is_passed_on_with_its_exit_code(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "r.csv").exists()
 
 
+def test_published_rows_are_of_runs_that_a_plan_names() -> None:
+    rows = read_rows(run_results.ROWS)
+    planned = {run.key for plan in (ROOT / "tools" / "plans").glob("*.toml") for run in read_plan(plan)}
+    assert rows and {run_results.key_of(row) for row in rows} <= planned
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        assert all(0 <= float(row[name]) <= 1 for name in ("untrained", "best", "last", "linear", "view_retrieval"))
+
+
 def test_rows_are_a_table_that_csv_reads(tmp_path: Path) -> None:
     add_row(tmp_path / "r.csv", dict.fromkeys(COLUMNS, "a,b"))
     add_row(tmp_path / "r.csv", dict.fromkeys(COLUMNS, "c"))

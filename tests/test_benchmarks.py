@@ -15,6 +15,7 @@ from tools.bench.projection import project, read_measured
 from tools.bench.rows import COLUMNS, Report, Row, Summary
 from tools.bench.timing import check_twice_eager, choose_device, peak_mib, time_interleaved
 from tools.support import cli
+from train.build import build_method
 
 
 def test_summary_is_median_and_percentiles():
@@ -174,6 +175,19 @@ def test_bench_step_with_every_contender(tmp_path, precision):
 def test_bench_step_refuses_a_port_that_computes_something_else(monkeypatch):
     monkeypatch.setattr(reference_port, "TEMPERATURE", 0.19)
     with pytest.raises(RuntimeError, match="ours, fp32: loss"):
+        bench_step.main([*STEP, "--no-csv"])
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.0, -1.0])
+def test_bench_step_refuses_a_trunk_with_wrong_gradients(monkeypatch, factor):
+    def spoiled(config, runtime):
+        method = build_method(config, runtime)
+        for parameter in method.encoder.parameters():
+            parameter.register_hook(lambda gradient: gradient * factor)
+        return method
+
+    monkeypatch.setattr(bench_step, "build_method", spoiled)
+    with pytest.raises(RuntimeError, match="ours, fp32: the gradient of encoder"):
         bench_step.main([*STEP, "--no-csv"])
 
 

@@ -13,6 +13,7 @@ from models.methods.base import StepInputs
 from train.cuda_graph import GraphedForwardBackward, capture_cuda
 from train.errors import UserMistake
 from train.main import main
+from train.proving.gradients import gradient_problem
 from train.runtime import Runtime
 
 CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
@@ -91,6 +92,36 @@ def test_equals_the_plain_step():
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+def gradients(method):
+    return {name: p.grad.detach().cpu().clone() for name, p in method.named_parameters() if p.grad is not None}
+
+
+def reference_gradients(method, inputs):
+    """Gradients of the plain step in fp32."""
+    plain = copy.deepcopy(method)
+    plain(inputs).loss.backward()
+    return gradients(plain)
+
+
+def test_gradients_are_those_of_the_plain_step():
+    method = make_method()
+    graphed = GraphedForwardBackward(method, CPU, capture)
+    for step in range(2):
+        reference = reference_gradients(method, make_inputs(step))
+        graphed(make_inputs(step))
+        assert gradient_problem(gradients(method), reference, torch.float32) == ""
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.0, -1.0])
+def test_wrong_gradients_of_the_trunk_are_seen(factor):
+    method = make_method()
+    reference = reference_gradients(method, make_inputs(0))
+    for parameter in method.encoder.parameters():
+        parameter.register_hook(lambda gradient: gradient * factor)
+    GraphedForwardBackward(method, CPU, capture)(make_inputs(0))
+    assert "the gradient of encoder" in gradient_problem(gradients(method), reference, torch.float32)
+
+
 def test_a_method_that_reads_the_step_is_refused():
     class Reads(torch.nn.Module):
         def forward(self, inputs):
@@ -150,7 +181,10 @@ def test_replays_on_a_gpu():
 
     graphed = GraphedForwardBackward(method, runtime)
     for step in range(3):
+        reference = reference_gradients(method, on_gpu(step))
         output = graphed(on_gpu(step))
+        # TF32 convolutions where PyTorch uses them: direction and length still tell a wrong gradient.
+        assert gradient_problem(gradients(method), reference, torch.float32) == ""
         expected = plain(on_gpu(step))
         torch.testing.assert_close(output.loss, expected.loss.detach(), rtol=1e-3, atol=1e-3)
 

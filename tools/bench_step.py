@@ -19,7 +19,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from train.checkpoint import run_checkpoints
 from train.config import Config
 from train.inputs import finished_views
 from train.loop import take_step
+from train.proving.gradients import gradient_problem
 from train.resolve import resolve
 from train.runtime import Runtime, start
 
@@ -245,8 +246,23 @@ def configure(
     return resolve([*flags, "--bn.group-size", str(size if size and batch % size == 0 else 0)])
 
 
-def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
-    """Two steps of every contender from equal weights on equal inputs must give the losses of the fp32 port.
+@dataclass(frozen=True)
+class Taken:
+    """What steps from equal weights on equal inputs gave.
+
+    Attributes:
+        losses: of each step.
+        gradients: name of the parameter in our method -> gradient of the first step.
+    """
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+
+
+def check_steps(options: argparse.Namespace, runtime: Runtime) -> None:
+    """Two steps of every contender must give the losses of the fp32 port, and the first of them its gradients.
+
+    In fp16 the losses alone are compared.
 
     Raises:
         RuntimeError: one does not.
@@ -256,28 +272,62 @@ def check_losses(options: argparse.Namespace, runtime: Runtime) -> None:
     fp32 = replace(runtime, dtype=torch.float32)
     source = OurStep(config, fp32)
     source.prepare()
-    boxes = [inputs.box_cells.get("view1") for inputs in source.inputs]
-    # The port gets the regions that ours drew: another draw would be another loss.
-    regions = [None if box is None else tuple(box[0].tolist()) for box in boxes]
-    views = [(inputs.view1.float(), inputs.view2.float()) for inputs in source.inputs]
-
-    def port_losses(port: PortOptions) -> list[float]:
-        contender = PortStep(source, port).port
-        return [float(contender(*pair, region)) for pair, region in zip(views, regions, strict=True)]  # type: ignore[arg-type]
-
     # The port as released, in fp32, is what everything else is held against.
-    expected = port_losses(PortOptions())
+    expected = _port_steps(source, PortOptions())
     for name, ours_runtime in {"ours, fp32": fp32, f"ours, {str(runtime.dtype)[6:]}": runtime}.items():
         # With --precision fp32 both entries are the same step.
         if name == "ours, fp32" or ours_runtime.dtype is not torch.float32:
-            _compare_losses(name, _our_losses(config, ours_runtime, source.inputs), expected, ours_runtime.dtype)
+            _compare(name, _our_steps(OurStep(config, ours_runtime), source.inputs), expected, ours_runtime.dtype)
     for names in options.attempt:
         if "trunk" not in names:  # whose compilation takes longer than a check on other shapes is worth
             tried = attempted_step(names, options, runtime, config.recipe.global_batch, 0, "")
-            _compare_losses(_label(names), _losses(tried, source.inputs), expected, runtime.dtype)
+            _compare(_label(names), _our_steps(tried, source.inputs), expected, runtime.dtype)
     for name, port in port_options(runtime.dtype, False).items():
         if name != "official port" and _wanted(options, name):
-            _compare_losses(name, port_losses(port), expected, port.amp or torch.float32)
+            _compare(name, _port_steps(source, port), expected, port.amp or torch.float32)
+
+
+def _port_steps(source: OurStep, options: PortOptions) -> Taken:
+    """A fresh port's steps on the inputs of ours."""
+    step = PortStep(source, options)
+    assert isinstance(source.method, MoCoV2)
+    # The port gets the regions that ours drew: another draw would be another loss.
+    boxes = [inputs.box_cells.get("view1") for inputs in source.inputs]
+    regions = [None if box is None else tuple(box[0].tolist()) for box in boxes]
+    online = step.port.online
+    losses: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    for views, region in zip(step.views, regions, strict=True):
+        losses.append(float(step.port(*views, region)))  # type: ignore[arg-type]
+        # Later steps start from weights that rounding has moved apart; the port's stay until its next backward pass.
+        gradients = gradients or _gradients(source.method, [*online.trunk.parameters(), *online.neck.parameters()])
+    return Taken(losses, gradients)
+
+
+def _our_steps(ours: OurStep, inputs: list[StepInputs]) -> Taken:
+    """A fresh step of ours on each of the inputs in turn."""
+    losses: list[float] = []
+    gradients: list[dict[str, Tensor]] = []
+    ours.inputs, method = inputs, ours.method
+    assert isinstance(method, MoCoV2)
+    trained = [*method.encoder.parameters(), *method.projector.parameters()]
+    # As the optimizer finds them, unscaled and clipped; the step drops them afterwards.
+    hook = ours.state.optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradients(method, trained)))
+    for _ in inputs:
+        # Cleared before each step, so that the sum is that step's loss.
+        ours.state.sums = {}
+        ours()
+        losses.append(ours.loss_of_last_step())
+    hook.remove()
+    return Taken(losses, gradients[0])
+
+
+def _gradients(method: MoCoV2, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Copies of gradients by our names; `parameters` in the order of our encoder and projector."""
+    parts = {"encoder": method.encoder, "projector": method.projector}
+    names = [f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters()]
+    held = zip(names, parameters, strict=True)
+    return {name: each.grad.detach().clone() for name, each in held if each.grad is not None}
 
 
 def attempted_step(
@@ -339,33 +389,23 @@ def check_attempts(options: argparse.Namespace) -> None:
         raise ValueError(f"--try shared-forward: {options.method} swaps no regions; choose a regioncl method")
 
 
-def _our_losses(config: Config, runtime: Runtime, inputs: list[StepInputs]) -> list[float]:
-    """Losses of our step on each of the inputs in turn, from fresh weights."""
-    return _losses(OurStep(config, runtime), inputs)
-
-
-def _losses(ours: OurStep, inputs: list[StepInputs]) -> list[float]:
-    """Losses of a fresh step on each of the inputs in turn."""
-    ours.inputs = inputs
-    losses = []
-    for _ in inputs:
-        # Cleared before each step, so that the sum is that step's loss.
-        ours.state.sums = {}
-        ours()
-        losses.append(ours.loss_of_last_step())
-    return losses
-
-
 def _wanted(options: argparse.Namespace, name: str) -> bool:
     return not options.contenders or name in options.contenders
 
 
-def _compare_losses(name: str, losses: Sequence[float], expected: Sequence[float], dtype: torch.dtype) -> None:
+def _compare(name: str, found: Taken, expected: Taken, dtype: torch.dtype) -> None:
     tolerance = LOSS_TOLERANCE[dtype]
-    for step, (loss, wanted) in enumerate(zip(losses, expected, strict=True)):
+    for step, (loss, wanted) in enumerate(zip(found.losses, expected.losses, strict=True)):
         # Written so that NaN is refused as well.
         if not abs(loss - wanted) <= tolerance * abs(wanted):
             raise RuntimeError(f"{name}: loss {loss:.6g} at step {step}, the fp32 port has {wanted:.6g}")
+    # In fp16 the loss scale may skip our first step, and the port has no loss scale: its gradients underflow.
+    if dtype is torch.float16:
+        return
+    # A wrong gradient moves the second loss by less than its tolerance, so the gradients are compared themselves.
+    problem = gradient_problem(found.gradients, expected.gradients, dtype)
+    if problem:
+        raise RuntimeError(f"{name}: {problem}; the reference is the fp32 port")
 
 
 def build_contenders(options: argparse.Namespace, runtime: Runtime) -> dict[str, Callable[[], None]]:
@@ -509,7 +549,7 @@ def measure(options: argparse.Namespace, runtime: Runtime) -> None:
         known = ", ".join(port_options(runtime.dtype, options.compile))
         raise ValueError(f"--contenders {min(unknown)!r} is unknown; choose from {known}")
     if options.method in PORTED and not options.ours_only:
-        check_losses(options, runtime)
+        check_steps(options, runtime)
     report = Report("bench_step", runtime.device)
     contenders = build_contenders(options, runtime)
     ours = next(step for step in contenders.values() if isinstance(step, OurStep))

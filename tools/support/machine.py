@@ -72,7 +72,7 @@ def _gpu() -> Iterator[Finding]:
             problem = card_problem(properties.name, (properties.major, properties.minor))
             if problem:
                 # Its last part is what to install.
-                text, _, remedy = problem.rpartition("; ")
+                text, _, remedy = problem.partition("; ")
                 yield Finding("fault", f"GPU {number}: {text}", remedy)
                 continue
             half = "bf16" if properties.major >= 8 else "fp16"

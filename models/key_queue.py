@@ -38,6 +38,8 @@ class KeyQueue(nn.Module):
     def enqueue(self, keys: Tensor) -> None:
         """Overwrite the oldest rows with keys (N, D), wrapping around at the end; N may be anything up to K.
 
+        A key that is not finite leaves the row as it was: one NaN would make every later loss NaN.
+
         Raises:
             ValueError: more keys than rows: some would be overwritten before any loss had seen them.
         """
@@ -46,11 +48,16 @@ class KeyQueue(nn.Module):
             raise ValueError(f"{count} keys a step do not fit a queue of {size}; raise --queue-size to {count} or more")
         # At most two copies into the buffer itself: `loss.backward` has run, so nothing reads the old rows any more.
         until_end = min(count, size - self.pointer)
-        self.rows[self.pointer : self.pointer + until_end].copy_(keys[:until_end])
+        _overwrite(self.rows[self.pointer : self.pointer + until_end], keys[:until_end])
         if until_end < count:
-            self.rows[: count - until_end].copy_(keys[until_end:])
+            _overwrite(self.rows[: count - until_end], keys[until_end:])
         self.pointer = (self.pointer + count) % size
 
     def extra_repr(self) -> str:
         """Size and dimension for `print`."""
         return f"{self.rows.shape[0]}, {self.rows.shape[1]}"
+
+
+def _overwrite(rows: Tensor, keys: Tensor) -> None:
+    finite = torch.isfinite(keys).all(dim=1, keepdim=True)
+    rows.copy_(torch.where(finite, keys, rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +14,25 @@ import torch
 
 import train.inputs
 import train.main
+from models.hyperparameters import CONFIGS
+from tests.method_cases import BATCH, build, make_inputs, online_parameters, small_config
 from tests.runs import TINY, last_wins, rows
-from train.errors import EXIT_NON_FINITE
-from train.loop import PATIENCE, _update
+from tools import replay
+from train.errors import EXIT_NON_FINITE, NonFinite
+from train.loop import PATIENCE, Job, _give_up_if_stuck, _update, take_step
 from train.optim import Lars, with_momentum_buffers
+from train.resolve import resolve
+from train.runtime import Runtime
+from train.state import TrainState
 
 
 def argv(run_dir: Path, steps: int, *more: str) -> list[str]:
     return last_wins(["--method", "regioncl-m", "--run-dir", str(run_dir), "--max-steps", str(steps), *TINY, *more])
 
 
-def test_one_bad_batch_is_skipped_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bad_batch_is_skipped_told_and_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.set_num_threads(1)
     build = train.inputs.InputBuilder.build
 
@@ -45,6 +54,12 @@ def test_one_bad_batch_is_skipped_and_told(tmp_path: Path, monkeypatch: pytest.M
 
     for name, tensor in load_file(tmp_path / "run" / "backbone.safetensors").items():
         assert torch.isfinite(tensor).all(), name
+    # The bad step is found again, from the checkpoint before it and its number alone.
+    assert replay.main([str(tmp_path / "run")]) == EXIT_NON_FINITE
+    assert "step 5 is not finite again: view1 of the input, image 0" in capsys.readouterr().out
+    monkeypatch.setattr(train.inputs.InputBuilder, "build", build)
+    assert replay.main([str(tmp_path / "run")]) == 0
+    assert "steps 5 to 5 are finite here" in capsys.readouterr().out
 
 
 def test_a_run_that_stays_non_finite_gives_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +70,26 @@ def test_a_run_that_stays_non_finite_gives_up(tmp_path: Path, capfd: pytest.Capt
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert f"{PATIENCE} steps in a row" in last and "--optim.lr" in last
     assert len(rows(tmp_path / "run", "skipped_step")) == PATIENCE
+
+
+def test_a_rollback_goes_on_behind_the_bad_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr("train.loop.PATIENCE", 4)
+    build = train.inputs.InputBuilder.build
+
+    def poisoned(self, batch, step):
+        inputs = build(self, batch, step)
+        if 5 <= step < 9:
+            inputs[0].view1[0, 0, 0, 0] = torch.nan
+        return inputs
+
+    monkeypatch.setattr(train.inputs.InputBuilder, "build", poisoned)
+    flags = ("--on-non-finite", "rollback", "--checkpoint-every", "4")
+    assert train.main.main(argv(tmp_path / "run", 12, *flags)) == 0
+    # The checkpoint of step 8 is from amid the bad steps.
+    told = [(row["step"], row["weights_of_step"]) for row in rows(tmp_path / "run", "rollback")]
+    assert told == [(9, 4)]
+    assert [row["step"] for row in rows(tmp_path / "run", "train")][-1] == 12
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "lars"])
@@ -81,3 +116,80 @@ def test_a_first_step_skipped_as_on_cuda_leaves_no_trace(kind: str, monkeypatch:
             state: Any = SimpleNamespace(optimizer=optimizer, scaler=None)
             assert _update(state, torch.tensor(bad), device)
     assert torch.equal(module.weight, plain.weight) and torch.isfinite(plain.weight).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a value that is not finite comes from, and what it must not reach
+
+
+def job_of(method_name: str, device: str) -> tuple[Job, TrainState]:
+    """A run of one process whose tensors are on the CPU, whatever device the loop is told that it works on."""
+    fields = {field.name for field in dataclasses.fields(CONFIGS[method_name])}
+    line = f"--method {method_name} --run-dir none --loader synthetic --data 128 --global-batch {BATCH} --optim.lr 0.05"
+    config = resolve(line.split())
+    changes = {"momentum_norm": "ema"} if "momentum_norm" in fields else {}
+    method = build(method_name, small_config(method_name, **changes))
+    optimizer = with_momentum_buffers(
+        torch.optim.SGD(online_parameters(method).values(), lr=0.1, momentum=0.9, fused=True)
+    )
+    runtime = Runtime(0, 1, torch.device(device), torch.float32, False)
+    state = TrainState(method, optimizer, None, 0, {}, 0, torch.zeros(1, dtype=torch.int64))
+    quiet = SimpleNamespace(row=lambda *values, **named: None)
+    job = Job(config, runtime, method, None, quiet, None, 100, 100, 10, None)  # type: ignore[arg-type]
+    return job, state
+
+
+def nan_in_the_input(state: TrainState, inputs: Any) -> None:
+    inputs.view1[0, 0, 0, 0] = torch.nan
+
+
+def infinite_gradient(state: TrainState, inputs: Any) -> None:
+    parameter = next(state.method.encoder.parameters())
+    handle = parameter.register_hook(lambda gradient: handle.remove() or gradient.fill_(torch.inf))
+
+
+def variance_that_overflows(state: TrainState, inputs: Any) -> None:
+    norm = next(m for m in state.method.encoder.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
+
+    def overflow(*_: Any) -> None:
+        handle.remove()
+        norm.running_var.data.fill_(torch.inf)  # unseen by autograd, as an overflow is
+
+    handle = norm.register_forward_hook(overflow)
+
+
+@pytest.mark.parametrize("spoil", [nan_in_the_input, infinite_gradient, variance_that_overflows])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["moco-v2", "byol"])
+def test_a_bad_step_reaches_neither_weights_nor_statistics_nor_queue(name: str, device: str, spoil: Any) -> None:
+    torch.set_num_threads(1)
+    job, state = job_of(name, device)
+    for step in range(2):
+        take_step(job, state, step, [make_inputs(state.method, step)])
+    before = {key: value.clone() for key, value in state.method.state_dict().items()}
+    momentum = [value["momentum_buffer"].clone() for value in state.optimizer.state.values()]
+    inputs = make_inputs(state.method, 2)
+    spoil(state, inputs)
+    take_step(job, state, 2, [inputs])
+    for key, value in state.method.state_dict().items():
+        # The host of a GPU does not know of the bad step: the average goes on towards weights that stood still.
+        averaged = device == "cuda" and "momentum_" in key
+        assert torch.isfinite(value).all() if averaged else torch.equal(value, before[key]), key
+    assert all(map(torch.equal, momentum, [value["momentum_buffer"] for value in state.optimizer.state.values()]))
+    assert state.non_finite.item() == 1
+    take_step(job, state, 3, [make_inputs(state.method, 3)])
+    assert state.non_finite.item() == 0 and all(torch.isfinite(v).all() for v in state.method.state_dict().values())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_spoiled_momentum_network_ends_the_run_with_the_weights_whole(device: str) -> None:
+    torch.set_num_threads(1)
+    job, state = job_of("byol", device)
+    take_step(job, state, 0, [make_inputs(state.method, 0)])
+    next(state.method.momentum_encoder.parameters()).data.fill_(torch.nan)
+    weights = [parameter.clone() for parameter in state.method.encoder.parameters()]
+    with pytest.raises(NonFinite, match=f"{PATIENCE} steps in a row"):
+        for step in range(1, PATIENCE + 1):
+            take_step(job, state, step, [make_inputs(state.method, step)])
+        _give_up_if_stuck(state)  # as with each row; the CPU's host has looked before
+    assert all(map(torch.equal, weights, state.method.encoder.parameters()))

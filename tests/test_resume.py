@@ -75,8 +75,6 @@ def test_ranks_resume_byte_identical(tmp_path: Path, world_size: int) -> None:
 
 def cut_back(run_dir: Path) -> None:
     """Drop the checkpoint that the end of a shorter run wrote, as a kill just before it would have."""
-    import shutil
-
     shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
 
 
@@ -109,6 +107,20 @@ def test_damaged_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -
     assert run(argv(run_dir)) == [0]
     assert [row["step"] for row in rows(run_dir, "resume")] == [6]
     assert_same(whole, run_dir)
+
+
+def test_a_kill_after_the_last_checkpoint_costs_no_export(whole: Path, tmp_path: Path) -> None:
+    """The state of the last step is then saved, and the backbone file is still that of the checkpoint before."""
+    run_dir = tmp_path / "late"
+    shutil.copytree(whole, run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if '"end"' not in line))
+    (run_dir / "backbone.safetensors").write_bytes(b"of an earlier step")
+    assert run(argv(run_dir)) == [0]
+    assert_same(whole, run_dir)
+    modified = (run_dir / "backbone.safetensors").stat().st_mtime_ns
+    assert run(argv(run_dir)) == [0]
+    assert (run_dir / "backbone.safetensors").stat().st_mtime_ns == modified, "a run that has ended is left alone"
 
 
 def test_starting_over_keeps_its_own_checkpoints(whole: Path, tmp_path: Path) -> None:
@@ -162,6 +174,10 @@ def forget_sums(state) -> None:
     state.sums, state.sum_steps = {}, 0
 
 
+def forget_length_of_metrics(state) -> None:
+    state.metrics_bytes = 0
+
+
 @pytest.mark.parametrize(
     "forget",
     [
@@ -172,6 +188,7 @@ def forget_sums(state) -> None:
         forget_running_statistics,
         forget_step,
         forget_sums,
+        forget_length_of_metrics,
     ],
 )
 def test_every_piece_of_state_matters(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget) -> None:

@@ -92,6 +92,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of the checkpoint in a folder of that name; inverse of `checkpoint_name`."""
+    return int(folder.name.removeprefix("step_"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -242,14 +247,20 @@ class Checkpoints:
     _history: list[str] = field(default_factory=list)  # names of this run's own checkpoints, oldest first
     _saved_step: int | None = None
 
-    def restore(self, state: State) -> bool:
+    def restore(self, state: State, before: int | None = None) -> bool:
         """Fill `state` in place from the newest checkpoint that every rank finds whole; whether there was one.
+
+        Args:
+            state: of this run.
+            before: only checkpoints of earlier steps than this one count.
 
         Raises:
             UserMistake: it has other settings or is of another network, no checkpoint is whole, one may not be read,
                 or the ranks do not see the same ones; `state` is then unchanged.
         """
-        folders = self._same_on_all_ranks() if self.resume else []
+        # `--resume never` speaks of what was there before this run, not of what it has saved itself.
+        folders = self._same_on_all_ranks() if self.resume or before is not None else []
+        folders = [folder for folder in folders if before is None or step_of(folder) < before]
         passed_over: list[str] = []
         # Newest first; a damaged one is passed over for the one before.
         for position, folder in enumerate(folders):

@@ -91,6 +91,19 @@ class RunConfig:
     log_every: int = option(
         10, "steps between rows of metrics; the only time the host waits for the device", least=1, free_on_resume=True
     )
+    hang_timeout: int = option(
+        1800,
+        "seconds without progress, as of a rank that was stopped or a disk that went away, after which the job ends "
+        "with code 6 and names the culprit; 0: never",
+        least=0,
+        free_on_resume=True,
+    )
+    on_non_finite: Literal["stop", "rollback"] = option(
+        "stop",
+        "after 25 steps in a row with a loss or gradient that is not finite: stop with code 4, or take the newest "
+        "checkpoint from before them and go on with the batches behind them",
+        free_on_resume=True,
+    )
     holdout: int = option(
         0,
         "images kept out of training for the health figures where there is no --val-data (at most 5 percent); 0: the "

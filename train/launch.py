@@ -22,7 +22,7 @@ STARTED_HERE = "REGATTA_PROCESSES"
 """Environment variable that tells a process that it was started here, and with how many others."""
 _POLL_S = 0.1
 _GRACE_S = 5.0
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def starts_others(count: int) -> bool:
@@ -95,7 +95,9 @@ def _forwarding(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             # Ended ones are left alone by `send_signal` itself.
             child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    # Under nohup a hangup is ignored, here and in the processes.
+    heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         yield
     finally:

@@ -30,6 +30,7 @@ from .record.metrics import Metrics
 from .retry import persistently
 from .runtime import Runtime, SignalWatch
 from .schedules import ema_at, lr_at
+from .skipped import Skipped, keep
 from .state import TrainState
 
 _TAKEN = "steps_taken"
@@ -72,6 +73,43 @@ class Job:
 
 
 def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
+    """Take optimizer steps to the end of the run; `--on-non-finite rollback` goes back and on instead of giving up.
+
+    Raises:
+        see `_train`.
+    """
+    rolled_back_at: int | None = None
+    while True:
+        try:
+            _train(job, state, watch)
+            return
+        except NonFinite as reason:
+            if job.config.run.on_non_finite == "stop":
+                raise
+            rolled_back_at = _roll_back(job, state, reason, rolled_back_at)
+
+
+def _roll_back(job: Job, state: TrainState, reason: NonFinite, rolled_back_at: int | None) -> int:
+    """Take the newest checkpoint from before the bad steps, and go on behind them; returns the step of that.
+
+    Going on at the checkpoint's own step would meet the same batches, and so the same end.
+
+    Raises:
+        NonFinite: `reason`, where there is no such checkpoint or this run has gone back to it already.
+    """
+    stuck = state.step
+    if not job.checkpoints.restore(state, before=stuck - PATIENCE + 1) or state.step == rolled_back_at:
+        raise reason
+    good, epoch = state.step, stuck // job.steps_per_epoch
+    state.step, state.sums, state.sum_steps = stuck, {}, 0
+    state.non_finite.zero_()
+    job.metrics.row("rollback", stuck, epoch, weights_of_step=good)
+    # Saved at once: a run that is stopped and started again must not go back a second time.
+    save(job, state, epoch)
+    return stuck
+
+
+def _train(job: Job, state: TrainState, watch: SignalWatch) -> None:
     """Take optimizer steps from `state.step` to the end of the run.
 
     Raises:
@@ -92,8 +130,9 @@ def train(job: Job, state: TrainState, watch: SignalWatch) -> None:
         for step, inputs in _fed(job, state, epoch, first):
             if isinstance(inputs, Exception):
                 _save_and_raise(job, state, epoch, inputs, saved_at)
-            take_step(job, state, step, inputs)
+            # Counted before it is taken: where the run gives up in it, this batch has been met.
             state.step = step + 1
+            take_step(job, state, step, inputs)
             clock.steps += 1
             if state.step % run.log_every == 0 or state.step == job.last_step:
                 _write_row(job, state, epoch, clock)
@@ -128,6 +167,7 @@ def _fed(job: Job, state: TrainState, epoch: int, first: int) -> Iterator[tuple[
     source = job.stream.epoch(epoch, first, state.step)
     while True:
         problem, fed = None, None
+        job.runtime.at(f"waits for the data of step {state.step}")
         try:
             fed = next(source, None)
         except (SourceBusy, SourceClosed) as reason:
@@ -139,6 +179,7 @@ def _fed(job: Job, state: TrainState, epoch: int, first: int) -> Iterator[tuple[
             yield state.step, problem
         if fed is None or problem is not None:
             return
+        job.runtime.at(f"takes step {state.step}")
         yield fed
 
 
@@ -153,6 +194,7 @@ def _evaluate(job: Job, state: TrainState, epoch: int, saved_at: int) -> bool:
     """Measure the backbone; whether its online k-NN accuracy is the highest so far, which `state.best` then holds."""
     _average_if_late(job, state)
     top1: float | None | Exception
+    job.runtime.at(f"evaluates after step {state.step}")
     try:
         top1 = job.evaluate(state.step, epoch)
     except (SourceBusy, SourceClosed) as reason:
@@ -183,6 +225,7 @@ def take_step(job: Job, state: TrainState, step: int, micro_batches: list[StepIn
     # Any draw outside our counters (there should be none) would still be a function of (seed, step) alone.
     torch.manual_seed((job.config.run.seed << 32) + step)
     set_learning_rate(state.optimizer, _lr(job, step))
+    state.guard.keep()
     outputs = []
     for position, inputs in enumerate(micro_batches):
         last = position == len(micro_batches) - 1
@@ -191,22 +234,26 @@ def take_step(job: Job, state: TrainState, step: int, micro_batches: list[StepIn
         state.scaler.unscale_(state.optimizer)
     loss = torch.stack([output.loss.detach().float() for output in outputs]).mean()
     grad_norm = clip_or_measure(state.optimizer, recipe.optim)
-    bad = runtime.any_rank(~(torch.isfinite(loss) & torch.isfinite(grad_norm)))
+    # A variance may overflow where loss and gradient are still finite, and the network of the next steps reads it.
+    good = torch.isfinite(loss) & torch.isfinite(grad_norm) & state.guard.finite()
+    bad = runtime.any_rank(~good)
     taken = _update(state, bad, runtime.device)
+    if not taken or runtime.device.type != "cpu":
+        state.guard.put_back(bad)
     state.non_finite.add_(1).mul_(bad)
     if taken:
         method = state.method
         joined = _joined(outputs)
         if runtime.device.type != "cpu":
-            # The host does not know whether this step was skipped; a key that is not finite must not enter a queue.
-            keys = {name: torch.nan_to_num(rows, 0.0, 0.0, 0.0) for name, rows in joined.keys.items()}
+            # The host does not know whether this step was skipped; a queue takes no key that is not finite.
+            keys = {name: rows.masked_fill(bad, torch.nan) for name, rows in joined.keys.items()}
             joined = StepOutput(joined.loss, joined.metrics, keys)
         method.after_step(joined, ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema))
         if _averages_at(job, step + 1):
             average_buffers(running_buffers(method))
     _accumulate(state, outputs, loss, grad_norm, bad)
     if not taken:
-        _tell_skipped(job, state, step + 1, 1)
+        _tell_skipped(job, step + 1, 1, step)
         _give_up_if_stuck(state)
 
 
@@ -251,6 +298,9 @@ def _update(state: TrainState, bad: Tensor, device: torch.device) -> bool:
         if not skip:
             state.optimizer.step()
     elif state.scaler is not None:
+        # The scaler has looked at the gradients alone; what else makes a step bad must stop it too.
+        for found in state.scaler._found_inf_per_device(state.optimizer).values():
+            found.add_(bad)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         skip = False
@@ -272,16 +322,12 @@ def _joined(outputs: list[StepOutput]) -> StepOutput:
     return StepOutput(outputs[-1].loss, outputs[-1].metrics, keys)
 
 
-def _tell_skipped(job: Job, state: TrainState, step: int, count: int) -> None:
-    """Write what was skipped up to `step`, and mend running statistics that took in values which are not finite."""
-    reason = "non-finite loss or gradient"
+def _tell_skipped(job: Job, step: int, count: int, since: int) -> None:
+    """Write how many of the steps after `since` up to `step` were skipped, and keep what it takes to repeat them."""
+    reason = "non-finite loss, gradient or running statistics"
+    if job.run_dir is not None:
+        keep(job.run_dir, Skipped(since, step - 1))
     job.metrics.row("skipped_step", step, (step - 1) // job.steps_per_epoch, steps=count, reason=reason)
-    # A mean of 0 and a variance of 1 are those of a fresh layer.
-    for name, buffer in state.method.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.nan_to_num_(0.0, 0.0, 0.0)
-        elif name.endswith("running_var"):
-            buffer.nan_to_num_(1.0, 1.0, 1.0)
 
 
 def _accumulate(state: TrainState, outputs: list[StepOutput], loss: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
@@ -331,7 +377,7 @@ def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
     taken = round(sums.pop(_TAKEN))
     skipped = state.sum_steps - taken
     if skipped and job.runtime.device.type != "cpu":
-        _tell_skipped(job, state, state.step, skipped)
+        _tell_skipped(job, state.step, skipped, state.step - state.sum_steps)
     seconds = max(time.perf_counter() - clock.started, 1e-9)
     if taken:
         job.metrics.row(
@@ -365,6 +411,7 @@ def save(job: Job, state: TrainState, epoch: int) -> None:
     Raises:
         CheckpointFailed: on every rank when rank 0 could not write, so that none waits for a rank that has gone.
     """
+    job.runtime.at(f"saves step {state.step}")
     _average_if_late(job, state)
     # A continued run cuts its rows to this length, so that none is there twice.
     state.metrics_bytes = job.metrics.position()

@@ -17,11 +17,11 @@ from .config import Config
 from .data import RunData, open_data
 from .describe import describe
 from .errors import UserMistake
-from .loop import Job, train
+from .loop import Job, save, train
 from .measure.online import health_figures, knn_figures
 from .memory import naming_remedy, training_remedy
 from .proving.choose import Choice, apply, settle, told
-from .record.run import CONFIG
+from .record.run import CONFIG, has_ended
 from .resolve import changed_fields, continued
 from .retry import persistently
 from .runtime import Runtime, SignalWatch, start
@@ -98,7 +98,9 @@ def _train_on(
     state = build_state(config, runtime, method)
     checkpoints = run_checkpoints(config, facts, runtime)
     resumed = checkpoints.restore(state)
-    if resumed and state.step >= last_step(config, len(data.train)):
+    complete = resumed and state.step >= last_step(config, len(data.train))
+    # After a kill behind the last checkpoint, its names, the export or the last row are still to be written.
+    if complete and runtime.gather_objects(has_ended(Path(config.run.run_dir)))[0]:
         if runtime.is_main:
             print(
                 f"{config.run.run_dir} is complete at step {state.step}; to train longer raise --epochs in a new "
@@ -113,6 +115,8 @@ def _train_on(
         compile_heads(method)
     job = build_job(apply(config, choice), runtime, state, data.train, checkpoints, run_dir)
     job.evaluate = _evaluator(job, method, data)
+    if complete:
+        save(job, state, state.step // job.steps_per_epoch)
     _run_job(job, state, watch, resumed)
     return 0
 

@@ -28,6 +28,10 @@ from .cards import refuse_without_code
 from .config import RunConfig
 from .errors import RunEnd, UserMistake
 from .slurm import meeting_place, step_ranks
+from .together import Together
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals after which a run saves and ends: of schedulers, of a keyboard, of a terminal or connection that closes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Runtime:
         dtype: autocast dtype; float32 means no autocast.
         compile: whether heads and losses are compiled.
         host_group: a gloo group for decisions of the host; None with one process.
+        together: watches over this rank and listens to the others; None where nobody does.
     """
 
     rank: int
@@ -49,6 +54,12 @@ class Runtime:
     dtype: torch.dtype
     compile: bool
     host_group: Any = None
+    together: Together | None = None
+
+    def at(self, place: str) -> None:
+        """Note progress and where the main thread is now, such as "saves"; the first note starts `--hang-timeout`."""
+        if self.together is not None:
+            self.together.at(place)
 
     @property
     def is_main(self) -> bool:
@@ -266,11 +277,17 @@ def start(run: RunConfig) -> Iterator[Runtime]:
         # Decisions of the host go over a group of their own, which never waits for the device.
         host_group = dist.new_group(backend="gloo")
     dtype, compiled = choose_dtype(run.precision, device), compiles(run.compile, device)
-    runtime = Runtime(rank, world_size, device, dtype, compiled, host_group)
+    store = dist.distributed_c10d._get_default_store() if world_size > 1 else None
+    together = Together(store, rank, world_size, run.hang_timeout)
+    runtime = Runtime(rank, world_size, device, dtype, compiled, host_group, together)
     try:
         share_cores(runtime)
         yield runtime
+    except (Exception, KeyboardInterrupt) as reason:
+        together.end(reason)
+        raise
     finally:
+        together.close()
         if world_size > 1:
             dist.destroy_process_group()
 
@@ -323,8 +340,10 @@ class SignalWatch:
 
     def __init__(self) -> None:
         self.asked: str = ""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        for number in STOP_SIGNALS:
+            # Started under nohup: a terminal that closes must not stop the run.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

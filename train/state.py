@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from models.methods.base import Method
+
+from .guard import StatisticsGuard
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -81,6 +84,11 @@ class TrainState:
     def network(self) -> nn.Module:
         """The method."""
         return self.method
+
+    @cached_property
+    def guard(self) -> StatisticsGuard:
+        """Of the method's running statistics, while a step may still turn out to be bad."""
+        return StatisticsGuard(self.method)
 
     def rank_part(self) -> dict[str, Any]:
         """This rank's sums as plain numbers."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import augment
-from pipeline.atomic import write_atomically
+from pipeline.atomic import remove_leftovers, write_atomically
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 from pipeline.stores import data_parts
@@ -104,6 +104,7 @@ class ProtocolSession:
         document = {**self.facts(), **result}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path)  # of a killed evaluation; whole, so that a report would take it for a result
             write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
         except OSError as reason:
             raise UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output") from None

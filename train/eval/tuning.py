@@ -64,9 +64,9 @@ class TuningCheckpoints(Checkpoints):
             keep=keep,
         )
 
-    def restore(self, state: State) -> bool:
+    def restore(self, state: State, before: int | None = None) -> bool:
         """`Checkpoints.restore`, a line on the first rank that says where the run goes on, and a look at the disk."""
-        found = super().restore(state)
+        found = super().restore(state, before)
         self.check_space(state)
         if found and self.runtime.is_main:
             print(f"continued after step {state.step} from {self.root / f'step_{state.step:08d}'}", flush=True)

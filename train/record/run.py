@@ -103,6 +103,12 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def has_ended(folder: Path) -> bool:
+    """Whether the run in a folder came to its end: its last row is the one that is written after everything else."""
+    rows = _read_rows(folder / METRICS)
+    return bool(rows) and rows[-1]["kind"] == "end"
+
+
 def chance_level(run: Run) -> float | None:
     """Loss of a guess among the positive and the queue, ln(K + 1); None for a method without one queue."""
     size = run.config.get("model", {}).get("queue_size")
@@ -113,6 +119,9 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """File name -> content, of those JSON files that name a protocol."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(paths):
+        # What a killed evaluation was writing has not got its name yet; a glob finds it all the same.
+        if path.name.startswith("."):
+            continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

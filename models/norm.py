@@ -252,6 +252,19 @@ def _replacement(old: _BatchNorm, mode: str, group_size: int) -> _BatchNorm:
     return new
 
 
+def _with_activation(new: _BatchNorm, old: _BatchNorm) -> _BatchNorm:
+    """The new norm, which ends in the same activation as the old one; timm's `BatchNormAct2d` holds one as `act`."""
+    if new is not old and isinstance(getattr(old, "act", None), nn.Module):
+        new.act = old.act
+        new.register_forward_hook(_activate)
+    return new
+
+
+def _activate(norm: nn.Module, inputs: object, normalised: Tensor) -> Tensor:
+    activated: Tensor = norm.act(normalised)  # type: ignore[operator]
+    return activated
+
+
 def convert_batch_norm(module: ModuleT, mode: str = "group", group_size: int = 0) -> ModuleT:
     """Replace every batch norm inside a module, in place; parameters and buffers stay the same tensors.
 
@@ -271,7 +284,7 @@ def convert_batch_norm(module: ModuleT, mode: str = "group", group_size: int = 0
     if group_size < 0:
         raise ValueError(f"bn.group_size {group_size} is negative; give a number of images, or 0 for the whole batch")
     if isinstance(module, _BatchNorm):
-        return _replacement(module, mode, group_size)  # type: ignore[return-value]
+        return _with_activation(_replacement(module, mode, group_size), module)  # type: ignore[return-value]
     for name, child in module.named_children():
         replaced = convert_batch_norm(child, mode, group_size)
         if replaced is not child:

@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock as TorchvisionBasicBlock
 from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
 from torchvision.models.resnet import ResNet
 
+from .foreign import ForeignTrunk, build_foreign, is_foreign
 from .hyperparameters import ConvInit
 from .norm import norm_relu
 from .swin import SwinTrunk
@@ -140,7 +141,7 @@ def _swin(
     return trunk
 
 
-Trunk = ResNetTrunk | SwinTrunk
+Trunk = ResNetTrunk | SwinTrunk | ForeignTrunk
 
 BACKBONES: dict[str, Callable[..., Trunk]] = {
     "resnet10-w16": partial(SmallResNet, 16),
@@ -159,9 +160,9 @@ def build_backbone(arch: str, conv_init: ConvInit, zero_init_residual: bool = Fa
     """A new trunk by name.
 
     Args:
-        arch: a key of `BACKBONES`.
-        conv_init: initialisation of the convolutions, see `initialise_convolutions`.
-        zero_init_residual: start every residual branch of a ResNet at 0.
+        arch: a key of `BACKBONES`, or `timm:NAME`, `torchvision:NAME`, `module:factory` (see `foreign.py`).
+        conv_init: initialisation of the convolutions, see `initialise_convolutions`; foreign trunks keep their own.
+        zero_init_residual: start every residual branch of a ResNet at 0; foreign trunks start as their library does.
 
     Returns:
         A module from images (B, 3, S, S) to a map (B, feature_dim, S/stride, S/stride).
@@ -169,6 +170,11 @@ def build_backbone(arch: str, conv_init: ConvInit, zero_init_residual: bool = Fa
     Raises:
         ValueError: an unknown name, or an option the architecture does not have.
     """
+    if is_foreign(arch):
+        return build_foreign(arch)
     if arch not in BACKBONES:
-        raise ValueError(f"--arch {arch} is unknown; choose one of {', '.join(BACKBONES)}")
+        raise ValueError(
+            f"--arch {arch} is unknown; choose one of {', '.join(BACKBONES)}, or timm:NAME, torchvision:NAME or "
+            "module:factory"
+        )
     return BACKBONES[arch](conv_init=conv_init, zero_init_residual=zero_init_residual)

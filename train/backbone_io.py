@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from models.foreign import is_foreign, names_code
 from pipeline.atomic import write_atomically
 
+from .checkpoint_layouts import extract
 from .errors import UserMistake
+from .inert_pickle import Inert, load_inert
 from .state import digest
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -32,7 +35,7 @@ _PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Wrappers that training scripts put around a state dict, and prefixes that DDP and compile put before its keys.
 _WRAPPERS = ("state_dict", "model", "module", "model_state", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
-_CLASSIFIERS = re.compile(r"^(fc|head|classifier|head\.fc)\.(weight|bias)$")
+_CLASSIFIERS = re.compile(r"^(fc|head|classifier(\.\d+)?|head\.fc|heads\.head)\.(weight|bias)$")
 # Constant or unused buffers that some files carry and others do not.
 _OPTIONAL = re.compile(r"\.(num_batches_tracked|relative_position_index|attn_mask)$")
 
@@ -47,6 +50,9 @@ class BackboneSource:
         layout: whose key names they were: "torchvision" (timm's for ResNets as well), "timm", "swin" (the authors').
         metadata: strings stored in a safetensors file, such as arch and method; empty elsewhere.
         folder: the run's folder where it was one.
+        original: the tensors by the names that the file has, for backbones that keep their library's own.
+        family: whose training checkpoint it was taken out of; empty for a backbone alone.
+        left: what else that checkpoint has, in words.
     """
 
     state: dict[str, Tensor]
@@ -54,6 +60,13 @@ class BackboneSource:
     layout: str
     metadata: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
+    original: dict[str, Tensor] = field(default_factory=dict)
+    family: str = ""
+    left: str = ""
+
+    def named_for(self, arch: str) -> BackboneSource:
+        """The source with the key names of an architecture: a foreign backbone has the file's own."""
+        return replace(self, state=self.original, layout="its library's") if is_foreign(arch) else self
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,8 @@ class MatchReport:
         parameters: numbers in the matched parameters, without buffers.
         classifier: keys of the file that belong to a classifier and were left.
         optional: keys that only one of the two has and that change no feature.
+        family: whose training checkpoint it was taken out of; empty for a backbone alone.
+        left: what else that checkpoint has, in words.
     """
 
     origin: str
@@ -77,12 +92,16 @@ class MatchReport:
     parameters: int
     classifier: tuple[str, ...]
     optional: tuple[str, ...]
+    family: str = ""
+    left: str = ""
 
     def __str__(self) -> str:
         text = (
             f"backbone {self.arch}: all {self.matched} tensors ({self.parameters:,} parameters) loaded from "
             f"{self.origin} ({self.layout} names)"
         )
+        if self.family:
+            text += f"; layout of {self.family}: {self.left}"
         if self.classifier:
             text += f"; left out the classifier: {', '.join(self.classifier)}"
         if self.optional:
@@ -150,9 +169,10 @@ def version() -> str:
 
 
 def read_backbone(source: str | Path | Mapping[str, Any]) -> BackboneSource:
-    """The tensors of a run's folder, a backbone file, a torchvision or timm checkpoint, or a state dict.
+    """The backbone of a run's folder, a backbone file, a checkpoint of another project, or a state dict.
 
-    Pickled files are read with `weights_only=True`, so nothing in them is executed.
+    Nothing in a pickled file is executed (`inert_pickle.py`). Out of a training checkpoint the trained network's
+    backbone is taken (`checkpoint_layouts.py`).
 
     Raises:
         UserMistake: the path does not exist or holds no state dict.
@@ -197,15 +217,28 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _read_pickled(path: Path) -> dict[str, Any]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = load_inert(path)
     except Exception as reason:  # unpickling fails in many ways, none of which is ours
-        first = str(reason).strip().splitlines()[0] if str(reason).strip() else type(reason).__name__
         raise UserMistake(
-            f"checkpoint {path} cannot be read as plain tensors: {first[:160]}; save its state_dict as .safetensors"
+            f"checkpoint {path} cannot be read as plain tensors: {_cause(reason)}; where its code is, save its "
+            "state_dict as .safetensors"
         ) from None
+    # A pickled function or class gives the stand-in itself.
+    if isinstance(loaded, Inert) or (isinstance(loaded, type) and issubclass(loaded, Inert)):
+        raise UserMistake(
+            f"checkpoint {path} is a whole pickled {loaded.named}, no plain tensors; where its code is, save "
+            "model.state_dict() instead"
+        )
     if not isinstance(loaded, Mapping):
         raise UserMistake(f"checkpoint {path} holds a {type(loaded).__name__}; save its state_dict instead")
     return dict(loaded)
+
+
+def _cause(reason: Exception) -> str:
+    """One line of what PyTorch says in many, without its advice and without the colours of a terminal."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(reason)).partition("WeightsUnpickler error:")
+    lines = [line.strip() for line in (text[2] or text[0]).splitlines() if line.strip()]
+    return lines[0].partition(" Please use")[0][:160].rstrip(".") if lines else type(reason).__name__
 
 
 def _unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -217,6 +250,12 @@ def _unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
             break
         state = dict(inner)
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        # Networks side by side, each with its own state dict.
+        parts = [(name, part) for name, part in state.items() if isinstance(part, Mapping)]
+        tensors = {
+            f"{name}.{key}": value for name, part in parts for key, value in part.items() if isinstance(value, Tensor)
+        }
     changed = True
     while changed:
         changed = False
@@ -228,12 +267,15 @@ def _unwrap(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _source(state: dict[str, Any], origin: str, metadata: dict[str, str], folder: Path | None) -> BackboneSource:
-    tensors = _unwrap(state)
-    if not tensors:
+    flat = _unwrap(state)
+    if not flat:
         raise UserMistake(f"checkpoint {origin} holds no tensors; give a backbone's state dict")
+    taken = extract(flat, origin, str(state.get("arch", "")))
+    tensors = taken.tensors
     layout, rename = _detect_layout(tensors)
     renamed = {rename(name): value for name, value in tensors.items()}
-    return BackboneSource(renamed, origin, layout, metadata, folder)
+    known = {**metadata, "arch": taken.arch} if taken.arch else metadata
+    return BackboneSource(renamed, origin, layout, known, folder, tensors, taken.family, taken.left)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,14 +351,15 @@ def match_backbone(
         UserMistake: a tensor of the backbone is missing or of another shape, or a tensor of the source is neither in
             the backbone nor a classifier's; the message names them.
     """
+    source = source.named_for(arch)
     taken: dict[str, Tensor] = {}
     wrong = []
     for name, tensor in target.items():
         value = source.state.get(name)
         if value is None:
             continue
-        if name.endswith("relative_position_index"):
-            value = value.reshape(-1)  # (49, 49) elsewhere
+        if name.endswith("relative_position_index") and value.numel() == tensor.numel():
+            value = value.reshape(tensor.shape)  # (49, 49) in some libraries, flat in others
         if _fits(value, tensor):
             taken[name] = value
         else:
@@ -341,7 +384,18 @@ def match_backbone(
         )
     optional = tuple(n for n in {*left, *target} if _OPTIONAL.search(n) and not (n in target and n in source.state))
     parameters = sum(v.numel() for n, v in taken.items() if not n.endswith(_BUFFER_ENDINGS))
-    return taken, MatchReport(source.origin, source.layout, arch, len(taken), parameters, classifier, optional)
+    report = MatchReport(
+        source.origin,
+        source.layout,
+        arch,
+        len(taken),
+        parameters,
+        classifier,
+        optional,
+        source.family,
+        source.left,
+    )
+    return taken, report
 
 
 _BUFFER_ENDINGS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
@@ -383,12 +437,14 @@ def build_encoder(arch: str) -> nn.Module:
     """A fresh trunk: images (B, 3, S, S) -> feature map (B, C, H, W).
 
     Raises:
-        UserMistake: for a name that is not in `BACKBONES`.
+        UserMistake: for a name that neither `BACKBONES` nor another library has.
     """
     from models.resnet import BACKBONES, build_backbone
 
-    if arch not in BACKBONES:
-        raise UserMistake(f"--arch {arch}: choose from {', '.join(BACKBONES)}")
+    if arch not in BACKBONES and not is_foreign(arch):
+        raise UserMistake(
+            f"--arch {arch}: choose from {', '.join(BACKBONES)}, or give timm:NAME, torchvision:NAME or module:factory"
+        )
     return build_backbone(arch, "torch" if arch.startswith("swin") else "fan_out")
 
 
@@ -400,8 +456,12 @@ def infer_arch(source: BackboneSource) -> str:
     """
     from models.resnet import BACKBONES
 
-    if source.metadata.get("arch") in BACKBONES:
-        return source.metadata["arch"]
+    recorded = source.metadata.get("arch", "")
+    if names_code(recorded):
+        # A file must not decide which code is imported and called.
+        raise UserMistake(f"checkpoint {source.origin} says that code builds its backbone: give --arch {recorded}")
+    if recorded in BACKBONES or is_foreign(recorded):
+        return recorded
     scores = {}
     for arch in BACKBONES:
         # Names and shapes are all that is compared, so no weights are drawn.
@@ -415,7 +475,7 @@ def infer_arch(source: BackboneSource) -> str:
     best = max(scores, key=lambda arch: scores[arch])
     raise UserMistake(
         f"checkpoint {source.origin} fits no known architecture; nearest is {best} with {scores[best]:.0%} of its "
-        f"tensors; known are {', '.join(BACKBONES)}"
+        f"tensors; known are {', '.join(BACKBONES)}; give --arch timm:NAME or torchvision:NAME for a model of theirs"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from models.foreign import check_image_size
 from models.methods import METHODS
 from models.methods.base import Method
 from pipeline.augment import choose_implementation
@@ -49,9 +50,11 @@ def build_method(config: Config, runtime: Runtime) -> Method:
         bn_mode=config.recipe.bn.mode,
         bn_group_size=bn_group_size(config),
     )
+    check_image_size(method.encoder, config.recipe.arch, config.recipe.image_size)
     if config.run.init:
         load_into(method.encoder, config.run.init, config.recipe.arch)
         method.synchronise_momentum()
+    method.freeze([stage.strip() for stage in config.run.freeze.split(",") if stage.strip()])
     return method.to(runtime.device).to(memory_format=torch.channels_last)
 
 

@@ -26,7 +26,7 @@ from pipeline.atomic import remove, replacing, write_atomically
 
 from .config import Config
 from .errors import Stopped, UserMistake
-from .resolve import changed_fields
+from .resolve import changed_fields, lengthened
 from .retry import persistently
 from .runtime import Runtime, SignalWatch
 from .state import (
@@ -453,7 +453,7 @@ def run_checkpoints(config: Config, config_json: Mapping[str, Any], runtime: Run
 
     def changes(document: dict[str, Any]) -> list[str]:
         saved = document["config"]
-        found = changed_fields(saved, config.to_json())
+        found = changed_fields(saved, lengthened(saved, config.to_json()))
         if saved["data_hash"] != config_json["data_hash"]:
             found.append(f"data hash: {saved['data_hash'][:12]} -> {config_json['data_hash'][:12]}")
         return found

@@ -40,7 +40,15 @@ class RunConfig:
     seed: int = option(0, "every random draw follows from it", least=0, most=2**31 - 1)
     order: Literal["global", "sharded"] = option("global", "order of samples: any sample next, or blocks in turn")
     init: str = option(
-        "", "backbone weights to start from: a run, our backbone file, torchvision or timm weights", free_on_resume=True
+        "",
+        "backbone weights to start from: a run, our backbone file, or a checkpoint of torchvision, timm, MoCo, "
+        "DenseCL, SimSiam, BYOL, CARE, LEWEL, Lightning, lightly or solo-learn",
+        free_on_resume=True,
+    )
+    freeze: str = option(
+        "",
+        "parts of the backbone that stay as they are, comma-separated, for example conv1,bn1,layer1: not in the "
+        "optimizer, their norms in eval mode",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "auto: bf16 from Ampere on, fp16 before, fp32 on CPU"
@@ -222,9 +230,17 @@ class AugmentConfig:
 class Recipe:
     """Everything that decides what is computed. Values and their sources are in `recipes.py`."""
 
-    arch: str = option("resnet50", "backbone architecture: " + ", ".join(ARCHITECTURES))
+    arch: str = option(
+        "resnet50",
+        "backbone: " + ", ".join(ARCHITECTURES) + "; timm:NAME, torchvision:NAME, or module:factory of your own",
+    )
     image_size: int = option(224, "side of a view in pixels", least=8)
-    epochs: int = option(200, "epochs to train", least=1)
+    epochs: int = option(
+        200,
+        "epochs to train; with more epochs than it had, a finished run goes on, from its last step by the schedule of "
+        "the new length",
+        least=1,
+    )
     global_batch: int = option(256, "images of one optimizer step over all devices and micro-batches", least=2)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from models.foreign import ForeignTrunk
 from models.methods.base import Method
 
 from .build import feature_grid
@@ -24,6 +25,15 @@ def describe(config: Config, runtime: Runtime, method: Method) -> str:
         f"batch norm: {recipe.bn.mode}"
         + (f" of {bn_group_size(config) or micro} images" if recipe.bn.mode == "group" else ""),
     ]
+    if isinstance(method.encoder, ForeignTrunk):
+        lines.append(
+            f"backbone {recipe.arch}: stride {method.encoder.stride}, {method.encoder.feature_dim} channels; starts as "
+            "its library draws it, without dropout and drop-path (--conv-init and --zero-init-residual are for the "
+            "built-in ones)"
+        )
+    if method.frozen_stages:
+        kept = sum(p.numel() for p in method.encoder.parameters() if not p.requires_grad)
+        lines.append(f"frozen: {', '.join(method.frozen_stages)} ({kept:,} parameters of the backbone)")
     if runtime.device.type == "cuda":
         lines.append(
             "heads and losses: compiled"

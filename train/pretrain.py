@@ -25,6 +25,7 @@ from .record.run import CONFIG, has_ended
 from .resolve import changed_fields, continued
 from .retry import persistently
 from .runtime import Runtime, SignalWatch, start
+from .schedules import lr_at
 from .state import TrainState
 from .versions import versions
 
@@ -59,7 +60,7 @@ def run(config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, A
         method = build_method(settled, runtime) if settled.model != config.model else method
         data = open_data(config, runtime)
         try:
-            return _train_on(config, choice, runtime, method, data, run_dir, watch)
+            return _train_on(config, choice, runtime, method, data, run_dir, watch, recorded)
         finally:
             data.close()
 
@@ -86,6 +87,7 @@ def _train_on(
     data: RunData,
     run_dir: Path | None,
     watch: SignalWatch,
+    recorded: Mapping[str, Any] | None,
 ) -> int:
     facts = {
         **config.to_json(),
@@ -102,11 +104,13 @@ def _train_on(
     # After a kill behind the last checkpoint, its names, the export or the last row are still to be written.
     if complete and runtime.gather_objects(has_ended(Path(config.run.run_dir)))[0]:
         if runtime.is_main:
-            print(
-                f"{config.run.run_dir} is complete at step {state.step}; to train longer raise --epochs in a new "
-                "--run-dir"
-            )
+            print(f"{config.run.run_dir} is complete at step {state.step}; a larger --epochs goes on from there")
         return 0
+    before = recorded["recipe"]["epochs"] if resumed and recorded is not None else config.recipe.epochs
+    if before < config.recipe.epochs:
+        _check_finished(config, state.step, before, len(data.train))
+        if runtime.is_main:
+            print(_said_of_extension(config, state.step, before, len(data.train)), flush=True)
     checkpoints.check_space(state)
     if run_dir is not None:
         document = json.dumps(facts, indent=1).encode()
@@ -119,6 +123,30 @@ def _train_on(
         save(job, state, state.step // job.steps_per_epoch)
     _run_job(job, state, watch, resumed)
     return 0
+
+
+def _check_finished(config: Config, step: int, before: int, steps_per_epoch: int) -> None:
+    if step < before * steps_per_epoch:
+        raise UserMistake(
+            f"--run-dir {config.run.run_dir}: the run is at step {step} of {before * steps_per_epoch}, and other "
+            f"epochs ({before} -> {config.recipe.epochs}) would change its schedule on the way; finish it with "
+            f"--epochs {before} first, choose another --run-dir, or --resume never to start over"
+        )
+
+
+def _said_of_extension(config: Config, step: int, before: int, steps_per_epoch: int) -> str:
+    """What the schedule does at the seam of a run that goes on after its end."""
+    recipe = config.recipe
+
+    def lr(at: int, epochs: int) -> float:
+        return lr_at(at, steps_per_epoch, epochs, recipe.schedule, recipe.optim, recipe.global_batch)
+
+    return (
+        f"finished after {before} epochs, goes on to {recipe.epochs}: from step {step} on, learning rate and EMA are "
+        f"those of a run of {recipe.epochs} epochs at that step (lr {lr(step - 1, before):.3g} -> "
+        f"{lr(step, recipe.epochs):.3g}); the first {before} epochs keep what they were trained with, so the result is "
+        f"not that of {recipe.epochs} epochs at once"
+    )
 
 
 def _evaluator(job: Job, method: Method, data: RunData) -> Callable[[int, int], float | None]:

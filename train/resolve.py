@@ -163,6 +163,12 @@ def continued(argv: Sequence[str], config: Config, recorded: Mapping[str, Any]) 
     return _apply_flags(argv, unflatten(config, kept), show_model=True)
 
 
+def lengthened(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """The current document with the saved number of epochs where that is the smaller one: a longer run may go on."""
+    epochs = min(saved["recipe"]["epochs"], current["recipe"]["epochs"])
+    return {**current, "recipe": {**current["recipe"], "epochs": epochs}}
+
+
 def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Names of the fields in which a continued run would compute something else, as `name: saved -> current`.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..freezing import freeze_stages
 from ..heads import global_pool
 
 
@@ -83,6 +85,33 @@ class Method(nn.Module, ABC):
     of the next step (MoCo, DenseCL, MoBY, MoCo v3, CARE), 0 where it updates after the optimizer step (BYOL, LEWEL)."""
 
     encoder: nn.Module
+    frozen_stages: tuple[str, ...] = ()
+    """Parts of the backbone that are not trained, by name; see `freeze`."""
+
+    def freeze(self, stages: Sequence[str]) -> None:
+        """Keep parts of the backbone as they are: no gradient, and norms in eval mode, in the momentum network too.
+
+        Called before the optimizer is built, which takes the parameters with a gradient.
+
+        Args:
+            stages: names of modules or parameters of the backbone, such as "layer1" or "cls_token".
+
+        Raises:
+            ValueError: a name that the backbone does not have, or nothing left to train.
+        """
+        self.frozen_stages = tuple(stages)
+        freeze_stages(self.encoder, stages)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, but leave the norms of frozen stages in eval mode."""
+        super().train(mode)
+        # The momentum network's as well: with statistics of a batch it would be another network than the online one.
+        for name, part in self.named_modules():
+            network, _, stage = name.partition(".")
+            if network in ("encoder", "momentum_encoder") and stage in self.frozen_stages:
+                part.eval()
+        return self
 
     @property
     def mixed_views(self) -> tuple[str, ...]:

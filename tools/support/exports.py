@@ -6,9 +6,10 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.foreign import ForeignTrunk, is_foreign
 from pipeline.atomic import replacing, write_atomically
 from train.backbone_io import LoadedBackbone, backbone_state, torchvision_to_swin
 from train.errors import UserMistake
 from train.record.model_card import model_card
+
+from .foreign_exports import check_format
+from .foreign_exports import usage as foreign_usage
 
 TORCHVISION_NAMES = {
     "resnet18": "resnet18",
@@ -127,7 +132,7 @@ def hf_state(arch: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Swin's are those of the models on the hub, which every version reads.
     """
-    if arch == "resnet50-2x":
+    if arch == "resnet50-2x" or is_foreign(arch):
         return {f"timm_model.{name}": value for name, value in state.items()}
     if arch != "swin-t":
         return {_resnet_to_hf(name): value for name, value in state.items()}
@@ -149,8 +154,8 @@ def hf_state(arch: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def hf_config(arch: str, image_size: int) -> dict[str, Any]:
-    """The `config.json` that transformers builds the model from."""
+def hf_config(arch: str, image_size: int, options: Mapping[str, bool] = MappingProxyType({})) -> dict[str, Any]:
+    """The `config.json` that transformers builds the model from; `options` are those of timm's `create_model`."""
     if arch == "swin-t":
         return {
             "model_type": "swin",
@@ -178,6 +183,16 @@ def hf_config(arch: str, image_size: int) -> dict[str, Any]:
             "architecture": TIMM_NAMES[arch],
             "do_pooling": True,
             "num_classes": 0,
+        }
+    if is_foreign(arch):
+        # Pooling switched off: timm then gives its normalised map or tokens, which the features are the mean of.
+        return {
+            "model_type": "timm_wrapper",
+            "architectures": ["TimmWrapperModel"],
+            "architecture": arch.partition(":")[2],
+            "do_pooling": True,
+            "num_classes": 0,
+            "model_args": {"global_pool": "", **options},
         }
     basic = arch in BASIC_BLOCKS
     return {
@@ -251,7 +266,8 @@ def write_hf(loaded: LoadedBackbone, path: Path, image_size: int) -> None:
     path.mkdir()
     state = hf_state(loaded.arch, backbone_state(loaded.encoder))
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text(json.dumps(hf_config(loaded.arch, image_size), indent=2) + "\n")
+    config = hf_config(loaded.arch, image_size, getattr(loaded.encoder, "options", {}))
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (path / "preprocessor_config.json").write_text(json.dumps(hf_preprocessor(image_size), indent=2) + "\n")
 
 
@@ -400,6 +416,12 @@ TARGETS: dict[str, Target] = {
 }
 
 
+def _usage(loaded: LoadedBackbone, target: str) -> str:
+    if isinstance(loaded.encoder, ForeignTrunk) and target != "onnx":
+        return _PREPARE + foreign_usage(loaded.encoder, loaded.arch, target)
+    return TARGETS[target].usage(loaded.arch)
+
+
 def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224, overwrite: bool = False) -> Path:
     """Write the export and its model card; returns the card's path.
 
@@ -407,6 +429,8 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
         UserMistake: the ending does not fit, or something is there already.
     """
     kind = TARGETS[target]
+    if is_foreign(loaded.arch):
+        check_format(loaded.arch, target)
     if kind.ending and out.suffix != kind.ending:
         raise UserMistake(f"OUT {out}: a {target} export ends in {kind.ending}; for example {out.stem}{kind.ending}")
     if out.exists() and not overwrite:
@@ -416,7 +440,7 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
     # transformers' hub shows the README of a folder; a single file has its card beside it.
     card = out / "README.md" if target == "hf" else out.with_name(f"{out.name}.md")
     parameters = sum(p.numel() for p in loaded.encoder.parameters())
-    code = kind.usage(loaded.arch).format(out=out.name, size=image_size)
+    code = _usage(loaded, target).format(out=out.name, size=image_size)
     text = model_card(loaded, target, code, kind.images, parameters)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

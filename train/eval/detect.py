@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from models.resnet import ResNetTrunk
 from pipeline.prefetch import decoding_threads
 
 from ..errors import UserMistake
@@ -247,7 +248,7 @@ def run(config: DetectConfig) -> int:
     # Images are padded to the largest of their batch, so nearly every step has another shape.
     with open_protocol("detect", config, variant) as session, changing_shapes():
         # Refused before annotations are read, which takes long for COCO.
-        if session.arch.startswith("swin"):
+        if not isinstance(session.encoder, ResNetTrunk):
             raise UserMistake(f"{session.arch} is no backbone of the published detectors; give a ResNet's checkpoint")
         plan = plan_of(config, kind)
         session.batch = plan.batch

@@ -14,7 +14,7 @@ _CUDA_12_FROM, _CUDA_13_FROM = (5, 0), (7, 5)
 # CUDA 13 has no code for Volta and older; PyTorch published its last wheels for CUDA 12 with version 2.14.
 _CUDA_12_BUILD = (
     "a build for CUDA 12.6 (cu126), which PyTorch has up to 2.14: "
-    "pip install 'torch==2.14.*' torchvision, with the --index-url that pytorch.org names for cu126"
+    "pip install 'torch==2.14.*' torchvision, from the index that pytorch.org names for cu126"
 )
 
 

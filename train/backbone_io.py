@@ -234,10 +234,14 @@ def _read_pickled(path: Path) -> dict[str, Any]:
     return dict(loaded)
 
 
+# What comes before the reason in PyTorch's message, which is many lines of advice.
+_BEFORE_REASON = re.compile(r".*(WeightsUnpickler error:|only if you got the file from a trusted source\.)", re.DOTALL)
+
+
 def _cause(reason: Exception) -> str:
     """One line of what PyTorch says in many, without its advice and without the colours of a terminal."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(reason)).partition("WeightsUnpickler error:")
-    lines = [line.strip() for line in (text[2] or text[0]).splitlines() if line.strip()]
+    text = _BEFORE_REASON.sub("", re.sub(r"\x1b\[[0-9;]*m", "", str(reason)))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0].partition(" Please use")[0][:160].rstrip(".") if lines else type(reason).__name__
 
 

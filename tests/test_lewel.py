@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models import alignment
 from models.alignment import AlignmentHead, ColumnMlp, aligned_pool, alignment_maps, random_scores
+from models.hyperparameters import AlignedConfig
 from models.methods import METHODS, lewel_m
 from models.methods.base import StepInputs
 from models.methods.lewel_b import draw_random, loss_weights
@@ -258,9 +259,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lewel-b", {"global_loss": False}),
     ("lewel-b", {"aligned_loss": False, "beta": 0.9}),
     ("lewel-m", {}),
-    ("lewel-m", {"aligned": lewel_m.AlignedConfig(negatives="same_map"), "beta": 0.8}),
-    ("lewel-m", {"aligned": lewel_m.AlignedConfig(same_image="negatives")}),
-    ("lewel-m", {"aligned": lewel_m.AlignedConfig(gather=False), "shuffle_bn": False}),
+    ("lewel-m", {"aligned": AlignedConfig(negatives="same_map"), "beta": 0.8}),
+    ("lewel-m", {"aligned": AlignedConfig(same_image="negatives")}),
+    ("lewel-m", {"aligned": AlignedConfig(gather=False), "shuffle_bn": False}),
     ("lewel-m", {"align": "random", "coupled": False}),
     ("lewel-m", {"global_loss": False}),
     ("lewel-m", {"aligned_loss": False}),
@@ -306,7 +307,7 @@ def test_blockwise_contrast_equals_the_whole(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_one_map_has_no_other_maps_as_negatives() -> None:
     with pytest.raises(ValueError, match="--aligned.negatives all_maps"):
-        ready("lewel-m", **SMALL, aligned=lewel_m.AlignedConfig(negatives="same_map", same_image="negatives"))
+        ready("lewel-m", **SMALL, aligned=AlignedConfig(negatives="same_map", same_image="negatives"))
 
 
 def test_only_gathered_negatives_see_the_whole_batch() -> None:
@@ -316,7 +317,7 @@ def test_only_gathered_negatives_see_the_whole_batch() -> None:
     method, _ = ready("lewel-m", **SMALL)
     own = torch.arange(4, 8)
     gathered = method._aligned_loss(query, key, own)
-    method.config = dataclasses.replace(method.config, aligned=lewel_m.AlignedConfig(gather=False))
+    method.config = dataclasses.replace(method.config, aligned=AlignedConfig(gather=False))
     local = method._aligned_loss(query, key, own)
     torch.testing.assert_close(local, lewel_m.aligned_contrast(query, key[4:], torch.arange(4), 0.2, "all_maps"))
     assert gathered > local

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
 from tests.runs import TINY, comparable, finish, last_wins, rows, run, start
-from train.errors import EXIT_CHECKPOINT, EXIT_HUNG
+from train.errors import EXIT_CHECKPOINT, EXIT_HUNG, RunEnd, UserMistake
 from train.together import Together
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +60,36 @@ def test_a_rank_that_stands_still_or_dies_is_named(tmp_path: Path, culprit: int,
     else:
         assert code == 1, said[-2000:]
         assert f"regatta: rank {culprit} ended the run: it has gone without a word" in said
+
+
+def test_words_that_were_heard_outlast_the_store() -> None:
+    """The rank that spoke leaves with its store; what the others then lose is their connection, not its reason."""
+    store = HashStore()
+    first, second = (Together(Shared(store), rank, 2, limit_s=0, leave=lambda code: None) for rank in range(2))
+    first.end(UserMistake("no room"))
+    second._store = Gone()
+    with pytest.raises(RunEnd, match="rank 0 ended the run: no room") as end:
+        second.end(RuntimeError("connection closed by peer"))
+    assert end.value.code == UserMistake.code
+    first.close(), second.close()
+
+
+class Shared:
+    """A store in this process, with the one call of a networked store that it lacks."""
+
+    def __init__(self, store: HashStore) -> None:
+        self._inner = store
+
+    def clone(self) -> Shared:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class Gone:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("the store has gone")
 
 
 def test_one_process_names_what_it_waits_for(capfd: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ class Together:
         self.rank, self._world_size, self._limit_s, self._leave = rank, world_size, limit_s, leave
         self._store = _own_connection(store)
         self._mark: tuple[str, float] | None = None
+        self._said: Words | None = None
         self._closing, self._lock, self._has_heard = threading.Event(), threading.Lock(), False
         self._threads = [threading.Thread(target=self._watch, name="hang-watch", daemon=True)]
         if store is not None:
@@ -102,6 +103,9 @@ class Together:
 
     def _say(self, own: Words, reason: BaseException) -> Words | None:
         """Leave words unless another rank came first; whose words stand, None where the store has gone."""
+        # Whoever spoke waits only until it is heard; by now the store may have gone with it.
+        if self._said is not None and self._said.rank != self.rank:
+            return self._said
         if _lost_connection(reason):
             gone = self._gone()
             if gone:
@@ -161,7 +165,7 @@ class Together:
                 store.set(f"{_ALIVE}/{self.rank}", json.dumps([count, place, time.monotonic() - since]))
                 if not store.check([_WORDS]):
                     continue
-                said = _parse(store.get(_WORDS))
+                self._said = said = _parse(store.get(_WORDS))
                 self._hear(store)
             except RuntimeError:
                 continue  # gone with its process, in order or not: the main thread's next exchange or the clock decides

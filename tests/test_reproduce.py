@@ -186,14 +186,14 @@ def test_a_run_passes_over_what_is_done_and_ends_with_the_commands_code(
     codes = [0, 75]
     started: list[str] = []
 
-    class Ended:
-        def __init__(self, command: list[str], **_: Any) -> None:
-            started.append(Path(command[1]).name)
-            self.returncode = codes[len(started) - 1]
-            if not self.returncode:
-                every[0].done.touch()
+    def call(self: Any, command: list[str]) -> int:
+        started.append(Path(command[1]).name)
+        code = codes[len(started) - 1]
+        if not code:
+            every[0].done.touch()
+        return code
 
-    monkeypatch.setattr(runner.subprocess, "run", Ended)
+    monkeypatch.setattr(runner, "Commands", type("Commands", (), {"call": call}))
     assert runner.run(every, 1) == 75 and started == ["main.py", "evaluate.py"]
     codes.append(75)
     assert runner.run(every, 1) == 75 and started[2:] == ["evaluate.py"], "training is done"

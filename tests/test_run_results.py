@@ -159,7 +159,7 @@ def test_a_stop_is_passed_on_with_its_exit_code(tmp_path: Path, monkeypatch: pyt
     started: list[str] = []
 
     def call(self: Any, argv: list[str]) -> int:
-        started.append(argv[0])
+        started.append(argv[1])
         return 75
 
     monkeypatch.setattr(run_results.Commands, "call", call)

@@ -19,10 +19,7 @@ import csv
 import datetime
 import fcntl
 import io
-import signal
-import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,9 +27,9 @@ from typing import Any
 from pipeline.atomic import write_atomically
 from tools.support.cli import make_parser, parse, run_main
 from tools.support.plans import COLUMNS, Planned, finished_row, progress, read_plan
-from train.errors import EXIT_INTERRUPTED, UserMistake
+from tools.support.stoppable import ROOT, Commands
+from train.errors import UserMistake
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "tools" / "results" / "imagenette.csv"
 Row = dict[str, Any]
 
@@ -76,36 +73,6 @@ def only_one() -> Iterator[None]:
         yield
 
 
-class Commands:
-    """Runs one command after the other and stops the current one when time is up or a signal asks."""
-
-    def __init__(self, minutes: float) -> None:
-        self._current: subprocess.Popen[bytes] | None = None
-        self.asked = False
-        self._timer = threading.Timer(60 * minutes, self.stop) if minutes else None
-        if self._timer is not None:
-            self._timer.daemon = True
-            self._timer.start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.stop())
-
-    def stop(self) -> None:
-        """Ask the current command to save and end."""
-        self.asked = True
-        if self._current is not None:
-            self._current.terminate()
-
-    def call(self, argv: Sequence[str]) -> int:
-        """Run one of our commands; its exit code, or that of an interruption once a stop was asked for."""
-        if self.asked:
-            return EXIT_INTERRUPTED
-        self._current = subprocess.Popen([sys.executable, *argv], cwd=ROOT)
-        if self.asked:  # a signal between the two lines above
-            self._current.terminate()
-        code = self._current.wait()
-        return EXIT_INTERRUPTED if self.asked and code else code
-
-
 def commands_of(planned: Planned, folder: Path, data: Sequence[str], device: str) -> list[list[str]]:
     """Training, then the linear protocol on the backbone that it leaves."""
     train = ["train/main.py", "--method", planned.method, "--recipe", planned.recipe, *planned.flags]
@@ -137,7 +104,7 @@ def work(runs: Sequence[Planned], out: Path, data: Sequence[str], device: str, r
             continue
         folder = out / planned.name
         for argv in commands_of(planned, folder, data, device):
-            code = commands.call(argv)
+            code = commands.call([sys.executable, *argv])
             if code:
                 print(f"{planned.name} ended with exit code {code}; the same command goes on from here", flush=True)
                 return code

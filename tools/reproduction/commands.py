@@ -11,9 +11,8 @@ from pathlib import Path
 from tools.reproduction.scales import Scale, Sources, evaluation_flags, training_flags
 from tools.reproduction.tables import Cell
 from tools.reproduction.training import Line, Training
+from tools.support.stoppable import ROOT
 from train.errors import UserMistake
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

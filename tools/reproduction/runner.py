@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 
 from tools.reproduction.commands import Job
+from tools.support.stoppable import Commands
 from train.errors import UserMistake
 
 
@@ -17,19 +17,20 @@ def run(jobs: Sequence[Job], processes: int) -> int:
         processes: processes of a command that can use several.
 
     Returns:
-        0 when all are done, else the exit code of the command that ended the run.
+        0 when all are done, 75 after a signal, else the exit code of the command that ended the run.
     """
+    commands = Commands()
     for number, job in enumerate(jobs, 1):
         if job.done.exists():
             print(f"[{number}/{len(jobs)}] done: {job.done}", flush=True)
             continue
         print(f"[{number}/{len(jobs)}] {job.text(processes)}", flush=True)
         job.done.parent.mkdir(parents=True, exist_ok=True)
-        code = subprocess.run(job.command(processes), check=False).returncode
+        code = commands.call(job.command(processes))
         if code:
             # Training and evaluation resume by themselves, so the whole table does.
             print(f"stopped with exit code {code}; the same command goes on from here", flush=True)
-            return code if code > 0 else 128 - code
+            return code
         if not job.done.exists():
             raise UserMistake(f"{job.text()} ended without {job.done}; run it alone to see why")
     return 0

@@ -43,8 +43,6 @@ _MOST_IMAGES = 20_000
 """Largest number of images to pack; a larger folder is sampled, so that packing leaves time to train."""
 _MOST_SEEN = 500_000
 _PUBLISHED_SEEN = 200 * 1_281_167
-_BATCH = 64
-"""Images of a step, in both recipes."""
 _WARMUP = 1.0
 """Epochs of warm-up of a run of eight epochs and more; a shorter one has its share."""
 _TIMING_STEPS, _TIMING_ROW = 12, 4
@@ -383,17 +381,19 @@ def _train(recipe: str, packed: Packed, run_dir: Path, seed: int, more: Sequence
     _call(command)
 
 
-def _time(recipe: str, packed: Packed, run_dir: Path, seed: int) -> Timing:
-    """The timing of a recipe, from a run of a few steps that is thrown away."""
+def _fit(recipe: str, packed: Packed, run_dir: Path, seed: int, ends: float) -> tuple[Timing, Plan]:
+    """The timing of a recipe, from a run of a few steps that is thrown away, and the plan that ends at `ends`."""
     # A run of its own: the schedule's length must be known before the real one starts.
     timing_dir = run_dir / "timing"
     began = time.monotonic()
     short_flags = ["--max-steps", str(_TIMING_STEPS), "--log-every", str(_TIMING_ROW), "--knn-every", "0"]
     _train(recipe, packed, timing_dir, seed, short_flags)
-    timing = read_timing(read_run(timing_dir), time.monotonic() - began, packed.labelled)
+    short = read_run(timing_dir)
+    timing = read_timing(short, time.monotonic() - began, packed.labelled)
     # Its checkpoint and rows would be taken for results.
     shutil.rmtree(timing_dir)
-    return timing
+    batch = short.config["recipe"]["global_batch"]
+    return timing, make_plan(timing, ends - time.monotonic() - _REPORT_S, packed.images, batch)
 
 
 def quickstart(folder: Path | None, run_dir: Path, minutes: float, seed: int) -> None:
@@ -409,18 +409,17 @@ def quickstart(folder: Path | None, run_dir: Path, minutes: float, seed: int) ->
 
     say("timing a few steps to see which network there is time for")
     recipe = _NARROW
-    timing = _time(recipe, packed, run_dir, seed)
-    plan = make_plan(timing, ends - time.monotonic() - _REPORT_S, packed.images, _BATCH)
+    timing, plan = _fit(recipe, packed, run_dir, seed, ends)
     if (ends - time.monotonic()) / timing.step_s >= _ENOUGH_NARROW:
-        wide = _time(_WIDE, packed, run_dir, seed)
-        longer = make_plan(wide, ends - time.monotonic() - _REPORT_S, packed.images, _BATCH)
+        wide, longer = _fit(_WIDE, packed, run_dir, seed, ends)
         if longer.steps >= _ENOUGH_WIDE:
             recipe, timing, plan = _WIDE, wide, longer
 
-    arch, seconds = RECIPES[recipe][1]()[0].arch, plan.steps * timing.step_s + timing.fixed_s
+    made, seconds = RECIPES[recipe][1]()[0], plan.steps * timing.step_s + timing.fixed_s
+    batch = made.global_batch
     say(
-        f"{_BATCH / timing.step_s:,.0f} images/s: training RegionCL-M on {arch} for {plan.steps} steps of {_BATCH} "
-        f"images ({plan.steps * _BATCH / packed.images:.1f} epochs), about {seconds:.0f} s"
+        f"{batch / timing.step_s:,.0f} images/s: training RegionCL-M on {made.arch} for {plan.steps} steps of {batch} "
+        f"images ({plan.steps * batch / packed.images:.1f} epochs), about {seconds:.0f} s"
     )
     flags: list[str | Path] = ["--epochs", str(plan.epochs), "--max-steps", str(plan.steps)]
     flags += ["--knn-every", str(plan.figures_every), "--log-every", str(_LOG_EVERY)]

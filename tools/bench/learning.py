@@ -6,7 +6,7 @@ The runs go through `train/main.py` itself, on one CPU thread. `tools/bench_lear
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from models.methods import METHODS
-from models.resnet import BACKBONES, SmallResNet, initialise_convolutions
+from models.resnet import BACKBONES, initialise_convolutions
 from models.swin import SwinTrunk
 from tools.bench.rows import RESULTS, Report
 from tools.bench.shapes import CLASSES, write_pictures
@@ -42,15 +42,13 @@ class ShapesSwin(SwinTrunk):
 
 
 @contextmanager
-def shapes_backbones() -> Iterator[None]:
-    """Within the block `--arch` takes "resnet-shapes" and "swin-shapes"."""
-    added: dict[str, Callable[..., Any]] = {"resnet-shapes": SmallResNet, "swin-shapes": ShapesSwin}
-    BACKBONES.update(added)
+def shapes_backbone() -> Iterator[None]:
+    """Within the block `--arch` takes "swin-shapes"."""
+    BACKBONES["swin-shapes"] = ShapesSwin
     try:
         yield
     finally:
-        for name in added:
-            del BACKBONES[name]
+        del BACKBONES["swin-shapes"]
 
 
 SETTINGS = (
@@ -100,7 +98,7 @@ def settings(method: str) -> list[str]:
     own = family(method)
     taken = {flag.partition("=")[0] for flag in own}  # a flag may be given once
     shared = [flag for flag in ("--bn.group-size=16", *sizes) if flag.partition("=")[0] not in taken]
-    arch = "swin-shapes" if method in SWIN_METHODS else "resnet-shapes"
+    arch = "swin-shapes" if method in SWIN_METHODS else "resnet10-w16"
     return ["--method", method, "--arch", arch, *SETTINGS, *shared, *own]
 
 
@@ -133,7 +131,7 @@ def learn(method: str, data: tuple[Path, Path], run_dir: Path, seed: int = 0, mo
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with shapes_backbones():
+        with shapes_backbone():
             code = train_main([*argv, *settings(method), "--epochs", str(EPOCHS), *more])
     finally:
         torch.set_num_threads(threads)

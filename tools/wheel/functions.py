@@ -13,7 +13,8 @@ from typing import Any
 
 from train.errors import EXIT_REQUEUE, Stopped
 from train.keywords import arguments_of
-from train.measure.embedding import Embedding, own_image_size
+from train.measure.embedding import embed as embed
+from train.measure.embedding import own_image_size
 from train.record.run import Run, read_run
 
 
@@ -88,52 +89,6 @@ def evaluate(
         run([protocol, *arguments_of(asked)])
         result: dict[str, Any] = json.loads(Path(asked["output"]).read_text())
     return result
-
-
-def embed(
-    data: str | Path,
-    *,
-    checkpoint: str | Path,
-    out: str | Path | None = None,
-    arch: str = "",
-    image_size: int = 0,
-    batch_size: int = 256,
-    device: str = "auto",
-    workers: int = 0,
-    loader: str = "auto",
-) -> Embedding:
-    """The features of every image: the backbone's last feature map, averaged over its positions.
-
-    Args:
-        data: a packed file, folder, list of files or shard pattern.
-        checkpoint: a run's folder, our backbone file, or torchvision or timm weights.
-        out: file to write, .npz or .npy; None writes none.
-        arch: architecture; empty finds it out.
-        image_size: side of the centre square in pixels; 0 is the run's own, or 224.
-        batch_size: images at a time; only memory depends on it.
-        device: "auto", "cpu" or "cuda".
-        workers: decoding threads; 0 follows from the cores that the process may use.
-        loader: where images come from.
-
-    Returns:
-        The features with labels and names.
-
-    Raises:
-        ValueError: checkpoint or data cannot be used; the message names the remedy.
-    """
-    from train.measure.embedding import embed as measured
-
-    return measured(
-        data,
-        checkpoint=checkpoint,
-        out=out,
-        arch=arch,
-        image_size=image_size,
-        batch_size=batch_size,
-        device=device,
-        workers=workers,
-        loader=loader,
-    )
 
 
 def export(

@@ -18,6 +18,7 @@ from pipeline.atomic import write_atomically
 
 from ..errors import UserMistake
 from ..flags import OneLineParser
+from ..record.evaluations import NAMES
 
 Run = Callable[[Sequence[str]], int]
 _RATED = ("detect", "segment")
@@ -155,7 +156,7 @@ def _figures(document: dict[str, Any]) -> dict[str, float]:
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    return isinstance(value, float) and (name.endswith("top1") or name == "top5" or name == "miou" or "_ap" in name)
+    return isinstance(value, float) and name in NAMES
 
 
 def _with_figures(document: dict[str, Any], figures: dict[str, float]) -> dict[str, Any]:

@@ -94,8 +94,11 @@ def embed(
         workers: decoding threads; 0 follows from the cores that the process may use.
         loader: where images come from.
 
+    Returns:
+        The features with labels and names.
+
     Raises:
-        ValueError: checkpoint or data cannot be used.
+        ValueError: checkpoint or data cannot be used; the message names the remedy.
     """
     # Before the work of hours, not after it.
     path = None if out is None else check_out(out)

@@ -205,22 +205,9 @@ def box_trial(shape: tuple[int, ...], dtype: torch.dtype, gradient: bool, calls:
     boxes = torch.randint(0, max(shape[2:]) + 2, (images, 4), generator=generator).to(device)
     cotangent = _noise((images, 3, shape[1]), dtype, device, 4) if gradient else None
 
-    def call(mode: str, wide: torch.dtype) -> Call:
-        def run() -> Results:
-            with chosen("box_pool", mode):
-                given = {name: tensor.to(wide) for name, tensor in inputs.items()}
-                return _differentiated(lambda maps: box_pool(maps, boxes), given, cotangent, "the means")
-
-        return run
-
-    return Trial(
-        f"{(images, *shape[1:])} {_short(dtype)}",
-        call("cuda", dtype),
-        call("definition", dtype),
-        call("definition", exact_dtype(dtype)),
-        calls * whole / images,
-        compare_largest,
-    )
+    what = f"{(images, *shape[1:])} {_short(dtype)}"
+    pool = partial(_pooled, "box_pool", lambda maps: box_pool(maps, boxes), inputs, cotangent)
+    return _pooling_trial(what, pool, dtype, calls * whole / images)
 
 
 def _recorded_box(call: OperatorCall, count: int, setting: Setting) -> Trial:
@@ -245,22 +232,29 @@ def mask_trial(
     inputs = {"the features": _noise(shape, dtype, device, 2), "the weights": weights}
     cotangent = _noise((images, groups_masks[1], shape[1]), dtype, device, 4) if gradient else None
 
-    def call(mode: str, wide: torch.dtype | None) -> Call:
-        def run() -> Results:
-            with chosen("masked_pool", mode):
-                given = {name: tensor.to(wide or tensor.dtype) for name, tensor in inputs.items()}
-                return _differentiated(masked_pool, given, cotangent, "the means")
+    what = f"{shape} {_short(dtype)}, {groups_masks[0]} groups of {groups_masks[1]} masks"
+    pool = partial(_pooled, "masked_pool", masked_pool, inputs, cotangent)
+    return _pooling_trial(what, pool, dtype, calls * whole / images)
 
-        return run
 
-    return Trial(
-        f"{shape} {_short(dtype)}, {groups_masks[0]} groups of {groups_masks[1]} masks",
-        call("cuda", None),
-        call("definition", None),
-        call("definition", exact_dtype(dtype)),
-        calls * whole / images,
-        compare_largest,
-    )
+def _pooled(
+    operator: str,
+    function: Callable[..., Tensor],
+    inputs: dict[str, Tensor],
+    cotangent: Tensor | None,
+    mode: str,
+    wide: torch.dtype | None,
+) -> Results:
+    """Means and gradients of a pooling operator in one form; `wide` is the dtype of its inputs, None for their own."""
+    with chosen(operator, mode):
+        given = {name: tensor.to(wide or tensor.dtype) for name, tensor in inputs.items()}
+        return _differentiated(function, given, cotangent, "the means")
+
+
+def _pooling_trial(what: str, pool: Callable[..., Results], dtype: torch.dtype, calls: float) -> Trial:
+    """The kernel, its definition, and that in a wider dtype; `pool` takes the last two arguments of `_pooled`."""
+    kernel, definition = partial(pool, "cuda", None), partial(pool, "definition", None)
+    return Trial(what, kernel, definition, partial(pool, "definition", exact_dtype(dtype)), calls, compare_largest)
 
 
 def _recorded_masks(call: OperatorCall, count: int, setting: Setting) -> Trial:

@@ -58,3 +58,13 @@ def test_exit_codes_are_those_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> Non
     commands = Commands()
     for program, code in (("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137), ("pass", 0)):
         assert commands.call([sys.executable, "-c", program]) == code
+
+
+def test_nothing_is_started_once_a_stop_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.support import stoppable
+
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    commands = stoppable.Commands()
+    commands.stop()
+    monkeypatch.setattr(stoppable.subprocess, "Popen", lambda *_, **__: pytest.fail("a command began"))
+    assert commands.call([sys.executable, "-c", "pass"]) == 75

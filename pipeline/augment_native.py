@@ -37,6 +37,7 @@ def library() -> ctypes.CDLL | None:
         pointer,
         number,
     )
+    loaded.regatta_augment_force_level.argtypes, loaded.regatta_augment_force_level.restype = (ctypes.c_int32,), None
     # A library of another version would read the table at wrong places.
     assert loaded.regatta_augment_columns() == PARAMETERS
     assert loaded.regatta_augment_plan_bytes() == AUGMENTATION.itemsize

@@ -1,10 +1,11 @@
-"""Source images per second from a packed file to their views: our loaders, stock FFCV, and a DataLoader with PIL.
+"""Source images per second from a packed file to their views: our loaders, stock FFCV, and PyTorch's DataLoader.
 
     python tools/bench_pipeline.py --photos FOLDER      # packs them at 400 px and repeats them to a long epoch
     python tools/bench_pipeline.py --data FILE.beton
     python tools/bench_pipeline.py --photos FOLDER --memory-share 0.25   # as if a quarter of it fitted into memory
     python tools/bench_pipeline.py --photos FOLDER --levers              # what each device of the loader is worth
     python tools/bench_pipeline.py --photos FOLDER --multi-crop          # two views of 224 px and six of 96 px
+    python tools/bench_pipeline.py --photos FOLDER --simd avx2           # as on a processor without AVX-512
 
 The contenders take turns. Every one of them decodes each image anew, so repeated photos are no easier than others.
 """
@@ -37,6 +38,7 @@ from pipeline.loaders import build_pipeline
 from pipeline.manifest import manifest_path
 from pipeline.records import make_record
 from pipeline.refusal import MAX_PIXELS
+from pipeline.simd import LEVELS, at_most, level
 from pipeline.stores import PackedStore
 from tools.bench.pipeline_bounded import bounded_conclusion, measure_bounded
 from tools.bench.pipeline_contenders import (
@@ -44,6 +46,7 @@ from tools.bench.pipeline_contenders import (
     crops_transform,
     dataloader_epoch,
     moco_v2_transform,
+    moco_v2_transform_v2,
     stock_ffcv_epoch,
 )
 from tools.bench.pipeline_levers import measure_levers
@@ -51,16 +54,19 @@ from tools.bench.rows import Report, Summary, usable_cores
 from tools.bench.timing import add_common_flags, choose_device
 from tools.support import cli
 from tools.support.packing import Tally
+from tools.wheel.loader import Loader
 
 CONTENDERS = (
     "stock-ffcv",
     "pil-crops",
     "pil-full",
+    "v2-full",
     "ffcv",
     "folder",
     "dali",
     "ffcv-augment",
     "ffcv-augment-bf16",
+    "own-loop",
 )
 FOR_ANY_VIEWS = ("stock-ffcv", "ffcv", "folder")
 """The contenders that cut other views than the two of MoCo v2."""
@@ -70,12 +76,16 @@ EXPLAINED = {
     "stock-ffcv": "stock FFCV, one decode per view",
     "pil-crops": "DataLoader, PIL, crops only",
     "pil-full": "DataLoader, PIL, whole MoCo v2 augmentation",
+    "v2-full": "DataLoader, torchvision v2, whole MoCo v2 augmentation",
     "ffcv": "ours through FFCV's Loader, crops only",
     "folder": "ours without FFCV, crops only",
     "dali": "DALI in our order, crops only",
     "ffcv-augment": "ours through FFCV's Loader, whole MoCo v2 augmentation on the CPU",
     "ffcv-augment-bf16": "ours through FFCV's Loader, whole MoCo v2 augmentation on the CPU, bfloat16",
+    "own-loop": "regatta.Loader in a loop of one's own, whole MoCo v2 augmentation",
 }
+SLOW = ("pil-crops", "pil-full", "v2-full")
+"""The contenders with shorter epochs, since they would take most of the time."""
 METRIC = "throughput"
 
 
@@ -140,6 +150,19 @@ def pipeline_epoch(pipeline: Pipeline, device: torch.device) -> Callable[[], int
         return count
 
     return run
+
+
+def own_loop_epoch(data: Path, config: PipelineConfig, size: int) -> Callable[[], int]:
+    """One epoch of `regatta.Loader` as a user's own loop sees it; returns how many images were delivered."""
+    loader = Loader(
+        data,
+        size=size,
+        augment="mocov2",
+        batch_size=config.global_batch,
+        device=config.device,
+        workers=config.workers,
+    )
+    return lambda: sum(len(batch.index) for batch in loader)
 
 
 class DecoderAlone:
@@ -219,6 +242,9 @@ def conclusion(rates: dict[str, Summary], alone: Summary | None, workers: int) -
     if "ffcv-augment" in rates and "pil-full" in rates:
         ratio = rates["ffcv-augment"].median / rates["pil-full"].median
         ratios.append(f"{ratio:.2f} times the same DataLoader with the augmentation on the CPU too")
+    if "own-loop" in rates and "v2-full" in rates:
+        ratio = rates["own-loop"].median / rates["v2-full"].median
+        ratios.append(f"a loop on regatta.Loader {ratio:.2f} times {EXPLAINED['v2-full']}")
     if alone is None:
         return "; ".join(["bottleneck: not known without the native decoder (tools/setup.sh builds it)", *ratios])
     added = " and ".join(
@@ -258,6 +284,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--multi-crop", action="store_true", help="instead, SwAV's two views of 224 px and six of 96 px"
     )
+    parser.add_argument(
+        "--simd",
+        choices=("auto", *LEVELS),
+        default="auto",
+        help="vector instructions of our compiled code; auto: the most that the processor has",
+    )
     parser.add_argument("--levers", action="store_true", help="instead, change one device of our loader at a time")
     add_common_flags(parser)
     parser.set_defaults(rounds=5, max_seconds=600.0)
@@ -268,7 +300,7 @@ def make_contenders(
     options, data: Path, config: PipelineConfig, opened: list[Pipeline]
 ) -> dict[str, Callable[[], int]]:  # type: ignore[no-untyped-def]
     """Name -> one epoch, for the contenders that are installed; says which are not."""
-    # PIL's contenders have shorter epochs, since they would take most of the time; at least one batch.
+    # At least one batch.
     slow, workers = max(options.slow_images, options.batch), config.workers
 
     def ours(loader: str, **settings: object) -> Callable[[], int]:
@@ -279,11 +311,15 @@ def make_contenders(
         "stock-ffcv": lambda: stock_ffcv_epoch(data, config.views, options.batch, workers),
         "pil-crops": lambda: dataloader_epoch(data, crops_transform(options.size), options.batch, workers, slow),
         "pil-full": lambda: dataloader_epoch(data, moco_v2_transform(options.size), options.batch, workers, slow),
+        "v2-full": lambda: dataloader_epoch(
+            data, moco_v2_transform_v2(options.size), options.batch, workers, slow, tensors=True
+        ),
         "ffcv": lambda: ours("ffcv"),
         "folder": lambda: ours("folder"),
         "dali": lambda: ours("dali"),
         "ffcv-augment": lambda: ours("ffcv", augment="mocov2"),
         "ffcv-augment-bf16": lambda: ours("ffcv", augment="mocov2", dtype=torch.bfloat16),
+        "own-loop": lambda: own_loop_epoch(data, config, options.size),
     }
     made = {}
     for name in options.contenders:
@@ -316,7 +352,7 @@ def measure(report: Report, options: argparse.Namespace, data: Path, config: Pip
             break
     rates = {}
     for name, figures in images_per_s.items():
-        slow = f"; epochs of {options.slow_images} images" if name.startswith("pil") else ""
+        slow = f"; epochs of {options.slow_images} images" if name in SLOW else ""
         rates[name] = report.add(EXPLAINED[name], METRIC, "images/s", figures, setting + slow)
     alone = None
     if decoder:
@@ -328,63 +364,74 @@ def measure(report: Report, options: argparse.Namespace, data: Path, config: Pip
     report.finish(conclusion(rates, alone, config.workers), options.output, write=not options.no_csv)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measure what the flags ask for."""
-    options = parse(argv)
+def describe(options: argparse.Namespace, data: Path, workers: int) -> str:
+    """The setting of a run's rows, in parts that semicolons divide."""
+    reader = BetonReader(data)
+    if options.photos is None:
+        source = "a packed file"
+    else:
+        photos = len(list_images(options.photos).files)
+        source = f"{photos} photos packed at {options.max_resolution} px, quality {options.jpeg_quality}, repeated"
+    pixels = (reader.widths.astype(float) * reader.heights).mean() / 1e6
+    parts = (
+        source,
+        f"{len(reader)} images of {reader.sizes.mean() / 1024:.0f} KiB and {pixels:.3f} Mpx",
+        "two views of 224 px and six of 96 px" if options.multi_crop else f"two views of {options.size} px",
+        f"batch {options.batch}",
+        f"{workers} workers",
+        f"vector instructions {level()}",
+        "warm cache",
+    )
+    return "; ".join(parts)
+
+
+def refuse_impossible(options: argparse.Namespace) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        ValueError: one line with the remedy.
+    """
     if (options.data is None) == (options.photos is None):
         raise ValueError("give either --data FILE.beton or --photos FOLDER")
     if options.levers and options.memory_share:
         raise ValueError("--levers and --memory-share are two measurements; give one of them")
     if options.multi_crop and (options.levers or options.memory_share):
         raise ValueError("--multi-crop is a measurement of its own; leave out --levers and --memory-share")
-    if options.multi_crop:
-        options.contenders = [name for name in options.contenders if name in FOR_ANY_VIEWS]
     if not 0 <= options.memory_share < 1:
         raise ValueError(f"--memory-share {options.memory_share} is not a share of the file; choose 0.25, say")
-    device = choose_device(options.device)
+
+
+def measure_asked(report: Report, options: argparse.Namespace, data: Path) -> None:
+    """The measurement that the flags name, with its rows."""
     workers = options.workers or usable_cores()
-    report = Report("bench_pipeline", device)
-    with tempfile.TemporaryDirectory() as folder:
+    setting = describe(options, data, workers)
+    views = MULTI_CROP if options.multi_crop else augment.view_specs("mocov2", options.size)
+    config = PipelineConfig(str(data), views, options.batch, workers=workers, device=report.device)
+    if not (options.levers or options.memory_share):
+        return measure(report, options, data, config, setting)
+    check(data, config, ["folder"])
+    if options.levers:
+        line = measure_levers(report, data, config, options.rounds, options.max_seconds, setting)
+    else:
+        count, cold = len(BetonReader(data)), setting.removesuffix("; warm cache")
+        share = options.memory_share
+        line = bounded_conclusion(measure_bounded(report, data.resolve(), config, count, share, options.rounds, cold))
+    report.finish(line, options.output, write=not options.no_csv)
+    return None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what the flags ask for."""
+    options = parse(argv)
+    refuse_impossible(options)
+    if options.multi_crop:
+        options.contenders = [name for name in options.contenders if name in FOR_ANY_VIEWS]
+    report = Report("bench_pipeline", choose_device(options.device))
+    with tempfile.TemporaryDirectory() as folder, at_most(level() if options.simd == "auto" else options.simd):
         data = options.data or Path(folder) / "photos.beton"
         if options.photos is not None:
             pack_repeated(options.photos, data, options.max_resolution, options.jpeg_quality, options.images)
-        reader = BetonReader(data)
-        source = (
-            "a packed file"
-            if options.photos is None
-            else (
-                f"{len(list_images(options.photos).files)} photos packed at {options.max_resolution} px, quality "
-                f"{options.jpeg_quality}, repeated"
-            )
-        )
-        setting = (
-            f"{source}; {len(reader)} images of {reader.sizes.mean() / 1024:.0f} KiB and "
-            f"{(reader.widths.astype(float) * reader.heights).mean() / 1e6:.3f} Mpx; "
-            f"{'two views of 224 px and six of 96 px' if options.multi_crop else f'two views of {options.size} px'}; "
-            f"batch {options.batch}; {workers} workers; warm cache"
-        )
-        views = MULTI_CROP if options.multi_crop else augment.view_specs("mocov2", options.size)
-        config = PipelineConfig(str(data), views, options.batch, workers=workers, device=device)
-        if options.levers:
-            check(data, config, ["folder"])
-            line = measure_levers(report, data, config, options.rounds, options.max_seconds, setting)
-            report.finish(line, options.output, write=not options.no_csv)
-            return 0
-        if options.memory_share:
-            data = data.resolve()
-            check(data, config, ["folder"])
-            found = measure_bounded(
-                report,
-                data,
-                config,
-                len(reader),
-                options.memory_share,
-                options.rounds,
-                setting.removesuffix("; warm cache"),
-            )
-            report.finish(bounded_conclusion(found), options.output, write=not options.no_csv)
-            return 0
-        measure(report, options, data, config, setting)
+        measure_asked(report, options, data)
     return 0
 
 

@@ -28,6 +28,9 @@ using regatta::BatchPlan;
 // Floats in a parameter row, so that a caller that has another layout notices.
 REGATTA_API int regatta_augment_columns() { return regatta::kColumns; }
 
+// Use at most this instruction set where a call leaves the choice; -1 for the best there is. For measurements.
+REGATTA_API void regatta_augment_force_level(int32_t level) { regatta::forced_level.store(level); }
+
 // Bytes of scratch that one call needs for images of this size.
 REGATTA_API size_t regatta_augment_scratch(int height, int width) {
   // The 32 floats more are for aligning it.

@@ -106,10 +106,10 @@ AugmentOne augment_one;
 #endif
 
 // The function of the widest target that this processor has and the caller allows: `lanes` is the number of floats in a
-// register, 0 for any. Null where the processor has no such registers.
+// register, 0 for the most that is allowed. Null where the processor has no such registers.
 inline AugmentOne* choose_augment(int lanes) {
 #if REGATTA_X86
-  const Level best = best_level();
+  const Level best = lanes == 0 ? current_level() : best_level();
   if (best >= kAvx512 && (lanes == 0 || lanes == 16)) return avx512::augment_one;
   if (best >= kAvx2 && (lanes == 0 || lanes == 8)) return avx2::augment_one;
 #endif

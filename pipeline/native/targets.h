@@ -10,6 +10,8 @@
 // whole library, so a processor without AVX-512 could be given the AVX-512 copy.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -39,7 +41,7 @@
 
 namespace regatta {
 
-// The numbers are those of rg_level and rg_force_level, which Python uses.
+// The numbers are those of pipeline/simd.py.
 enum Level : int32_t { kPlain = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The best target of this processor.
@@ -53,6 +55,16 @@ inline Level best_level() {
   if (has_avx2) return has_avx512 ? kAvx512 : kAvx2;
 #endif
   return kPlain;
+}
+
+// The most that a caller allows, for tests and measurements; -1 for no limit. Each library has its own.
+inline std::atomic<int32_t> forced_level{-1};
+
+// The target in use.
+inline Level current_level() {
+  static const Level best = best_level();
+  const int32_t forced = forced_level.load(std::memory_order_relaxed);
+  return forced < 0 ? best : std::min(static_cast<Level>(forced), best);
 }
 
 // AVX-512 came without byte permutations until Ice Lake and Zen 4. Only the interleaving of colours uses them.

@@ -35,14 +35,6 @@ inline Scratch& scratch() {
   return instance;
 }
 
-inline std::atomic<int32_t> forced_level{-1};
-
-inline Level current_level() {
-  static const Level best = best_level();
-  const int32_t forced = forced_level.load(std::memory_order_relaxed);
-  return forced < 0 ? best : std::min(static_cast<Level>(forced), best);
-}
-
 inline uint32_t crc32(const uint8_t* data, size_t size) {
   return ~view_kernels(current_level()).crc32(~0u, data, size);
 }

@@ -1,4 +1,4 @@
-"""What `bench_pipeline.py` measures itself against: stock FFCV, and PyTorch's DataLoader with PIL.
+"""What `bench_pipeline.py` measures itself against: stock FFCV, and PyTorch's DataLoader with PIL or torchvision v2.
 
 Each contender is one epoch over a packed file that makes views of every image, two in most, and throws them away.
 """
@@ -9,11 +9,15 @@ import io
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 
 from pipeline.beton import BetonReader
 from pipeline.interface import ViewSpec
@@ -51,11 +55,36 @@ def crops_transform(size: int) -> Callable[[Image.Image], torch.Tensor]:
     return transforms.Compose([transforms.RandomResizedCrop(size, scale=(0.2, 1.0)), transforms.PILToTensor()])
 
 
-class PackedPhotos(Dataset):
-    """The first `count` records of a packed file as two transformed views of a PIL image, decoded once."""
+def moco_v2_transform_v2(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The whole augmentation of MoCo v2 in torchvision's second version of its transforms, on a uint8 tensor."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            # Three standard deviations of the widest blur: a wider kernel would only make this contender slower.
+            v2.RandomApply([v2.GaussianBlur(13, sigma=(0.1, 2.0))], p=0.5),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
 
-    def __init__(self, path: Path, transform: Callable[[Image.Image], torch.Tensor], count: int):
+
+def _pil_image(record: np.ndarray) -> Image.Image:
+    return Image.open(io.BytesIO(record.tobytes())).convert("RGB")
+
+
+def _tensor_image(record: np.ndarray) -> torch.Tensor:
+    return decode_image(torch.from_numpy(np.array(record)), ImageReadMode.RGB)
+
+
+class PackedPhotos(Dataset):
+    """The first `count` records of a packed file as two transformed views of an image, decoded once."""
+
+    def __init__(self, path: Path, transform: Callable[[Any], torch.Tensor], count: int, tensors: bool):
         self.path, self.transform, self.count = path, transform, count
+        self.decode: Callable[[np.ndarray], Any] = _tensor_image if tensors else _pil_image
         self.reader: BetonReader | None = None
 
     def __len__(self) -> int:
@@ -64,17 +93,25 @@ class PackedPhotos(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.reader is None:  # in the worker process
             self.reader = BetonReader(self.path)
-        image = Image.open(io.BytesIO(self.reader.record(index % len(self.reader)).tobytes())).convert("RGB")
+        image = self.decode(self.reader.record(index % len(self.reader)))
         return self.transform(image), self.transform(image)
 
 
 def dataloader_epoch(
-    path: Path, transform: Callable[[Image.Image], torch.Tensor], batch: int, workers: int, images: int
+    path: Path,
+    transform: Callable[[Any], torch.Tensor],
+    batch: int,
+    workers: int,
+    images: int,
+    tensors: bool = False,
 ) -> Callable[[], int]:
-    """An epoch of `images` images through a DataLoader whose workers stay; returns how many were delivered."""
+    """An epoch of `images` images through a DataLoader whose workers stay; returns how many were delivered.
+
+    With `tensors` torchvision decodes to a uint8 (3, H, W) tensor, else PIL to an image of its own.
+    """
     torch.set_num_threads(max(torch.get_num_threads(), 1))
     loader = DataLoader(
-        PackedPhotos(path, transform, images),
+        PackedPhotos(path, transform, images, tensors),
         batch_size=batch,
         shuffle=True,
         num_workers=workers,

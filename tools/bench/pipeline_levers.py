@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline import simd
 from pipeline.augmenter import BatchAugmenter
 from pipeline.decoder import native_library
 from pipeline.interface import Pipeline, PipelineConfig
@@ -28,7 +29,7 @@ from tools.bench.rows import Report, Summary
 from tools.bench.timing import time_interleaved
 
 IMAGES = 512
-_LEVELS = {"no SIMD": 0, "AVX2 instead of AVX-512": 1}
+_LEVELS = {"no SIMD": "plain", "AVX2 instead of AVX-512": "avx2"}
 
 
 class _Decoder:
@@ -90,15 +91,6 @@ class _Decoder:
                 raise RuntimeError(f"{failed} of {self.count} images could not be decoded")
 
     @contextmanager
-    def level(self, level: int) -> Iterator[None]:
-        """At most this instruction set."""
-        self.library.rg_force_level(level)
-        try:
-            yield
-        finally:
-            self.library.rg_force_level(-1)
-
-    @contextmanager
     def pinned(self) -> Iterator[None]:
         """Each decoding thread on a core of its own, the calling one too."""
         cores = sorted(os.sched_getaffinity(0))
@@ -117,20 +109,22 @@ def _decoder_calls(decoder: _Decoder) -> dict[str, Callable[[], None]]:
     usual, whole = decoder.jobs(), decoder.jobs(add=WHOLE_IMAGE)
     libjpeg, trusting = decoder.jobs(add=LIBJPEG_ONLY), decoder.jobs(drop=CHECK_CRC)
 
-    def at_level(level: int) -> None:
-        with decoder.level(level):
+    def at_level(level: str) -> None:
+        with simd.at_most(level):
             decoder.run(usual)
 
     def pinned() -> None:
         with decoder.pinned():
             decoder.run(usual)
 
+    best = simd.LEVELS.index(simd.level())
+    lower = {name: level for name, level in _LEVELS.items() if simd.LEVELS.index(level) < best}
     return {
         "everything": lambda: decoder.run(usual),
         "decoding to the last row": lambda: decoder.run(whole),
         "one decode per view": lambda: decoder.run(usual, apart=True),
         "libjpeg's entropy decoder": lambda: decoder.run(libjpeg),
-        **{name: (lambda level=level: at_level(level)) for name, level in _LEVELS.items()},  # type: ignore[misc]
+        **{name: (lambda level=level: at_level(level)) for name, level in lower.items()},  # type: ignore[misc]
         "no checksums": lambda: decoder.run(trusting),
         "threads pinned to cores": pinned,
         "one thread": lambda: decoder.run(usual, decoder.single),

@@ -11,7 +11,9 @@ import functools
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,12 +89,14 @@ class Report:
         return summary
 
     def table(self) -> str:
-        """Every row, aligned."""
-        header = ("contender", "setting", "metric", "median", "p20", "p80", "n", "unit")
+        """Every row, aligned, in the width of the terminal; what the settings have in common stands once above."""
+        width = shutil.get_terminal_size().columns
+        parts = [row.setting.split("; ") if row.setting else [] for row in self.rows]
+        shared = [part for part in parts[0] if all(part in other for other in parts)] if parts else []
+        lines = textwrap.wrap("; ".join(shared), width)
         body = [
             (
-                row.contender,
-                row.setting,
+                "; ".join([row.contender, *(part for part in own if part not in shared)]),
                 row.metric,
                 _figure(row.value.median),
                 _figure(row.value.p20),
@@ -100,9 +104,10 @@ class Report:
                 str(row.value.n),
                 row.unit,
             )
-            for row in self.rows
+            for row, own in zip(self.rows, parts, strict=True)
         ]
-        return format_table(header, body)
+        header = ("contender", "metric", "median", "p20", "p80", "n", "unit")
+        return "\n".join([*lines, format_table(header, body, width)])
 
     def _provenance(self) -> dict[str, str]:
         """The columns that say where and with what the figures of this run were measured."""
@@ -160,11 +165,26 @@ class Report:
         print(conclusion, flush=True)
 
 
-def format_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest entry, the header underlined."""
+def format_table(header: Sequence[str], body: Sequence[Sequence[str]], width: int) -> str:
+    """Columns padded to their widest entry, the header underlined.
+
+    Args:
+        header: names of the columns.
+        body: entries of each row.
+        width: characters of a line; the first column is broken into lines so that the rest fits beside it.
+    """
     widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [header, *body]]
-    return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+    # A name needs some room even where the other columns leave none.
+    widths[0] = max(24, min(widths[0], width - sum(widths[1:]) - 2 * len(widths[1:])))
+    lines = [_aligned(header, widths), "-" * (sum(widths) + 2 * len(widths[1:]))]
+    for first, *rest in body:
+        broken = textwrap.wrap(first, widths[0], subsequent_indent="  ") or [""]
+        lines += [_aligned([broken[0], *rest], widths), *broken[1:]]
+    return "\n".join(lines)
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
 
 
 def _figure(value: float) -> str:

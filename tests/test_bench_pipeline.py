@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import augment_native, decoder
+from pipeline import augment_native, decoder, simd
 from tests.small_stores import pack
 from tools import bench_pipeline
 
@@ -58,3 +58,16 @@ def test_bench_of_single_levers(packed, tmp_path, capsys):
     contenders = [row["contender"] for row in csv.DictReader((tmp_path / "rows.csv").open())]
     assert len(contenders) == len(set(contenders)) > 10 and "decoder: decoding to the last row" in contenders
     assert capsys.readouterr().out.splitlines()[-1].startswith("bottleneck: time relative to everything on: decoding")
+
+
+def test_a_run_says_which_vector_instructions_it_used(packed, tmp_path):
+    flags = "--simd plain --contenders folder own-loop v2-full --batch 2 --slow-images 2 --size 32 --rounds 1".split()
+    flags += "--device cpu --workers 1 --output".split()
+    before = simd.level()
+    assert bench_pipeline.main(["--data", str(packed), *flags, str(tmp_path / "rows.csv")]) == 0
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert {"folder", "own-loop", "v2-full"} <= {
+        name for name, label in bench_pipeline.EXPLAINED.items() if label in {row["contender"] for row in rows}
+    }
+    assert all("vector instructions plain" in row["setting"] for row in rows)
+    assert simd.level() == before

@@ -51,6 +51,20 @@ def test_rows_are_appended_below_one_header(tmp_path):
     assert "ours" in report.table() and "images/s" in report.table()
 
 
+def test_a_table_fits_the_terminal_and_says_what_is_shared_once(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    report = Report("bench")
+    long = "ours through FFCV's Loader, whole MoCo v2 augmentation on the CPU, bfloat16"
+    report.add(long, "throughput", "images/s", [100.0], setting="8400 images; batch 256; epochs of 1024 images")
+    report.add("theirs", "time on one thread", "us/image", [1.0], setting="8400 images; batch 256")
+    table = report.table()
+    assert all(len(line) <= 80 for line in table.splitlines()), table
+    assert table.startswith("8400 images; batch 256\n") and table.count("batch 256") == 1
+    # What only one row has stands beside its name, and no word of a name is lost.
+    words = " ".join(table.split())
+    assert all(word in words for word in [*long.split(), "epochs", "1024"]) and "theirs" in table
+
+
 def test_check_refuses_errors_above_twice_eager():
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     eager = torch.tensor([1.0 + 1e-3, 2.0])

@@ -215,6 +215,14 @@ if [ -f pipeline/native_build.py ]; then
   "$python" -m pipeline.native_build >"$log" 2>&1 || lack "native decoder" "$(reason); it needs g++ and libjpeg's headers, then 'bash tools/setup.sh --retry'"
 fi
 
+# --- host side of the GPU kernels ----------------------------------------------------------------------------------------
+
+# Half a minute of the compiler. Without it the first run on a GPU compiles in the background, and Python launches.
+if command -v nvidia-smi >/dev/null && [ -f models/ops/host_library.py ]; then
+  say "host side of the GPU kernels"
+  "$python" -c 'from models.ops.host_library import main; main()' >"$log" 2>&1 || lack "host side of the GPU kernels" "$(reason); it needs g++, then 'bash tools/setup.sh --retry'"
+fi
+
 # Compiled once here, instead of by the first command that packs or reads photos.
 if [ -f pipeline/jpeg.py ]; then
   say "check of JPEG files"

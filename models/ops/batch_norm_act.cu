@@ -10,41 +10,11 @@
 // rows. Each group's rows are cut into `splits` runs, one for each block along y.
 
 #include "storage.h"
+#include "batch_norm_act.h"
 
-#define THREADS 256
 #define PLANE (THREADS + 32 / VECTOR)  // spreads the values of neighbouring channels over the banks of shared memory
 #define ROW (32 + 32 / VECTOR)         // the same where there is one value a channel
 #define AHEAD 2                       // rows that a thread loads before it stores any
-#define JOIN_LANES 32
-#define JOIN_SLICES 16
-
-// What decides whether an element passes the ReLU in the backward pass.
-#define GATE_NONE 0       // there is no ReLU
-#define GATE_RECOMPUTE 1  // the sign of the normalised value, worked out again from x
-#define GATE_MASK 2       // a bit that the forward pass kept, since the residual is not at hand
-
-struct Arguments {
-    const void* x;
-    const void* residual;             // or null
-    const void* grad;                 // of y
-    const float* weight;              // (C) or null for 1
-    const float* bias;                // (C) or null for 0
-    void* out;                        // y, or the gradient of x
-    void* grad_residual;              // or null
-    unsigned char* mask;              // a byte a pack of VECTOR elements, or null
-    float* partial;                   // two planes of (groups, splits, C)
-    float* mean;                      // (groups, C)
-    float* variance;                  // (groups, C), biased
-    float* sums;                      // two planes of (groups, C)
-    float* grad_weight;               // (C)
-    float* grad_bias;                 // (C)
-    float* running_mean;              // (C)
-    float* running_variance;          // (C)
-    long long* batches;               // number of batches seen
-    long long rows;                   // in a group
-    int channels, groups, splits, views, gate;
-    float eps, momentum;
-};
 
 // The rows of one block, and where one of its threads stands.
 struct Place {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import batch_norm_act_host as host
 from .choice import NORM, unreadable
 from .launcher import MAX_GRID, Launcher, loader
 from .layout import STORAGE, channels_last
 
 SOURCE = Path(__file__).with_name("batch_norm_act.cu")
-KERNELS = (
-    "batch_norm_statistics",
-    "batch_norm_join_statistics",
-    "batch_norm_normalise",
-    "batch_norm_backward_sums",
-    "batch_norm_join_sums",
-    "batch_norm_backward_input",
-    "batch_norm_move_running",
-)
+KERNELS = (*host.KERNELS, "batch_norm_move_running")
 THREADS, JOIN_LANES, JOIN_SLICES = 256, 32, 16  # as in the source
+_logger = logging.getLogger(__name__)
 GATE_NONE, GATE_RECOMPUTE, GATE_MASK = 0, 1, 2
 
 
@@ -97,6 +92,24 @@ def kernels_to_move(
     return cuda_kernels(mean.device) if NORM.runs(NORM.why_not(mean) or unreadable(mean, tensors)) else None
 
 
+def launched_from_host(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`batch_norm_act` in C++; None where the kernels do not run, or without its library."""
+    # Cheapest question first. To ask for the library starts the compiler, which only those kernels are worth.
+    if NORM.mode != "cuda" or not _is_on_gpu(x) or (operator := host.operator()) is None:
+        return None
+    kernels = kernels_for(x, weight, bias, groups)
+    address = None if kernels is None else kernels.host_plan(x.shape, x.dtype, groups)
+    return None if address is None else operator(x, residual, weight, bias, address, eps, relu)
+
+
 @functools.cache
 def cuda_kernels(device: torch.device) -> BatchNormActKernels:
     """The kernels on one device."""
@@ -126,6 +139,10 @@ class BatchNormActKernels:
             return _Plan(self._load, shape, dtype, groups, blocks, min_rows)
 
         self._plan = functools.cache(plan)
+
+    def host_plan(self, shape: torch.Size, dtype: torch.dtype, groups: int) -> int | None:
+        """Address of the plan for `batch_norm_act.cpp`, valid as long as this object; None where C++ cannot launch."""
+        return self._plan(shape, dtype, groups).host_address
 
     def forward(
         self,
@@ -278,6 +295,19 @@ class _Plan:
         self._partial = (2, groups, splits, channels)
         self._grid, self._block = (columns, splits, groups), (lanes, slices, 1)
 
+    @functools.cached_property
+    def host_address(self) -> int | None:
+        """Address of the plan for C++; None where the driver or PyTorch lack what it calls."""
+        columns, (lanes, slices, _) = self._grid[0], self._block
+        try:
+            addresses = self._launcher.addresses()  # type: ignore[attr-defined]
+        except (OSError, AttributeError) as error:
+            _logger.warning("batch norm's kernels are launched from Python: %s", error)
+            return None
+        sizes = {**self.sizes, "columns": columns, "lanes": lanes, "slices": slices, "pack": self.pack}
+        self._host_plan = host.plan_of(addresses, **sizes)  # held: the address is used as long as this plan
+        return ctypes.addressof(self._host_plan)
+
     def partial(self, device: torch.device) -> Tensor:
         """Room for two results of every block and channel."""
         return torch.empty(self._partial, dtype=torch.float32, device=device)
@@ -290,6 +320,10 @@ class _Plan:
         """Launch over blocks of channels, for what the blocks of rows have left."""
         grid = (-(-self.sizes["channels"] // JOIN_LANES), groups, 1)
         self._launcher(kernel, grid, (JOIN_LANES, JOIN_SLICES, 1), arguments)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,41 @@ Grid = tuple[int, int, int]
 _OnePointer = ctypes.c_void_p * 1
 MAX_GRID: Grid = (2**31 - 1, 65535, 65535)
 """Most blocks that a launch may have along x, y and z, on every GPU."""
+
+
+FUNCTIONS = {
+    "launch": "cuLaunchKernel",
+    "current_context": "cuCtxGetCurrent",
+    "push_context": "cuCtxPushCurrent_v2",
+    "pop_context": "cuCtxPopCurrent_v2",
+}
+"""What C++ calls of the driver to launch a kernel: our name -> symbol."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """What C++ needs to launch kernels that are loaded in this process.
+
+    Attributes:
+        functions: names in `FUNCTIONS`, and "current_stream" for (device index, pointer to the stream) -> status.
+        context: in which the kernels were loaded.
+        device: its index.
+        kernels: name -> handle.
+    """
+
+    functions: Mapping[str, int]
+    context: int
+    device: int
+    kernels: Mapping[str, int]
+
+
+@functools.cache
+def _function_addresses() -> dict[str, int]:
+    driver, torch_cuda = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libtorch_cuda.so")
+    functions = {name: getattr(driver, symbol) for name, symbol in FUNCTIONS.items()}
+    # PyTorch's C interface for compiled models: it stays as it is from one version to the next.
+    functions["current_stream"] = torch_cuda.aoti_torch_get_current_cuda_stream
+    return {name: ctypes.cast(function, ctypes.c_void_p).value or 0 for name, function in functions.items()}
 
 
 class Launcher(Protocol):
@@ -120,6 +157,16 @@ class CudaModule:
         else:
             with self._bound():
                 self._launch(kernel, grid, block, arguments)
+
+    def addresses(self) -> Addresses:
+        """What C++ needs to launch the kernels.
+
+        Raises:
+            OSError: the driver's or PyTorch's library is not found by its name.
+            AttributeError: it lacks one of the functions.
+        """
+        kernels = {name: int(function) for name, function in self._functions.items()}  # type: ignore[call-overload]
+        return Addresses(_function_addresses(), self._context_address, self._index, kernels)
 
     def _has_context(self) -> bool:
         status, current = self._driver.cuCtxGetCurrent()

@@ -185,7 +185,9 @@ def _sources() -> str:
     """A hash of all code that a verdict depends on."""
     folders = ("models", "pipeline/kernels", "train/proving")
     files = [path for folder in folders for path in sorted((_ROOT / folder).rglob("*")) if path.is_file()]
-    files = [path for path in files if path.suffix in (".py", ".cu", ".h")] + [_ROOT / "pipeline" / "augment.py"]
+    files = [path for path in files if path.suffix in (".py", ".cu", ".h", ".cpp")] + [
+        _ROOT / "pipeline" / "augment.py"
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -10,11 +10,12 @@ import torch
 
 from models.methods import METHODS
 from models.methods.base import StepInputs
-from train.cuda_graph import GraphedForwardBackward, capture_cuda
+from tests.distributed import run_ranks
+from train.cuda_graph import GradientExchange, GraphedForwardBackward, capture_cuda
 from train.errors import UserMistake
 from train.main import main
 from train.proving.gradients import gradient_problem
-from train.runtime import Runtime
+from train.runtime import Runtime, wrap_distributed
 
 CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
 
@@ -135,15 +136,64 @@ def test_what_a_graph_cannot_serve_is_refused():
     method = torch.nn.Linear(1, 1)
     with pytest.raises(UserMistake, match="needs a CUDA device"):
         GraphedForwardBackward(method, CPU)
-    for runtime in (replace(CPU, world_size=2), replace(CPU, dtype=torch.float16)):
-        with pytest.raises(UserMistake, match="one process"):
-            GraphedForwardBackward(method, runtime, capture)
+    with pytest.raises(UserMistake, match="loss scale"):
+        GraphedForwardBackward(method, replace(CPU, dtype=torch.float16), capture)
     graphed = GraphedForwardBackward(make_method(), CPU, capture)
     graphed(make_inputs(0))
     smaller = make_inputs(1)
     smaller.view1 = smaller.view1[:2]
     with pytest.raises(UserMistake, match="changed their shapes"):
         graphed(smaller)
+
+
+def steps_of_a_rank(rank, world, graphed):
+    """Losses and state after three steps of one rank, graphed or through DDP; rank 1 starts from other weights."""
+    runtime = replace(CPU, rank=rank, world_size=world)
+    method = make_method()
+    with torch.no_grad():
+        next(method.encoder.parameters()).add_(rank)
+    if graphed:
+        step = GraphedForwardBackward(method, runtime, capture)
+    else:
+        wrapped = wrap_distributed(method, runtime, False)
+
+        def step(inputs):
+            output = wrapped(inputs)
+            output.loss.backward()
+            return output
+
+    def of_this_rank(inputs):
+        # Other images on each rank, and one permutation of all.
+        torch.manual_seed(7)
+        return step(replace(inputs, view1=inputs.view1 + rank, key_permutation=(torch.randperm(4 * world),)))
+
+    return train(method, of_this_rank), method.state_dict()
+
+
+def test_ranks_average_their_gradients_as_ddp_does(tmp_path):
+    folders = [tmp_path / "graphed", tmp_path / "ddp"]
+    for folder in folders:
+        folder.mkdir()
+    ours, ddp = (run_ranks(steps_of_a_rank, 2, folder, folder.name == "graphed") for folder in folders)
+    for (losses, state), (expected, reference) in zip(ours, ddp, strict=True):
+        assert losses == expected
+        for name, tensor in state.items():
+            assert torch.equal(tensor, reference[name]), name
+    # Ranks differ in what they have seen, and in nothing that is trained.
+    assert ours[0][0] != ours[1][0]
+    trained = [name for name, _ in make_method().named_parameters()]
+    assert all(torch.equal(ours[0][1][name], ours[1][1][name]) for name in trained)
+
+
+def test_averaged_gradients_keep_dtype_and_layout():
+    weight = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+    gradients = [torch.randn(5), weight, torch.randn(2).double(), torch.randn(7)]
+    averaged = GradientExchange(gradients, 2).averaged
+    assert [each.dtype for each in averaged] == [each.dtype for each in gradients]
+    assert [each.stride() for each in averaged] == [each.stride() for each in gradients]
+    for number, each in enumerate(averaged):
+        each.fill_(number)
+    assert [each.unique().tolist() for each in averaged] == [[0], [1], [2], [3]], "none overlaps another"
 
 
 def test_a_capture_leaves_other_threads_alone(monkeypatch):

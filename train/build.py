@@ -146,18 +146,20 @@ def build_job(
     """
     method, steps = state.method, len(pipeline)
     end = last_step(config, steps)
+    graphed = _graphed(config, runtime, method)
     builder = InputBuilder(config, method, runtime, feature_grid(method, config.recipe.image_size))
     return Job(
         config=config,
         runtime=runtime,
-        wrapped=wrap_distributed(method, runtime, config.run.deterministic),
+        # A graph averages gradients itself, and DDP's hooks on the parameters would do it a second time.
+        wrapped=method if graphed else wrap_distributed(method, runtime, config.run.deterministic),
         stream=InputStream(builder, pipeline),
         metrics=Metrics(run_dir, end, state.metrics_bytes, state.step),
         run_dir=run_dir,
         total_steps=steps * config.recipe.epochs,
         last_step=end,
         steps_per_epoch=steps,
-        graphed=_graphed(config, runtime, method),
+        graphed=graphed,
         checkpoints=checkpoints,
     )
 

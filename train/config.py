@@ -66,7 +66,7 @@ class RunConfig:
     )
     cuda_graph: bool | None = option(
         None,
-        "replay forward and backward as one CUDA graph, on one GPU; none: where --kernels proves it right and faster",
+        "replay forward and backward as one CUDA graph; none: on one GPU, where --kernels proves it right and faster",
         free_on_resume=True,
     )
     deterministic: bool = option(

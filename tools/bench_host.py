@@ -3,7 +3,8 @@
 `python tools/bench_host.py [--methods regioncl-m ...] [--arch resnet50] [--rounds 20]`
 
 Contenders of each method take turns: a bare step of the same networks with `torch.nn.BatchNorm2d` in place of ours
-(forward, backward, optimizer, EMA, queue), and ours as `train/main.py` takes it, with and without our CUDA kernels.
+(forward, backward, optimizer, EMA, queue), and ours as `train/main.py` takes it: without our CUDA kernels, with them,
+and with them and forward and backward as one CUDA graph. Launches and bytes are exact, and the same on every machine.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import torch
 
 from models.methods import METHODS
 from models.ops import launcher
+from models.ops.host_library import batch_norm_library
 from tools.bench.idle_device import is_idle_device, launches, run_on_idle_device
 from tools.bench.rows import Report
-from tools.bench_step import OurStep, choose_kernels, configure
+from tools.bench.traffic import counted
+from tools.bench_step import OurStep, choose_kernels, configure, synthetic_crops
 from tools.support import cli
 from tools.support.cli import positive
 from train.config import BnConfig
@@ -58,7 +61,11 @@ class PlainStep:
 
 
 def build_step(
-    options: argparse.Namespace, method: str, bn_mode: Literal["", "plain"] = "", kernels: str = "definition"
+    options: argparse.Namespace,
+    method: str,
+    bn_mode: Literal["", "plain"] = "",
+    kernels: str = "definition",
+    graph: bool = False,
 ) -> OurStep:
     """The training step of a method on the idle device.
 
@@ -67,6 +74,7 @@ def build_step(
         method: key of `METHODS`.
         bn_mode: batch norm in place of the recipe's.
         kernels: as for `KernelChoice.set`; "auto" is PyTorch's batch norm.
+        graph: forward and backward as one CUDA graph.
     """
     flags = argparse.Namespace(method=method, device="cuda", arch=options.arch, image_size=0, queue=0)
     config = configure(flags, options.batch, None, "bf16")
@@ -74,7 +82,7 @@ def build_step(
         config = replace(config, recipe=replace(config.recipe, bn=BnConfig(bn_mode)))
     runtime = Runtime(0, 1, torch.device("cuda", 0), torch.bfloat16, False)
     fused = frozenset({"batch_norm_act", "box_pool", "masked_pool"} if kernels == "cuda" else ())
-    step = OurStep(config, runtime, kernels=fused)
+    step = OurStep(config, runtime, graph=graph, kernels=fused)
     step.prepare()
     return step
 
@@ -101,6 +109,25 @@ def launches_of(call: Callable[[], None]) -> int:
     return launches() - before
 
 
+def bytes_of_step(call: Callable[[], None]) -> int:
+    """What one call moves to and from memory if nothing stays in a cache."""
+    with counted() as traffic:
+        call()
+    return traffic.moved
+
+
+def augmented(step: OurStep, kernel: bool) -> Callable[[], None]:
+    """The augmentation of one batch of the step's views, by the kernel or by PyTorch's operations."""
+    choose_kernels(frozenset({"augmentation"} if kernel else ()))
+    augment, crops = synthetic_crops(step.config, step.runtime, 1)
+    batch = next(crops)
+
+    def call() -> None:
+        augment(batch, 0)
+
+    return call
+
+
 def measure(options: argparse.Namespace, method: str, report: Report) -> float:
     """Add the rows of one method; returns the ratio of our step with kernels to the plain one."""
     ours = build_step(options, method, kernels="auto")
@@ -108,17 +135,27 @@ def measure(options: argparse.Namespace, method: str, report: Report) -> float:
         "plain": PlainStep(build_step(options, method, "plain", "auto")),
         "ours": ours,
         "ours + kernels": build_step(options, method, kernels="cuda"),
+        "ours + kernels + graph": build_step(options, method, kernels="cuda", graph=True),
     }
     recipe = ours.config.recipe
     setting = f"{method}, {recipe.arch}, batch {options.batch}, bn {recipe.bn.mode} {recipe.bn.group_size}, bfloat16"
     times = time_host(contenders, options.rounds)
     for name, seconds in times.items():
         report.add(name, "host time of a step", "ms", [1000 * value for value in seconds], setting)
-        report.add(name, "launches of a step", "count", [launches_of(contenders[name])], setting)
         # Pairs of the same round: what slows the machine down for a while slows both.
         pairs = zip(seconds, times["plain"], strict=True)
         ratio = report.add(name, "host time over plain", "ratio", [own / plain for own, plain in pairs], setting)
-    return ratio.median
+        if name == "ours + kernels":
+            kernels_ratio = ratio.median
+    counts = {
+        **{f"augmentation{' + kernel' if kernel else ''}": augmented(ours, kernel) for kernel in (False, True)},
+        **contenders,
+    }
+    for name, call in counts.items():
+        report.add(name, "launches of a step", "count", [launches_of(call)], setting)
+        if not name.endswith("graph"):  # a replay goes past PyTorch's dispatcher; it moves what was recorded
+            report.add(name, "bytes of a step", "GB", [bytes_of_step(call) / 1e9], setting)
+    return kernels_ratio
 
 
 def main(argv: Sequence[str]) -> int:
@@ -138,6 +175,9 @@ def main(argv: Sequence[str]) -> int:
     launcher.cached_binary = lambda *_, **__: b"no code"  # type: ignore[assignment]
     # cuDNN's attention asks cuDNN which plans it has, and here there is none to ask.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # A run has the library from its set-up on; here the finished state is measured.
+    if batch_norm_library().wait() is None:
+        print(f"batch norm is launched from Python: {batch_norm_library().why_not()}", file=sys.stderr)
     report, ratios = Report("bench_host"), {}
     try:
         for method in options.methods or METHODS:

@@ -123,12 +123,33 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes* attributes, c
 }
 
 // ---- streams and events
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus* status) { return *status = 0; }
+// A capture counts its launches as any other code does; what matters is that a replay is one.
+static atomic_int capturing;
+
+static int capture_status(enum cudaStreamCaptureStatus* status) {
+    return *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone, 0;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus* status) {
+    return capture_status(status);
+}
 cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t stream, enum cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph,
     const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges, size_t* count) {
-    return *status = 0;
+    if (id) *id = 1;
+    return capture_status(status);
 }
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) { return capturing = 1, 0; }
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    return capturing = 0, new_handle((void**)graph);
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long flags) {
+    return new_handle((void**)made);
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long flags) {
+    return new_handle((void**)made);
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) { return *count = 1, 0; }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) { return counted(); }
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int* priority) { return *priority = 0; }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority) {
     return new_handle((void**)stream);

@@ -189,7 +189,7 @@ class DaliPipeline(EpochPipeline):
         def work(index: np.ndarray) -> tuple[np.ndarray, list[torch.Tensor]]:
             return index, self._decode(epoch, index)
 
-        with closing(prefetch(work, batches)) as ready:  # type: ignore[type-var]
+        with closing(prefetch(work, batches, stats=self._stats)) as ready:  # type: ignore[type-var]
             for index, arrays in ready:
                 if self._stream is not None:
                     for array in arrays:  # taken on the side stream, used on the consumer's

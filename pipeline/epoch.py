@@ -168,8 +168,11 @@ class EpochPipeline:
                 self._stats.wait_s += time.perf_counter() - started
                 if batch is None:
                     return
+                self._stats.asked += 1
                 if self._augment_batch is not None:
+                    started = time.perf_counter()
                     batch = self._augment_batch(batch, epoch)
+                    self._stats.augment_s += time.perf_counter() - started
                 self._stats.images += len(batch.index)
                 yield batch
                 # A second name for the batch would keep its buffers from being used again.

@@ -174,6 +174,7 @@ class FfcvPipeline(NativePipeline):
                     yield index, self._buffers.take()
                     continue
                 assert iterator is not None
+                self._stats.ready += iterator.output_queue.qsize()
                 next(iterator)
                 turn = number % _RING
                 arrays, status = self._sets[turn], self._jobs["status"][turn, : len(index)].copy()

@@ -108,11 +108,20 @@ class PipelineStats:
     Attributes:
         images: source images delivered.
         wait_s: seconds the consumer waited for a batch.
+        busy_s: seconds in which the loader's own thread had a batch read, decoded, cropped and, where the decoding
+            threads augment, augmented; 0 for loaders of another library, whose threads tell no times.
+        augment_s: seconds the consumer's thread took to augment batches, or on a GPU to queue that work.
+        asked: batches that the consumer asked for.
+        ready: batches that were made and waiting when the consumer asked, summed over `asked`.
         bad_records: sample index -> reason, for records that could not be decoded or whose checksum no longer fits.
     """
 
     images: int = 0
     wait_s: float = 0.0
+    busy_s: float = 0.0
+    augment_s: float = 0.0
+    asked: int = 0
+    ready: int = 0
     bad_records: dict[int, str] = field(default_factory=dict)
 
 

@@ -105,7 +105,7 @@ class NativePipeline(EpochPipeline):
             return batches[step], arrays
 
         try:
-            with closing(prefetch(work, range(len(batches)))) as ready:  # type: ignore[type-var]
+            with closing(prefetch(work, range(len(batches)), stats=self._stats)) as ready:  # type: ignore[type-var]
                 yield from ready
         finally:
             if reader is not None:

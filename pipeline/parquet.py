@@ -18,6 +18,8 @@ from .classes import joined
 
 ENDING = ".parquet"
 _KEPT_BYTES = 1 << 30
+MOST_CLASSES = 10_000_000
+_BYTES = ("binary", "large_binary")
 _LABELS = ("label", "labels", "fine_label", "class", "target", "category")
 
 
@@ -108,23 +110,52 @@ class _Table:
         if not _is_struct(field.type) or field.type.get_field_index("path") < 0:
             return fallback
         # A column of a structure is read alone, so the images themselves are not.
-        cells = self._file.read(columns=[f"{self._column}.path"]).column(0).to_pylist()
-        return [(cell or {}).get("path") or other for cell, other in zip(cells, fallback, strict=True)]
+        cells = self._cells(f"{self._column}.path")
+        paths = [cell.get("path") if isinstance(cell, dict) else None for cell in cells]
+        return [path if path and isinstance(path, str) else other for path, other in zip(paths, fallback, strict=True)]
+
+    def _cells(self, column: str) -> list[Any]:
+        try:
+            return list(self._file.read(columns=[column]).column(0).to_pylist())
+        # Damage shows as errors of many types.
+        except Exception as error:
+            raise ValueError(f"column {column} of {self.path} cannot be read: {error}; copy the file again") from error
 
     def _read_labels(self, schema: Any) -> tuple[np.ndarray, tuple[str, ...]]:
         name = next((each for each in _LABELS if each in schema.names), None)
         if name is None:
             return np.full(sum(self.sizes), -1, dtype=np.int64), ()
-        values = self._file.read(columns=[name]).column(0).to_pylist()
+        values = self._cells(name)
         if any(isinstance(value, str) for value in values):
             classes = tuple(sorted({value for value in values if value is not None}))
             number = {each: place for place, each in enumerate(classes)}
             return np.array([number.get(value, -1) for value in values], dtype=np.int64), classes
-        if any(not isinstance(value, int) for value in values if value is not None):
+        numbers = [_as_number(value) for value in values]
+        # Something else than classes, such as a regression target or a list of tags.
+        if any(number is None for number in numbers):
             return np.full(len(values), -1, dtype=np.int64), ()
-        return np.array([-1 if value is None else value for value in values], dtype=np.int64), _class_names(
-            schema, name
-        )
+        names = _class_names(schema, name)
+        self._check_labels(name, numbers, names)
+        return np.array(numbers, dtype=np.int64), names
+
+    def _check_labels(self, column: str, numbers: list[int | None], names: tuple[str, ...]) -> None:
+        """Refuse numbers that cannot be classes: tables of results have a row for each number up to the highest."""
+        most = len(names) - 1 if names else MOST_CLASSES
+        wrong = next((number for number in numbers if number is not None and not -1 <= number <= most), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{self.path} has the label {wrong} in its column {column}; labels are 0 to {most}, and -1 for none"
+            )
+
+
+def _as_number(value: Any) -> int | None:
+    """The class number in a cell, -1 for an empty one or NaN, None for what is no class number."""
+    if value is None:
+        return -1
+    # Tables that held empty cells once have floats, with NaN for those.
+    if isinstance(value, float):
+        return -1 if value != value else int(value) if value.is_integer() else None
+    return int(value) if isinstance(value, int) else None
 
 
 def _pyarrow_parquet() -> Any:
@@ -142,10 +173,12 @@ def _is_struct(kind: Any) -> bool:
 def _image_column(schema: Any, path: Path) -> str:
     """The first column that holds bytes, or a structure with them."""
     for field in schema:
-        if str(field.type) in ("binary", "large_binary"):
+        if str(field.type) in _BYTES:
             return str(field.name)
-        if _is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            return str(field.name)
+        if _is_struct(field.type):
+            place = field.type.get_field_index("bytes")
+            if place >= 0 and str(field.type.field(place).type) in _BYTES:
+                return str(field.name)
     raise ValueError(f"{path} has no column of images among {', '.join(schema.names)}; it needs one that holds bytes")
 
 

@@ -6,6 +6,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from .interface import Batch, PipelineConfig, ViewSpec
+from .interface import Batch, PipelineConfig, PipelineStats, ViewSpec
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -98,11 +99,20 @@ class HostBuffers:
         return list(made)
 
 
-def prefetch(work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH) -> Iterator[R]:
+def prefetch(
+    work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH, stats: PipelineStats | None = None
+) -> Iterator[R]:
     """Results of `work` over the items in order, made by one thread that runs up to `depth` results ahead.
 
     An exception in `work` is raised here. Closing the generator ends and joins the thread.
+
+    Args:
+        work: makes one result.
+        items: what it makes them of.
+        depth: results that may wait for the consumer.
+        stats: is told how long `work` took and how many results were waiting each time that one was asked for.
     """
+    stats = stats or PipelineStats()
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()
 
@@ -120,7 +130,11 @@ def prefetch(work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH) -> 
             for item in items:
                 if stop.is_set():
                     return
-                put(("result", work(item)))
+                started = time.perf_counter()
+                result = work(item)
+                stats.busy_s += time.perf_counter() - started
+                put(("result", result))
+                del result  # while this thread waits in `work`, a name would keep the buffers from being used again
             put(("end", None))
         # Raised in the consumer: an exception that dies with the thread would leave the consumer waiting for ever.
         except BaseException as error:
@@ -130,11 +144,13 @@ def prefetch(work: Callable[[T], R], items: Sequence[T], depth: int = DEPTH) -> 
     thread.start()
     try:
         while True:
+            waiting = ready.qsize()
             kind, value = ready.get()
             if kind == "error":
                 raise value
             if kind == "end":
                 return
+            stats.ready += waiting
             yield value
             del value  # a name left here would keep the batch's buffers from being used again
     finally:

@@ -96,7 +96,8 @@ def rows(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:
 
 def comparable(run_dir: Path) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, bytes]]:
     """What must be byte-identical: metric rows less their times, the plain state, and the tensor files."""
-    dropped = ("time_s", "images_per_s", "data_wait_share")
+    stages = ("data_wait_share", "loader_busy_share", "augment_share", "batches_ready")
+    dropped = ("time_s", "images_per_s", *stages)
     kept = [
         {name: value for name, value in row.items() if name not in dropped}
         for row in rows(run_dir)

@@ -20,11 +20,15 @@ from train.data import open_data
 from train.errors import UserMistake
 from train.inputs import InputBuilder, InputStream
 from train.record import charts
+from train.record.comparison import standard_error, wall_seconds, with_error
 from train.record.evaluations import NAMES, PROTOCOLS
+from train.record.groups import differing, epochs_at, grouped, student
 from train.record.page import build_report, render
 from train.record.published import DATA_IMAGES, PUBLISHED, candidates, differences, nearest_task
 from train.record.run import read_run
 from train.record.seen import first_views, mixed_steps
+from train.record.stages import limit, stages
+from train.record.trouble import losses_of_data
 from train.resolve import resolve
 from train.runtime import Runtime
 
@@ -151,9 +155,9 @@ def test_runs_side_by_side_with_published_figures(tmp_path: Path) -> None:
     assert "not measured here yet" in text
     assert "changed from recipe moco-v2: " in text and "optim.lr 0.5, not 0.03" in text
     assert 'class="differs"' in text
-    # Protocols stand together, the runs one below the other.
+    # What was measured comes first; protocols stand together, the runs one below the other.
     cells = re.findall(r"<td>((?:linear|knn)[^<]*)</td>", text)
-    assert cells == ["linear", "linear", "knn 20-NN", "knn 20-NN"]
+    assert cells == ["knn 20-NN", "knn 20-NN", "linear", "linear"]
 
 
 def write_results(folder: Path, protocol: str, untrained: bool = False, **facts: object) -> None:
@@ -344,3 +348,99 @@ def test_a_partner_on_another_rank_is_found() -> None:
 def test_no_mixed_view_is_shown_where_none_is_trained_on() -> None:
     config = resolve(["--method", "moco-v2", "--loader", "synthetic", "--data", "512"])
     assert mixed_steps(config, 1, 8, 3) == []
+
+
+# --- several runs ----------------------------------------------------------------------------------------------------
+
+
+def test_seeds_of_one_configuration_are_a_mean_with_a_band(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in range(3)]
+    other = read_run(write_run(tmp_path / "other", seed=0, epochs=20))
+    again = read_run(write_run(tmp_path / "again", seed=0))
+    groups = grouped([runs[0], other, runs[1], runs[2], again])
+    assert [(group.name, len(group.runs)) for group in groups] == [
+        ("s0 and 2 more seeds", 3),
+        ("other", 1),
+        ("again", 1),
+    ]
+    curve = groups[0].curve("train", "loss", epochs_at)
+    losses = np.array([run.values("train", "loss")[1] for run in runs])
+    np.testing.assert_allclose(curve.y, losses.mean(axis=0))
+    # 4.303 is Student's t for two degrees of freedom.
+    half = 4.303 * losses.std(axis=0, ddof=1) / math.sqrt(3)
+    assert curve.low is not None and curve.high is not None
+    np.testing.assert_allclose(curve.low, losses.mean(axis=0) - half)
+    np.testing.assert_allclose(curve.high, losses.mean(axis=0) + half)
+    assert curve.x[0] == pytest.approx(10 / 30), "epochs"
+    page = render([runs[0], runs[1], runs[2], other])
+    assert 'class="band"' in page and "95% confidence of the mean" in page
+    text = re.sub(r"<[^>]+>", " ", page)
+    assert "s0 and 2 more seeds" in text and "0, 1, 2" in text
+    assert set(differing(groups[:2])) == {"recipe.epochs"}
+
+
+def test_a_mean_ends_where_the_shortest_run_ends(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / f"s{seed}", seed=seed, steps=100 + 100 * seed)) for seed in range(2)]
+    curve = grouped(runs)[0].curve("train", "loss", epochs_at)
+    assert curve.x[-1] == pytest.approx(100 / 30) and len(curve.x) == 10
+    assert curve.low is not None and curve.high is not None
+    values = [run.values("train", "loss")[1][0] for run in runs]
+    assert (curve.low[0], curve.high[0]) == (min(values), max(values)), "two runs have a range, not an interval"
+    assert student(30) == pytest.approx(2.045, abs=0.01)
+
+
+def test_accuracy_has_the_error_of_the_images_that_were_classified(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    # 3 images: the error is 28 points, and the page says so.
+    assert standard_error(41.0, 3) == pytest.approx(100 * math.sqrt(0.41 * 0.59 / 3))
+    text = re.sub(r"<[^>]+>", " ", render([run]))
+    assert "41.0 ± 28.4 %" in text and "untrained 35.0 ± 27.5" in text
+    assert with_error([40.0, 44.0], 3) == "42.0 ± 2.0", "over seeds where there are several"
+
+
+def test_an_evaluation_stands_on_the_tile_where_no_knn_was_measured_in_training(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    rows = [line for line in (folder / "metrics.jsonl").read_text().splitlines(True) if '"knn"' not in line]
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    found = [{"k": 20, "top1": 0.26, "top1_majority": 0.25}]
+    write_results(folder, "knn", results=found, top1=0.26, val_images=200)
+    assert "26.0 ± 3.1 %" in re.sub(r"<[^>]+>", " ", render([read_run(folder)]))
+
+
+def test_a_run_of_two_parts_has_one_wall_time(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=100)
+    more = [{"kind": "resume", "step": 100, "epoch": 3, "time_s": 0.2}, {"kind": "end", "step": 100, "time_s": 7.0}]
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps({"epoch": 3, "bad_records": 0, **row}) + "\n" for row in more)
+    run = read_run(folder)
+    seconds = run.elapsed()
+    assert seconds == sorted(seconds) and seconds[-1] == pytest.approx(100.0 + 7.0, abs=0.2)
+    assert wall_seconds(run) == seconds[-1]
+
+
+def test_lost_data_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    row = {"kind": "end", "step": 300, "epoch": 10, "time_s": 1.0, "bad_records": 2, "bad": {"7": "cut", "9": "empty"}}
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    write_results(folder, "linear", top1=0.5, val_images=90, bad_images={"--val-data": 10})
+    text = re.sub(r"<[^>]+>", " ", losses_of_data([read_run(folder)]))
+    assert "7: cut" in text and "9: empty" in text and "step 200: non-finite loss" in text
+    assert "images that linear could not read" in text
+    clean = read_run(write_run(tmp_path / "clean"))
+    clean.rows[:] = [each for each in clean.rows if each["kind"] != "skipped_step"]
+    assert "every image could be read" in losses_of_data([clean])
+
+
+def test_the_stages_tell_which_is_the_limit(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            line.update(loader_busy_share=0.97, batches_ready=0.1, data_wait_share=0.4)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder)
+    text = re.sub(r"<[^>]+>", " ", stages(grouped([run])))
+    assert "97%" in text and "40.0%" in text and "60%" in text and "loader" in text.split()[-1]
+    assert limit(0.001, 2.0) == "step" and limit(None, None) == "–"
+    assert "Batches ready" in render([run])

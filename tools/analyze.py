@@ -45,7 +45,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--image-size", type=int, default=0, help="side of a view; 0: the first run's, or 224 (boxes: each run's own)"
     )
-    parser.add_argument("--images", type=int, default=8, help="images to show or to measure on")
+    parser.add_argument(
+        "--images", type=int, default=None, help="images to show or to measure on; 8, or 1000 dots for embedding"
+    )
     parser.add_argument(
         "--probe-images", type=int, default=2000, help="gradcam: images that the linear probe learns from"
     )
@@ -54,6 +56,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--tsne", action="store_true", help="embedding: t-SNE instead of principal axes")
     parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
     arguments = parse(parser, argv)
+    if arguments.images is None:
+        arguments.images = 1000 if arguments.analysis == "embedding" else 8
     if arguments.image_size < 0:
         raise UserMistake(f"--image-size {arguments.image_size}: must not be negative")
     for name in ("images", "probe_images", "neighbours", "maps"):

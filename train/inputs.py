@@ -16,7 +16,7 @@ from models.methods.base import Method, StepInputs
 from models.ops.choice import AUGMENT
 from models.ops.launcher import CudaModule
 from pipeline import augment
-from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
+from pipeline.interface import Batch, Pipeline, PipelineConfig, PipelineStats, ViewSpec
 from pipeline.regions import RegionSampler, make_mixed
 from pipeline.rng import SLOT_SHUFFLE, permutation
 
@@ -229,6 +229,7 @@ class InputStream:
     pipeline: Pipeline
     wait_s: float = 0.0
     _stream: torch.cuda.Stream | None = field(default=None, init=False)
+    _told: PipelineStats = field(default_factory=PipelineStats, init=False)
 
     def __post_init__(self) -> None:
         if self.builder.runtime.device.type == "cuda":
@@ -254,6 +255,32 @@ class InputStream:
             yield step, current
             step += 1
             pending = self._next(source, step, ready)
+
+    def stages(self, seconds: float) -> dict[str, float]:
+        """What each stage before the step did since the last call, and the wait of the host, which is set to zero.
+
+        Args:
+            seconds: since the last call.
+
+        Returns:
+            `data_wait_share`, the share of the time in which the host waited for a batch; and where the loader tells
+            them `loader_busy_share` (its thread read, decoded, cropped and mostly augmented), `augment_share` (batches
+            were augmented on the host's own thread) and `batches_ready`, how many batches were waiting on average when
+            one was asked for.
+        """
+        now, before = self.pipeline.stats(), self._told
+        self._told = dataclasses.replace(now)
+        waited, self.wait_s = self.wait_s, 0.0
+        found = {"data_wait_share": min(waited / seconds, 1.0)}
+        asked = now.asked - before.asked
+        # Loaders of another library have no clock of their own.
+        if now.busy_s and asked:
+            found["loader_busy_share"] = min((now.busy_s - before.busy_s) / seconds, 1.0)
+        if now.augment_s:
+            found["augment_share"] = min((now.augment_s - before.augment_s) / seconds, 1.0)
+        if asked and (now.ready or now.busy_s):
+            found["batches_ready"] = (now.ready - before.ready) / asked
+        return found
 
     def _next(
         self, source: Iterator[Batch], step: int, ready: torch.cuda.Event | None = None

@@ -25,7 +25,10 @@ from .config import Config
 from .cuda_graph import GraphedForwardBackward
 from .errors import NonFinite
 from .inputs import InputStream
+from .measure.collapse import is_due, signs
 from .optim import clip_or_measure, set_learning_rate
+from .record.collapse import KIND, collapse
+from .record.collapse import row as collapse_row
 from .record.metrics import Metrics
 from .retry import persistently
 from .runtime import Runtime, SignalWatch
@@ -135,7 +138,10 @@ def _train(job: Job, state: TrainState, watch: SignalWatch) -> None:
             take_step(job, state, step, inputs)
             clock.steps += 1
             if state.step % run.log_every == 0 or state.step == job.last_step:
-                _write_row(job, state, epoch, clock)
+                loss = _write_row(job, state, epoch, clock)
+                if is_due(state.step, run.log_every):
+                    _look_for_collapse(job, state, epoch, inputs[-1], loss)
+                    clock.restart()
             ends_epoch = state.step % job.steps_per_epoch == 0
             if ends_epoch and run.knn_every and (epoch + 1) % run.knn_every == 0 and state.step < job.last_step:
                 if _evaluate(job, state, epoch + 1, saved_at):
@@ -368,8 +374,12 @@ def _read_sums(job: Job, state: TrainState) -> dict[str, float]:
     return dict(zip(names, totals.tolist(), strict=True))
 
 
-def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
-    """Read the sums (the host waits for the device here), write a row of means over the steps taken, start the next."""
+def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> float | None:
+    """Read the sums (the host waits for the device here), write a row of means over the steps taken, start the next.
+
+    Returns:
+        The mean instance loss; None where the method has none or every step was skipped.
+    """
     step = state.step - 1
     recipe = job.config.recipe
     method = state.method
@@ -379,6 +389,7 @@ def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
     if skipped and job.runtime.device.type != "cpu":
         _tell_skipped(job, state.step, skipped, state.step - state.sum_steps)
     seconds = max(time.perf_counter() - clock.started, 1e-9)
+    stages = job.stream.stages(seconds)
     if taken:
         job.metrics.row(
             "train",
@@ -388,12 +399,22 @@ def _write_row(job: Job, state: TrainState, epoch: int, clock: _Clock) -> None:
             lr=_lr(job, step),
             ema_momentum=ema_at(step + method.ema_index_offset, job.total_steps, recipe.ema),
             images_per_s=clock.steps * clock.global_batch / seconds,
-            data_wait_share=min(job.stream.wait_s / seconds, 1.0),
+            **stages,
         )
     state.sums, state.sum_steps = {}, 0
-    job.stream.wait_s = 0.0
     clock.restart()
     _give_up_if_stuck(state)
+    return sums["loss/ins"] / taken if taken and "loss/ins" in sums else None
+
+
+def _look_for_collapse(job: Job, state: TrainState, epoch: int, inputs: StepInputs, loss: float | None) -> None:
+    """Announce a collapse with its cause: a row, and so a line of the log; a healthy run leaves nothing."""
+    job.runtime.at(f"looks for a collapse after step {state.step}")
+    temperature = getattr(job.config.model, "temperature", None)
+    found = signs(state.method, inputs, job.runtime, loss, temperature)
+    announced = collapse(found)
+    if announced is not None:
+        job.metrics.row(KIND, state.step, epoch, **collapse_row(announced, found))
 
 
 def _give_up_if_stuck(state: TrainState) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,10 @@ from .retry import persistently
 from .runtime import Runtime, SignalWatch, start
 from .schedules import lr_at
 from .state import TrainState
-from .versions import versions
+from .versions import machine, versions
+
+_NAMED = 20
+"""Damaged records that the last row names."""
 
 
 def run(config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, Any] | None = None) -> int:
@@ -163,13 +167,20 @@ def _evaluator(job: Job, method: Method, data: RunData) -> Callable[[int, int], 
 
 
 def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool) -> None:
-    facts = {"world_size": job.runtime.world_size, "steps_per_epoch": job.steps_per_epoch, "last_step": job.last_step}
+    facts = {
+        "world_size": job.runtime.world_size,
+        "steps_per_epoch": job.steps_per_epoch,
+        "last_step": job.last_step,
+        "machine": machine(job.runtime.device),
+    }
     epoch = state.step // job.steps_per_epoch
     job.metrics.row("resume" if resumed else "start", state.step, epoch, **facts)
     try:
         train(job, state, watch)
         bad = job.stream.pipeline.stats().bad_records
-        job.metrics.row("end", state.step, state.step // job.steps_per_epoch, bad_records=len(bad))
+        # By name, so that the page can list them; a few tell the kind, and a row must stay a line that can be read.
+        named = {"bad": dict(itertools.islice(bad.items(), _NAMED))} if bad else {}
+        job.metrics.row("end", state.step, state.step // job.steps_per_epoch, bad_records=len(bad), **named)
     finally:
         job.metrics.close()
     if job.runtime.is_main:

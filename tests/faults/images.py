@@ -1,15 +1,21 @@
 """Damage photos in every way that files get damaged, and see that no reader crashes, hangs or takes memory for it.
 
-`python -m tests.faults.images --files 2000 [--report FILE.txt]` is the long form; the short one runs in CI. Each file
-is read by the general decoder, by the packer and by the compiled threads, which must agree on what is refused.
+`python -m tests.faults.images --files 100000 [--report FILE.txt]` is the long form; the short one runs in CI. Each file
+is read by the general decoder, by the packer and by the compiled threads, which must agree on what is refused. Then
+all are packed by the packer's command, and the packed file is read back. Pieces of `PIECE` files run on all cores; disk
+and memory are those of one piece for each core, however many files there are.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import multiprocessing
+import os
 import random
 import resource
+import shutil
 import struct
 import sys
 import tempfile
@@ -27,11 +33,14 @@ from pipeline.interface import PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 from pipeline.records import make_record
 from pipeline.refusal import ImageRefused
+from tools import make_ffcv_dataset
 
 SLOWEST_S = 20.0
 MOST_GROWTH_KIB = 1_500_000
 """What the peak of memory may grow over all files: one image at the limit of pixels is not among them."""
 _BATCH = 16
+PIECE = 1001
+"""Files of one piece: each kind with each mutation seven times."""
 
 
 def seeds() -> dict[str, bytes]:
@@ -166,6 +175,34 @@ def loaded(folder: Path, contents: list[bytes]) -> set[int]:
     return bad
 
 
+def packed(folder: Path, contents: list[bytes]) -> int:
+    """How many of the files the packer's command takes; every one of them is read back from the packed file.
+
+    Raises:
+        AssertionError: the command fails, or an image that was packed cannot be read.
+    """
+    photos, target = folder / "photos", folder / "photos.beton"
+    photos.mkdir()
+    # A whole one among them: a packer that is given no image at all refuses the folder.
+    for number, data in enumerate([*contents, seeds()["jpeg"]]):
+        (photos / f"{number:05d}.jpg").write_bytes(data)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        code = make_ffcv_dataset.main(
+            [str(photos), str(target), "--max-bad", "1", "--max-resolution", "64", "--workers", "1"]
+        )
+    assert code == 0, said.getvalue()
+    config = PipelineConfig(str(target), (ViewSpec("v", 16),), 64, order="sequential", drop_last=False, workers=1)
+    pipeline = build_pipeline("folder", config, quiet=True)
+    try:
+        count = sum(len(batch.index) for batch in pipeline)
+        assert not pipeline.stats().bad_records, pipeline.stats().bad_records
+    finally:
+        pipeline.close()
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return count - 1
+
+
 def attack(count: int, seed: int = 0) -> Counter[tuple[str, str]]:
     """Outcomes of `count` damaged files, by (mutation, outcome).
 
@@ -175,12 +212,14 @@ def attack(count: int, seed: int = 0) -> Counter[tuple[str, str]]:
     tally: Counter[tuple[str, str]] = Counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     waiting: list[tuple[str, str, bytes, str]] = []
+    contents: list[bytes] = []
     with tempfile.TemporaryDirectory() as name:
         for number, (kind, mutation, data) in enumerate(files(count, seed), 1):
             started = time.monotonic()
             outcome = verdict(data)
             assert time.monotonic() - started < SLOWEST_S, f"{kind} {mutation} takes too long"
             tally[mutation, outcome] += 1
+            contents.append(data)
             waiting.append((kind, mutation, data, outcome))
             if len(waiting) == _BATCH or number == count:
                 bad = loaded(Path(name), [data for _, _, data, _ in waiting])
@@ -189,9 +228,39 @@ def attack(count: int, seed: int = 0) -> Counter[tuple[str, str]]:
                         f"{kind} {mutation}: the loader differs ({outcome})"
                     )
                 waiting = []
+        taken = packed(Path(name), contents)
+        read = sum(number for (_, outcome), number in tally.items() if outcome == "read")
+        assert taken == read, f"the packer's command takes {taken} files, the decoder reads {read}"
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert growth < MOST_GROWTH_KIB, f"memory grew by {growth} KiB"
     return tally
+
+
+def attack_on_all_cores(count: int, seed: int, jobs: int, say: Callable[[str], None]) -> Counter[tuple[str, str]]:
+    """`attack` in pieces of `PIECE` files, each with a seed of its own, in as many processes.
+
+    Raises:
+        AssertionError: of the first piece that fails, with its seed.
+    """
+    sizes = [PIECE] * (count // PIECE) + ([count % PIECE] if count % PIECE else [])
+    tally: Counter[tuple[str, str]] = Counter()
+    started = time.monotonic()
+    # A process for each piece: what one leaks must not add up over the others.
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        pieces = [(size, seed + number) for number, size in enumerate(sizes)]
+        for number, found in enumerate(pool.imap_unordered(_piece, pieces), 1):
+            tally += found
+            say(
+                f"{tally.total()} of {count} files, {time.monotonic() - started:.0f} s, piece {number} of {len(pieces)}"
+            )
+    return tally
+
+
+def _piece(size_and_seed: tuple[int, int]) -> Counter[tuple[str, str]]:
+    try:
+        return attack(*size_and_seed)
+    except AssertionError as fault:
+        raise AssertionError(f"--files {size_and_seed[0]} --seed {size_and_seed[1]}: {fault}") from None
 
 
 def main(argv: list[str]) -> int:
@@ -199,12 +268,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Read damaged photos by every reader.")
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; 1 a core by default")
     parser.add_argument("--report", type=Path, help="text file to write")
     arguments = parser.parse_args(argv)
-    tally = attack(arguments.files, arguments.seed)
+    tally = attack_on_all_cores(
+        arguments.files, arguments.seed, arguments.jobs, lambda line: print(line, file=sys.stderr, flush=True)
+    )
     lines = [f"python -m tests.faults.images --files {arguments.files} --seed {arguments.seed}"]
     lines += [f"{mutation}  {outcome}  {count}" for (mutation, outcome), count in sorted(tally.items())]
-    lines.append(f"{sum(tally.values())} files, decoder, packer and loader agree on each, no crash, no hang")
+    lines.append(
+        f"{sum(tally.values())} files, decoder, packer and loader agree on each, packed, read back, no crash, no hang"
+    )
     print("\n".join(lines))
     if arguments.report:
         arguments.report.write_text("\n".join(lines) + "\n")

@@ -37,6 +37,9 @@ from train.runtime import Runtime
 
 PROBE_L2 = 1e-3
 
+_LEGEND_CLASSES = 10
+"""As many as the colour map has colours."""
+
 
 def _device() -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,9 +92,14 @@ def _features(arguments: argparse.Namespace, encoder: nn.Module, data: str, popu
 
 
 def _labels(arguments: argparse.Namespace, data: str) -> np.ndarray:
+    return _labels_and_classes(arguments, data)[0]
+
+
+def _labels_and_classes(arguments: argparse.Namespace, data: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(N,) int64 labels of the images, -1 where there is none, and class names by label where there are names."""
     pipeline = _pipeline(arguments, data)
     pipeline.close()
-    return pipeline.labels
+    return pipeline.labels, pipeline.classes
 
 
 def _spread(total: int, wanted: int) -> np.ndarray:
@@ -209,7 +217,7 @@ def neighbours(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def embedding(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Features in the plane, coloured by class, one panel a backbone."""
-    labels = _labels(arguments, arguments.data)
+    labels, classes = _labels_and_classes(arguments, arguments.data)
     # Two axes need three points.
     chosen = _spread(len(labels), max(arguments.images, 3))
     figure, axes = _grid(1, len(arguments.checkpoint))
@@ -217,11 +225,22 @@ def embedding(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     for axis, name, each in zip(axes[0], _names(arguments.checkpoint), _backbones(arguments), strict=True):
         features = _features(arguments, each.encoder, arguments.data, chosen)
         points = _tsne(features, arguments.seed) if arguments.tsne else analysis.principal_plane(features).numpy()
-        axis.scatter(points[:, 0], points[:, 1], c=labels[chosen], cmap="tab10", s=6)
+        dots = axis.scatter(points[:, 0], points[:, 1], c=labels[chosen], cmap="tab10", s=6)
+        _name_colours(axis, dots, labels[chosen], classes)
         axis.set_title(f"{name}: {'t-SNE' if arguments.tsne else 'principal axes'}", fontsize=8)
         axis.set_xticks([])
         axis.set_yticks([])
     return figure, {"images": len(chosen)}
+
+
+def _name_colours(axis: Any, dots: Any, labels: np.ndarray, classes: Sequence[str]) -> None:
+    """A legend of the classes, where there are few enough that each has a colour of its own."""
+    present = np.unique(labels).tolist()
+    if not 1 < len(present) <= _LEGEND_CLASSES or present[0] < 0:
+        return
+    named = [classes[label] if label < len(classes) else f"class {label}" for label in present]
+    handles = [axis.plot([], [], "o", color=dots.cmap(dots.norm(label)), markersize=4)[0] for label in present]
+    axis.legend(handles, [name[:24] for name in named], fontsize=6, loc="best")
 
 
 def _tsne(features: Tensor, seed: int) -> np.ndarray:

@@ -102,6 +102,9 @@ class ProtocolSession:
         # One writer: every rank holds the same result.
         path = result_path(self)
         document = {**self.facts(), **result}
+        if path.exists():
+            # Another evaluation of one protocol has the same name, and its figures may not be those of this one.
+            print(f"replaces the result of {time.strftime('%F %T', time.localtime(path.stat().st_mtime))} in {path}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)  # of a killed evaluation; whole, so that a report would take it for a result

@@ -19,6 +19,7 @@ from pipeline.stores import data_parts, is_shard_pattern, open_store
 from ..errors import UserMistake
 
 _SLOT_SUBSET = 64  # beyond the slots of pipeline/rng.py: which images of a class are in a labelled subset
+_DIGITS = 18  # more than any index has
 
 
 def balanced_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -116,15 +117,20 @@ def read_list(path: str, names: Sequence[str] | None, total: int) -> np.ndarray:
         UserMistake: the file cannot be read, an entry is not in the data or is there twice, or a name is ambiguous.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+        # As file names are kept: a byte that is no UTF-8 may be part of one, and editors write a byte-order mark.
+        text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as reason:
         raise UserMistake(f"--list {path}: {reason.strerror}; give a text file with one image a line") from None
+    if "\0" in text:
+        raise UserMistake(f"--list {path}: holds zero bytes; save it as UTF-8 text with one image a line")
+    lines = [line.strip() for line in text.splitlines()]
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise UserMistake(f"--list {path}: names no image")
     # Only where every line is a number: a file name may be one as well.
-    if all(entry.isdigit() for entry in entries):
-        found = [int(entry) for entry in entries]
+    if all(entry.isascii() and entry.isdecimal() for entry in entries):
+        # Python refuses to read a number of thousands of digits.
+        found = [int(entry) if len(entry) < _DIGITS else 10**_DIGITS for entry in entries]
         if max(found) >= total:
             raise UserMistake(f"--list {path}: index {max(found)}, but the data has {total} images")
     else:
@@ -133,6 +139,11 @@ def read_list(path: str, names: Sequence[str] | None, total: int) -> np.ndarray:
     if len(set(found)) != len(found):
         raise UserMistake(f"--list {path}: {len(found) - len(set(found))} images are named twice")
     return np.sort(np.asarray(found, dtype=np.int64))
+
+
+def _printable(entry: str) -> str:
+    """An entry as a message can show it: not longer than a name, and without bytes that no terminal takes."""
+    return entry[:200].encode("utf-8", "backslashreplace").decode()
 
 
 def _by_name(path: str, entries: list[str], names: Sequence[str] | None) -> list[int]:
@@ -148,7 +159,7 @@ def _by_name(path: str, entries: list[str], names: Sequence[str] | None) -> list
         places = [whole[entry]] if entry in whole else last.get(Path(entry).name, [])
         if len(places) != 1:
             problem = "is not in the data" if not places else f"fits {len(places)} images"
-            raise UserMistake(f"--list {path}: {entry} {problem}; the list must belong to --data")
+            raise UserMistake(f"--list {path}: {_printable(entry)} {problem}; the list must belong to --data")
         found.append(places[0])
     return found
 

@@ -27,6 +27,8 @@ class Series:
         y: values of the same length; values that are not finite are left out.
         colour: number of its colour.
         dashed: drawn dashed, to tell two lines of one run apart.
+        low: lower ends of a band around the line, of the same length; None draws no band.
+        high: upper ends.
     """
 
     label: str
@@ -34,6 +36,8 @@ class Series:
     y: Sequence[float]
     colour: int = 0
     dashed: bool = False
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
 
 
 def thin(x: np.ndarray, y: np.ndarray, points: int = _MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +85,17 @@ def _clean(series: Series) -> tuple[np.ndarray, np.ndarray]:
     return thin(x[kept], y[kept])
 
 
+def _band(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Positions, lower and upper ends of a series' band, thinned as its line is; None where it has none."""
+    if series.low is None or series.high is None or not len(series.x):
+        return None
+    x, low, high = (np.asarray(values, dtype=float) for values in (series.x, series.low, series.high))
+    kept = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
+    if not kept.any():
+        return None
+    return thin(x[kept], low[kept])[0], thin(x[kept], low[kept])[1], thin(x[kept], high[kept])[1]
+
+
 def _rule(kind: str, y: float) -> str:
     return f'<line class="{kind}" x1="{_LEFT_PX}" x2="{WIDTH_PX - _RIGHT_PX}" y1="{y}" y2="{y}"/>'
 
@@ -115,6 +130,17 @@ class _Frame:
         parts.append(_rule("axis", bottom))
         parts.append(_text("tick", right, HEIGHT_PX - 4, x_label, "end"))
         return parts
+
+
+def _draw_band(frame: _Frame, series: Series) -> list[str]:
+    found = _band(series)
+    if found is None:
+        return []
+    x, low, high = found
+    edge = [(frame.x(a), frame.y(b)) for a, b in zip(x, high, strict=True)]
+    edge += [(frame.x(a), frame.y(b)) for a, b in zip(x[::-1], low[::-1], strict=True)]
+    points = " ".join(f"{a},{b}" for a, b in edge)
+    return [f'<polygon class="band" points="{points}" fill="var(--series-{series.colour % COLOURS})"/>']
 
 
 def _draw(frame: _Frame, series: Series, x: np.ndarray, y: np.ndarray) -> list[str]:
@@ -171,16 +197,21 @@ def line_chart(
     if not cleaned:
         return ""
     all_x = np.concatenate([x for _, x, _ in cleaned])
-    all_y = np.concatenate([y for _, _, y in cleaned] + [np.array([v for _, v in references], dtype=float)])
+    ends = [end for s, _, _ in cleaned if (found := _band(s)) is not None for end in found[1:]]
+    all_y = np.concatenate([*(y for _, _, y in cleaned), *ends, np.array([v for _, v in references], dtype=float)])
     frame = _Frame((min(0.0, float(all_x.min())), float(all_x.max())), _limits(all_y, zero))
     body = frame.axes(x_label)
     for label, value in references:
         body.append(_rule("reference", frame.y(value)))
         body.append(_text("reference", WIDTH_PX - _RIGHT_PX - 2, frame.y(value) - 5, label, "end"))
+    # All bands before all lines: a band must not lie over another run's line.
+    for s, _, _ in cleaned:
+        body.extend(_draw_band(frame, s))
     for s, x, y in cleaned:
         body.extend(_draw(frame, s, x, y))
     return (
-        f'<figure><h3>{html.escape(title)}</h3><p class="note">{html.escape(note)}</p>'
+        f'<figure><label class="zoom"><input type="checkbox"> larger</label><h3>{html.escape(title)}</h3>'
+        f'<p class="note">{html.escape(note)}</p>'
         f"{_legend([s for s, _, _ in cleaned])}"
         f'<svg viewBox="0 0 {WIDTH_PX} {HEIGHT_PX}" role="img" aria-label="{html.escape(title)}">'
         f"{''.join(body)}</svg></figure>"

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from train.record.collapse import KIND
 from train.record.run import Run, chance_level
 
 Level = Literal["ok", "note", "fault"]
@@ -35,8 +36,22 @@ class Finding:
 
 def diagnose(run: Run) -> list[Finding]:
     """Every symptom that a run's metrics show, most of them with a flag to change."""
-    rules: tuple[Callable[[Run], list[Finding]], ...] = (_speed, _learning, _health, _accidents)
+    rules: tuple[Callable[[Run], list[Finding]], ...] = (_collapse, _speed, _learning, _health, _accidents)
     return [finding for rule in rules for finding in rule(run)]
+
+
+def _collapse(run: Run) -> list[Finding]:
+    """The newest announcement of a collapse with its probable cause."""
+    row = run.last(KIND)
+    if row is None:
+        return []
+    return [
+        Finding(
+            "fault",
+            f"collapsed at step {row['step']:,}: {row['what']}; probable cause: {row['cause']}",
+            f"look at {row['look_at']}",
+        )
+    ]
 
 
 def _settled(values: Sequence[float]) -> list[float]:

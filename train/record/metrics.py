@@ -17,6 +17,8 @@ from train.record.run import METRICS
 from train.retry import persistently
 
 _CONSOLE_EVERY_S = 5.0
+CURVES = ("train", "health", "knn")
+"""Kinds of rows whose figures TensorBoard draws."""
 
 
 class Metrics:
@@ -63,7 +65,8 @@ class Metrics:
         row = {"kind": kind, "step": step, "epoch": epoch, "time_s": round(time.monotonic() - self._start, 3), **values}
         self._append(json.dumps(row) + "\n")
         for name, value in values.items():
-            if isinstance(value, int | float):
+            # Starts, ends and the like are no curves.
+            if isinstance(value, int | float) and kind in CURVES:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         self._show(kind, row)
 

@@ -22,6 +22,8 @@ from train.resolve import resolve
 _IMAGES = 8
 _MIXED_STEPS = 3
 _GAP_PX = 4
+_PLOTTED = ("boxes", "embedding")
+"""Analyses that are plots."""
 _CELL_PX = (96, 144)
 """Smallest and largest side of one picture: small views are enlarged by a whole factor, large ones reduced."""
 
@@ -35,12 +37,14 @@ class Picture:
         note: how to read it.
         uri: `data:` address of the PNG.
         width_px: its width.
+        plotted: drawn on white, as a plot is, and not made of photos.
     """
 
     title: str
     note: str
     uri: str
     width_px: int
+    plotted: bool = False
 
 
 def run_pictures(run: Run) -> list[Picture]:
@@ -79,7 +83,8 @@ def analysis_pictures(run_dir: Path) -> list[Picture]:
             continue
         if isinstance(about, dict) and "analysis" in about:
             title, note = (str(about.get(name, "")) for name in ("title", "note"))
-            found.append(Picture(title or str(about["analysis"]), note, _data_uri(content), width))
+            plotted = about["analysis"] in _PLOTTED
+            found.append(Picture(title or str(about["analysis"]), note, _data_uri(content), width, plotted))
     return found
 
 

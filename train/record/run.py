@@ -42,6 +42,21 @@ class Run:
         """The newest row of one kind, None where there is none."""
         return next((row for row in reversed(self.rows) if row["kind"] == kind), None)
 
+    def first(self, kind: str) -> Row | None:
+        """The oldest row of one kind, None where there is none."""
+        return next((row for row in self.rows if row["kind"] == kind), None)
+
+    def elapsed(self) -> list[float]:
+        """Seconds from the start for each row, in order; the parts of a run that was stopped follow one another."""
+        seconds, before, offset = [], 0.0, 0.0
+        for row in self.rows:
+            # Each process has a clock of its own, which begins again when the run goes on.
+            if row["kind"] == "resume" or row["time_s"] < before:
+                offset += before
+            before = row["time_s"]
+            seconds.append(offset + before)
+        return seconds
+
     def values(self, kind: str, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of one figure."""
         # A row need not have every figure.

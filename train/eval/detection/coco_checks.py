@@ -6,7 +6,7 @@ loops, all of the memory or a wrong mask, so each entry is looked at here and re
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from pipeline.images import MAX_PIXELS
 from ...errors import UserMistake
 
 # A polygon may leave its image a little; COCO's rasteriser takes memory in proportion to how far it does.
+_MOST = 2**62
+_FARTHEST_NUMBER = 1e18
+"""Coordinates and areas beyond it are no measurement, and their sums lose every digit or become infinite."""
 _FARTHEST = 1.0
 """How many image sides a polygon may lie outside its image."""
 
@@ -55,7 +58,9 @@ def check_image(path: Path, entry: dict[str, Any]) -> None:
         raise UserMistake(f"{name} has no file_name; add it")
     sides = entry.get("width"), entry.get("height")
     if not all(_is_whole(side) and side > 0 for side in sides) or sides[0] * sides[1] > MAX_PIXELS:  # type: ignore[operator]
-        raise UserMistake(f"{name} has width {sides[0]} and height {sides[1]}; give its size in whole pixels")
+        raise UserMistake(
+            f"{name} has width {_shown(sides[0])} and height {_shown(sides[1])}; give its size in whole pixels"
+        )
 
 
 def check_category(path: Path, entry: dict[str, Any]) -> None:
@@ -71,7 +76,11 @@ def check_category(path: Path, entry: dict[str, Any]) -> None:
 def annotation_name(path: Path, place: int, entry: Any) -> str:
     """What to call an annotation in a message: by its id, or by its place in the list where it has none."""
     number = entry.get("id") if isinstance(entry, dict) else None
-    return f"{path}: annotation {number}" if number is not None else f"{path}: annotation at place {place} of the list"
+    return (
+        f"{path}: annotation {_shown(number)}"
+        if number is not None
+        else f"{path}: annotation at place {place} of the list"
+    )
 
 
 def check_annotation(
@@ -94,14 +103,14 @@ def check_annotation(
         raise UserMistake(f"{name} is no JSON object; remove it")
     image, category = entry.get("image_id"), entry.get("category_id")
     if not _is_whole(image) or image not in images:
-        raise UserMistake(f"{name} belongs to image {image}, which the file does not list; remove it")
+        raise UserMistake(f"{name} belongs to image {_shown(image)}, which the file does not list; remove it")
     if not _is_whole(category) or category not in classes:
-        raise UserMistake(f"{name} has category {category}, which the file does not list; add it there")
+        raise UserMistake(f"{name} has category {_shown(category)}, which the file does not list; add it there")
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(side) for side in box):
-        raise UserMistake(f"{name} has the box {box}; it must be four finite numbers: x, y, width, height")
+        raise UserMistake(f"{name} has the box {_shown(box)}; it must be four finite numbers: x, y, width, height")
     if entry.get("iscrowd") not in (None, 0, 1):
-        raise UserMistake(f"{name} has iscrowd {entry['iscrowd']!r}; give 0 or 1")
+        raise UserMistake(f"{name} has iscrowd {_shown(entry['iscrowd'])}; give 0 or 1")
     if masks:
         _check_outline(name, entry.get("segmentation"), images[image])
 
@@ -182,7 +191,7 @@ def _check_outline(name: str, outline: Any, image: dict[str, Any]) -> None:
 
 def _check_polygon(name: str, polygon: Any, image: dict[str, Any]) -> None:
     if not isinstance(polygon, list):
-        raise UserMistake(f"{name} has {polygon!r} where a polygon should be; give lists of x, y, x, y, ...")
+        raise UserMistake(f"{name} has {_shown(polygon)} where a polygon should be; give lists of x, y, x, y, ...")
     points = np.array(polygon, dtype=object if any(isinstance(part, list | dict) for part in polygon) else None)
     if len(points) and (points.dtype.kind not in "iuf" or not np.isfinite(points).all()):
         raise UserMistake(f"{name} has a polygon with a coordinate that is no finite number; correct it")
@@ -197,17 +206,29 @@ def _check_encoding(name: str, outline: dict[str, Any], image: dict[str, Any]) -
     size = [image["height"], image["width"]]
     if outline.get("size") != size:
         raise UserMistake(
-            f"{name} has run lengths of size {outline.get('size')}, its image is [height, width] {size}; correct them"
+            f"{name} has run lengths of size {_shown(outline.get('size'))}, its image is [height, width] {size}; "
+            "correct them"
         )
     runs = run_lengths(outline.get("counts"))
-    if runs is None or (runs < 0).any() or runs.sum() != size[0] * size[1]:
-        covered = "are damaged" if runs is None or (runs < 0).any() else f"cover {runs.sum()} pixels"
+    # None longer than the image: a sum of very long ones could wrap around to the right number.
+    damaged = runs is None or (runs < 0).any() or (runs > size[0] * size[1]).any()
+    if runs is None or damaged or runs.sum() != size[0] * size[1]:
+        covered = "are damaged" if runs is None or damaged else f"cover {runs.sum()} pixels"
         raise UserMistake(f"{name} has run lengths that {covered}, its image has {size[0] * size[1]}; correct them")
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is an integer that COCO's compiled tools can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and -_MOST <= value <= _MOST
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # Python compares integers of any length with a float exactly; `math.isfinite` cannot take a very long one.
+    return -_FARTHEST_NUMBER <= value <= _FARTHEST_NUMBER
+
+
+def _shown(value: Any) -> str:
+    """A value as a message can show it, however deep or long it is."""
+    return reprlib.repr(value)

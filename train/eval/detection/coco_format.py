@@ -67,7 +67,7 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as reason:
-        raise UserMistake(f"{path} cannot be read as COCO's JSON: {reason}; copy it again") from None
+        raise UserMistake(f"{path} cannot be read as COCO's JSON: {str(reason)[:200]}; copy it again") from None
     parts = ("images", "annotations", "categories")
     if not isinstance(document, dict) or not all(isinstance(document.get(part), list) for part in parts):
         raise UserMistake(f"{path} lacks {', '.join(parts)}; give COCO's instances_*.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pipeline.images import MAX_PIXELS
 
 from ...errors import UserMistake
 from .records import DetectionData, ImageRecord, inside
@@ -37,6 +38,7 @@ NAMES = (
     "tvmonitor",
 )
 IMAGE_ENDINGS = (".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
+_FARTHEST = 1e9
 # What "VOC07+12 -> VOC07 test" means for a VOCdevkit folder, and what one year's folder means.
 _DEVKIT = {"train": ("VOC2007/trainval", "VOC2012/trainval"), "val": ("VOC2007/test",)}
 _YEAR = {"train": "trainval", "val": "test"}
@@ -89,9 +91,16 @@ def listed_stems(path: Path, annotations: Path) -> list[str]:
     Args:
         path: list in ImageSets/Main.
         annotations: folder of the annotation files.
+
+    Raises:
+        UserMistake: the list is no text.
     """
-    # Some editors put a byte-order mark before the first name, which would then name no file.
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        # Some editors put a byte-order mark before the first name, which would then name no file.
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserMistake(f"{path} is no UTF-8 text; save the list of images as one") from None
+    lines = [line.strip() for line in text.splitlines()]
     whole = [line for line in lines if line]
     return [line if (annotations / f"{line}.xml").is_file() else _without_number(line) for line in whole]
 
@@ -129,15 +138,17 @@ def read_objects(path: Path) -> tuple[int, int, list[VocObject]]:
         size = root.find("size")
         # Some tools write whole numbers as 500.0.
         width, height = (int(_number(size, name)) for name in ("width", "height"))
+        if min(width, height) < 1 or width * height > MAX_PIXELS:
+            raise ValueError(f"size {width:.4g} x {height:.4g}")
         return width, height, [_object(path, entry) for entry in root.findall("object")]
-    except (OSError, ValueError, ElementTree.ParseError) as reason:
-        raise UserMistake(f"{path} cannot be read as a VOC annotation: {reason}; copy it again") from None
+    except (OSError, ValueError, ElementTree.ParseError, RecursionError) as reason:
+        raise UserMistake(f"{path} cannot be read as a VOC annotation: {str(reason)[:300]}; copy it again") from None
 
 
 def _object(path: Path, entry: ElementTree.Element) -> VocObject:
     name = _text(entry, "name").strip()
     if name not in NAMES:
-        raise UserMistake(f"{path}: class {name!r} is none of VOC's; known are {', '.join(NAMES)}")
+        raise UserMistake(f"{path}: class {name[:100]!r} is none of VOC's; known are {', '.join(NAMES)}")
     box = entry.find("bndbox")
     x0, y0, x1, y1 = (_number(box, side) for side in ("xmin", "ymin", "xmax", "ymax"))
     return VocObject(NAMES.index(name), (x0, y0, x1, y1), _is_difficult(entry))
@@ -155,7 +166,8 @@ def _is_difficult(entry: ElementTree.Element) -> bool:
 
 def _number(node: Any, name: str) -> float:
     value = float(_text(node, name))
-    if not math.isfinite(value):
+    # Corners beyond it are no measurement, and their differences lose every digit.
+    if not abs(value) <= _FARTHEST:
         raise ValueError(f"{name} is {value}")
     return value
 

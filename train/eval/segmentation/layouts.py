@@ -129,6 +129,8 @@ def _voc(root: Path, part: str, split: str) -> DataSet:
     try:
         # A line is a name, which may hold blanks.
         lines = (lists / f"{split}.txt").read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserMistake(f"{_flag(part)}: {lists / split}.txt is no UTF-8 text; save it as one") from None
     except OSError:
         known = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
         raise UserMistake(f"{_flag(part)}: {lists / split}.txt does not exist; lists there: {known}") from None
@@ -176,14 +178,14 @@ def _described(root: Path) -> tuple[dict[int, str], tuple[int, ...]]:
     if path is None:
         return {}, ()
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         classes = content["classes"] if isinstance(content, dict) else content
         ignored = content.get("ignore_index") if isinstance(content, dict) else None
         entries = enumerate(classes) if isinstance(classes, list) else classes.items()
         names = {int(value): str(name) for value, name in entries}
         return names, () if ignored is None else (int(ignored),)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as reason:
         raise UserMistake(
-            f"{path} cannot be used: {reason!r}; give a list of names, or "
+            f"{path} cannot be used: {repr(reason)[:200]}; give a list of names, or "
             '{"classes": {"0": "sky", ...}, "ignore_index": 255}'
         ) from None

@@ -205,10 +205,12 @@ def test_bench_step_refuses_a_trunk_with_wrong_gradients(monkeypatch, factor):
         bench_step.main([*STEP, "--no-csv"])
 
 
-def test_bench_step_of_a_method_without_a_port(tmp_path):
+@pytest.mark.parametrize(("method", "arch"), [("simsiam", "resnet18"), ("moco-v2", "resnet10-w16")])
+def test_bench_step_where_there_is_no_released_step(tmp_path, capsys, method, arch):
     path = tmp_path / "step.csv"
-    flags = "--device cpu --method simsiam --arch resnet18 --image-size 32 --batch 2 --rounds 1 --output".split()
-    assert bench_step.main([*flags, str(path)]) == 0
+    flags = f"--device cpu --method {method} --arch {arch} --image-size 32 --batch 2 --rounds 1 --output"
+    assert bench_step.main([*flags.split(), str(path)]) == 0
+    assert "the released step is left out" in capsys.readouterr().err
     assert {row["contender"] for row in rows_of(path)} == {"ours, not compiled", "ours with augmentation", "step"}
 
 

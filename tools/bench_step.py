@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,6 +49,7 @@ from train.resolve import resolve
 from train.runtime import Runtime, start
 
 PORTED = ("regioncl-m", "moco-v2")
+"""The methods whose released step `reference_port.py` holds; its trunk is torchvision's ResNet."""
 ATTEMPTS = {
     "trunk": "heads and trunks compiled",
     "graph": "forward and backward as a CUDA graph",
@@ -259,6 +261,14 @@ class Taken:
     gradients: dict[str, Tensor]
 
 
+def has_port(options: argparse.Namespace) -> bool:
+    """Whether the released step is timed, too."""
+    if options.ours_only or options.method not in PORTED:
+        return False
+    arch = configure(options, options.batch, None, options.precision).recipe.arch
+    return arch in torchvision.models.list_models(torchvision.models) and arch.startswith("resnet")
+
+
 def check_steps(options: argparse.Namespace, runtime: Runtime) -> None:
     """Two steps of every contender must give the losses of the fp32 port, and the first of them its gradients.
 
@@ -421,7 +431,7 @@ def build_contenders(options: argparse.Namespace, runtime: Runtime) -> dict[str,
     first = ours["ours, not compiled"]
     # One set of inputs for all contenders: each has the same work, and they are held in memory once.
     first.prepare()
-    if options.method in PORTED and not options.ours_only:
+    if has_port(options):
         for name, port in port_options(runtime.dtype, options.compile).items():
             if _wanted(options, name):
                 contenders[name] = PortStep(first, port)
@@ -548,8 +558,10 @@ def measure(options: argparse.Namespace, runtime: Runtime) -> None:
     if unknown:
         known = ", ".join(port_options(runtime.dtype, options.compile))
         raise ValueError(f"--contenders {min(unknown)!r} is unknown; choose from {known}")
-    if options.method in PORTED and not options.ours_only:
+    if has_port(options):
         check_steps(options, runtime)
+    elif not options.ours_only:
+        print("the released step is left out: it is there for RegionCL-M and MoCo v2 on a ResNet", file=sys.stderr)
     report = Report("bench_step", runtime.device)
     contenders = build_contenders(options, runtime)
     ours = next(step for step in contenders.values() if isinstance(step, OurStep))

@@ -335,7 +335,11 @@ def test_health_figures_come_from_images_that_are_trained_on_unless_some_are_kep
     assert steps == {"training": 320 // batch, "held out": 312 // batch, "validation": 320 // batch}
 
 
-def test_dry_run_prints_what_follows(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_dry_run_prints_what_follows(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Steps of the published batch would take minutes here; tests/test_rehearsal.py takes some.
+    monkeypatch.setattr(train.pretrain, "rehearse", lambda *_: SimpleNamespace(text=lambda: "rehearsed"))
     argv = [
         "--method",
         "regioncl-m",
@@ -355,6 +359,7 @@ def test_dry_run_prints_what_follows(capfd: pytest.CaptureFixture[str], tmp_path
     printed = capfd.readouterr().out
     assert "2 to 3 cells a side on a 4 x 4 grid" in printed
     assert "lr 0.15" in printed
+    assert "rehearsed" in printed
     assert not (tmp_path / "run").exists()
 
 

@@ -346,11 +346,15 @@ class Checkpoints:
         """
         self.runtime.first_rank_does(lambda: self._check_space(state))
 
-    def _check_space(self, state: State) -> None:
+    def space(self, state: State) -> tuple[int, int]:
+        """Bytes that this run's checkpoints need beyond those on the disk (negative: none), and bytes that are free."""
         # The newest and the best stay while one more is written; a backbone file is at most as large as one.
         count = self.keep + 3
         needed = count * state_bytes(state) - _bytes_below(self.root)
-        free = shutil.disk_usage(next(folder for folder in (self.root, *self.root.parents) if folder.is_dir())).free
+        return needed, shutil.disk_usage(nearest_folder(self.root)).free
+
+    def _check_space(self, state: State) -> None:
+        needed, free = self.space(state)
         if needed > free:
             raise UserMistake(
                 f"{self.place}: checkpoints of {state_bytes(state) / 1e9:.2f} GB need {needed / 1e9:.2f} GB in all, "
@@ -412,6 +416,11 @@ class Checkpoints:
             if self._saved_step != state.step:
                 self.save(state)
             raise stopped(state.step, watch)
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder at `path`, or the one above it that exists: where a disk is looked at before anything is made."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def _bytes_below(folder: Path) -> int:

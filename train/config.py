@@ -119,7 +119,11 @@ class RunConfig:
         least=0,
     )
     report: bool = option(True, "write report.html into the run's folder at the end", free_on_resume=True)
-    dry_run: bool = option(False, "print what would run, and stop", free_on_resume=True)
+    dry_run: bool = option(
+        False,
+        "print what would run, take a few steps and stop: speed, memory, disk, finish; the run's folder stays as it is",
+        free_on_resume=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .measure.online import health_figures, knn_figures
 from .memory import naming_remedy, training_remedy
 from .proving.choose import Choice, apply, settle, told
 from .record.run import CONFIG, has_ended
+from .rehearsal import rehearse
 from .resolve import changed_fields, continued
 from .retry import persistently
 from .runtime import Runtime, SignalWatch, start
@@ -42,6 +44,7 @@ def run(config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, A
         taken_over: values that the run's folder has recorded and that the recipe would have otherwise, to be told.
         recorded: configuration in the checkpoint that the run goes on from; None for a new run.
     """
+    started = time.monotonic()
     with start(config.run) as runtime, naming_remedy(lambda: training_remedy(config, runtime)):
         method = build_method(config, runtime)
         check_fit(config, runtime, method)
@@ -49,13 +52,11 @@ def run(config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, A
             print(describe(config, runtime, method), flush=True)
             if taken_over:
                 print(f"goes on as recorded, not as asked for by the recipe: {'; '.join(taken_over)}", flush=True)
-        if config.run.dry_run:
-            if runtime.is_main:
-                print(json.dumps(config.to_json(), indent=1))
-            return 0
-        # From here on a signal saves before it stops; opening the data may take minutes.
-        watch = SignalWatch()
-        run_dir = _prepare_run_dir(config) if runtime.is_main else None
+            if config.run.dry_run:
+                print(json.dumps(config.to_json(), indent=1), flush=True)
+        # From here on a signal saves before it stops; opening the data may take minutes. A dry run has nothing to save.
+        watch = None if config.run.dry_run else SignalWatch()
+        run_dir = _prepare_run_dir(config) if runtime.is_main and watch is not None else None
         choice = settle(config, runtime, recorded)
         if runtime.is_main and told(choice):
             print(told(choice), flush=True)
@@ -64,7 +65,7 @@ def run(config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, A
         method = build_method(settled, runtime) if settled.model != config.model else method
         data = open_data(config, runtime)
         try:
-            return _train_on(config, choice, runtime, method, data, run_dir, watch, recorded)
+            return _train_on(config, choice, runtime, method, data, run_dir, watch, recorded, started)
         finally:
             data.close()
 
@@ -90,8 +91,9 @@ def _train_on(
     method: Method,
     data: RunData,
     run_dir: Path | None,
-    watch: SignalWatch,
+    watch: SignalWatch | None,
     recorded: Mapping[str, Any] | None,
+    started: float,
 ) -> int:
     facts = {
         **config.to_json(),
@@ -122,6 +124,11 @@ def _train_on(
     if runtime.compile:
         compile_heads(method)
     job = build_job(apply(config, choice), runtime, state, data.train, checkpoints, run_dir)
+    if watch is None:
+        forecast = rehearse(job, state, data, started)
+        if runtime.is_main:
+            print(forecast.text(), flush=True)
+        return 0
     job.evaluate = _evaluator(job, method, data)
     if complete:
         save(job, state, state.step // job.steps_per_epoch)

@@ -31,6 +31,7 @@ SHUFFLE_SEED = 0
 MAX_BAD = 0.001
 _FEW_BAD = 5
 _FULL_RECIPE = 10_000  # images from which a published recipe, of batch 1024, has steps enough an epoch
+_SMALL_BATCH = 64  # of the recipe for few images
 _CHUNK = 16
 
 
@@ -124,6 +125,9 @@ def _allowed(total: int) -> float:
 def next_command(data: Path, images: int) -> str:
     """The last line of a packer: how to train on what it made."""
     small = "" if images >= _FULL_RECIPE else " --recipe regioncl-m-small"
+    if images < _SMALL_BATCH:
+        # Its batch-norm groups of 16 must divide the batch.
+        small += f" --global-batch {max(images // 16 * 16, 16)}"
     return f"next: python train/main.py --method regioncl-m{small} --data {shlex.quote(str(data))}"
 
 

@@ -1,24 +1,30 @@
-"""Negative controls for two pieces of a checkpoint that matter in special cases alone: best, non_finite.
+"""Negative controls for three pieces of a checkpoint that matter in special cases alone: best, non_finite, scaler.
 
 The pieces that matter in every run have theirs in `tests/test_resume.py`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 import train.checkpoint
 import train.inputs
 import train.main
 import train.pretrain
+from tests.method_cases import make_inputs
 from tests.runs import TINY, comparable, last_wins, rows
+from tests.test_loop import job_of
 from train.errors import EXIT_NON_FINITE
-from train.state import Saved, TrainState
+from train.loop import take_step
+from train.state import DOCUMENT_FILE, MODEL_FILE, OPTIMIZER_FILE, Saved, TrainState, restore, to_files
 
 Forget = Callable[[TrainState], None]
 
@@ -106,3 +112,36 @@ def test_the_count_of_bad_steps_in_a_row_outlasts_a_stop(
     forgetting(forget)
     assert train.main.main(argv(tmp_path / "run", "--max-steps", "9")) == code
     assert len(rows(tmp_path / "run", "skipped_step")) == 4
+
+
+def forget_scale(state: TrainState) -> None:
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+
+
+def scaled_run(until: int, saved: dict[str, bytes] | None = None, forget: Forget = nothing) -> dict[str, bytes]:
+    """Files of a run with a loss scale that begins far too high, so that its first steps overflow and halve it."""
+    job, state = job_of("moco-v2", "cuda")
+    # Gradients that are large enough to overflow at the largest scale that fp32 can hold.
+    state.method.config = replace(state.method.config, temperature=0.002)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    if saved is not None:
+        files = load(saved[MODEL_FILE]), load(saved[OPTIMIZER_FILE])
+        restore(Saved(json.loads(saved[DOCUMENT_FILE]), *files), state, 0, 1)
+        forget(state)
+    while state.step < until:
+        take_step(job, state, state.step, [make_inputs(state.method, state.step)])
+        state.step += 1
+    return to_files(state, [state.rank_part()], {})
+
+
+@pytest.mark.parametrize(("forget", "same"), [(nothing, True), (forget_scale, False)])
+def test_a_lost_loss_scale_changes_the_weights(forget: Forget, same: bool) -> None:
+    torch.set_num_threads(1)
+    whole = scaled_run(12)
+    assert json.loads(whole[DOCUMENT_FILE])["scaler"]["scale"] < 2.0**127, "the scale must have come down"
+    parts = scaled_run(12, scaled_run(8), forget)
+    weights = [load(files[MODEL_FILE]) for files in (whole, parts)]
+    # A step that overflows is seen by the scaler and by the loop, and still must not be taken.
+    assert all(torch.isfinite(value).all() for value in weights[0].values())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) == same
+    assert (whole[DOCUMENT_FILE] == parts[DOCUMENT_FILE]) == same

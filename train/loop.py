@@ -306,7 +306,8 @@ def _update(state: TrainState, bad: Tensor, device: torch.device) -> bool:
     elif state.scaler is not None:
         # The scaler has looked at the gradients alone; what else makes a step bad must stop it too.
         for found in state.scaler._found_inf_per_device(state.optimizer).values():
-            found.add_(bad)
+            # Never above 1: the fused optimizers skip at 1 exactly, and would take a step that both had found bad.
+            found.add_(bad).clamp_(max=1)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         skip = False

@@ -315,6 +315,32 @@ class BarlowTwinsConfig:
     zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
 
 
+@dataclass(frozen=True)
+class SwAVConfig:
+    """Hyper-parameters of SwAV."""
+
+    small_crops: int = option(6, "small crops of each image beside the two large ones", least=0)
+    small_size: int = option(96, "side of a small crop in pixels", least=8)
+    small_scale: tuple[float, float] = option(
+        (0.05, 0.14), "smallest and largest area of a small crop relative to the image's", above=0, most=1
+    )
+    prototypes: int = option(3000, "prototypes (K)", above=0)
+    freeze_prototypes_steps: int = option(313, "optimizer steps at the start that leave the prototypes alone", least=0)
+    temperature: float = option(0.1, "softmax temperature (tau) of the predictions", above=0)
+    sinkhorn_epsilon: float = option(
+        0.05, "entropy of the assignments (epsilon); below 0.02 its exponentials would leave fp32", least=0.02
+    )
+    sinkhorn_iterations: int = option(3, "iterations of Sinkhorn-Knopp", least=1)
+    queue_size: int = option(
+        0, "embeddings of earlier steps that take part in the assignments, for small batches; 0: none", least=0
+    )
+    queue_start_epoch: int = option(15, "epoch, from 0, in which the queue begins to fill", least=0)
+    dim: int = option(128, "width of the embeddings", above=0)
+    hidden_dim: int = option(2048, "width of the projector's hidden layer", above=0)
+    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
+    zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
+
+
 CONFIGS: dict[str, type[Any]] = {
     "moco-v2": MoCoV2Config,
     "regioncl-m": RegionCLMConfig,
@@ -332,6 +358,7 @@ CONFIGS: dict[str, type[Any]] = {
     "regioncl-moby": RegionCLMoBYConfig,
     "simclr": SimCLRConfig,
     "barlow-twins": BarlowTwinsConfig,
+    "swav": SwAVConfig,
 }
 """The methods by name, with their hyper-parameters; `models.methods.METHODS` has the networks under the same names."""
 

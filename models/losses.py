@@ -119,6 +119,32 @@ def correlation_terms(correlation: Tensor) -> tuple[Tensor, Tensor]:
     return (1.0 - diagonal).square().sum(), correlation.square().sum() - diagonal.square().sum()
 
 
+def swapped_prediction(scores: Tensor, assignments: Tensor, temperature: float) -> Tensor:
+    """How well every crop predicts the assignments of the other large crops: the mean cross entropy.
+
+        L = mean over i < A, v != i and rows b of -sum_k q_ibk log softmax_k(s_vb / temperature)
+
+    Args:
+        scores: (V, B, K) similarities of V crops of B images to K prototypes, the A assigned crops first.
+        assignments: (A, B, K) rows that sum to 1; receive no gradient.
+        temperature: positive.
+
+    Returns:
+        Scalar, fp32 or wider.
+
+    Source: SwAV (arXiv 2006.09882) Eq. 2 and section 3.2; facebookresearch/swav main_swav.py.
+    """
+    with torch.autocast(scores.device.type, enabled=False):
+        predicted = F.log_softmax(_wide(scores) / temperature, dim=-1)
+        # The sum over crops once, and not for each assigned one: K has thousands of entries.
+        total = predicted.sum(dim=0)
+        assigned = predicted[: len(assignments)]
+        losses = [
+            -(q * (total - own)).sum(dim=-1).mean() for q, own in zip(assignments.detach(), assigned, strict=True)
+        ]
+        return torch.stack(losses).mean() / (len(scores) - 1)
+
+
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     """-cos(prediction_i, sg(target_i)) for each row: (N, D) and (N, D) -> (N,).
 

@@ -24,7 +24,12 @@ SMALL = {
     "predictor_hidden_dim": 12,
     "n_blocks": 2,
     "t_bn_group_size": GROUP,
+    "prototypes": 10,
+    "small_crops": 2,
+    "small_size": 32,
+    "queue_start_epoch": 0,
 }
+OWN_SMALL = {"swav": {"queue_size": 2 * BATCH}}  # full after two steps, so that short runs use it
 SWIN_METHODS = ("moby", "regioncl-moby")
 
 
@@ -71,7 +76,8 @@ def small_config(name: str, **changes: Any) -> Any:
     region = {key.removeprefix("region_"): changes.pop(key) for key in list(changes) if key.startswith("region_")}
     if region:
         changes["region"] = dataclasses.replace(config.region, **region)
-    return dataclasses.replace(config, **{key: SMALL[key] for key in fields & set(SMALL)} | changes)
+    small = {key: SMALL[key] for key in fields & set(SMALL)} | OWN_SMALL.get(name, {})
+    return dataclasses.replace(config, **small | changes)
 
 
 def build(name: str, config: Any = None, seed: int = 0, arch: str = "", **options: Any) -> Method:
@@ -100,6 +106,14 @@ def _views(seed: int, step: int, count: int, size: int) -> tuple[Tensor, Tensor]
     image = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
     noise = 0.3 * torch.randn(2, count, 3, size, size, generator=generator)
     return image + noise[0], image.flip(3) + noise[1]
+
+
+def _small_views(seed: int, step: int, count: int, crops: int, size: int) -> tuple[Tensor, ...]:
+    """Noisy small views of the images of `_views`."""
+    coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(1000 * seed + step))
+    image = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    noise = torch.randn(crops, count, 3, size, size, generator=torch.Generator().manual_seed(1000 * seed + step + 500))
+    return tuple(image + 0.3 * each for each in noise)
 
 
 def composite(view: Tensor, partner: Tensor, box: tuple[int, int, int, int], stride: int = 32) -> Tensor:
@@ -134,6 +148,8 @@ def make_inputs(
     local = batch // world_size
     mine = slice(rank * local, (rank + 1) * local)
     generator = torch.Generator().manual_seed(7 + step)
+    config: Any = method.config
+    small = _small_views(seed, step, batch, getattr(config, "small_crops", 0), getattr(config, "small_size", SIZE))
     inputs = StepInputs(
         view1=views["view1"][mine],
         view2=views["view2"][mine],
@@ -141,6 +157,7 @@ def make_inputs(
         step=step,
         rank=rank,
         world_size=world_size,
+        small_views=tuple(view[mine] for view in small),
         key_permutation=tuple(torch.randperm(batch, generator=generator) for _ in range(method.key_directions)),
     )
     for direction, name in enumerate(("view1", "view2")):
@@ -157,7 +174,10 @@ def make_inputs(
 def to_double(inputs: StepInputs) -> StepInputs:
     """The same inputs in float64."""
     mixed = {name: image.double() for name, image in inputs.mixed.items()}
-    return dataclasses.replace(inputs, view1=inputs.view1.double(), view2=inputs.view2.double(), mixed=mixed)
+    small = tuple(view.double() for view in inputs.small_views)
+    return dataclasses.replace(
+        inputs, view1=inputs.view1.double(), view2=inputs.view2.double(), mixed=mixed, small_views=small
+    )
 
 
 def online_parameters(method: Method) -> dict[str, nn.Parameter]:

@@ -309,6 +309,37 @@ def barlow_twins(method: Any, inputs: StepInputs) -> Tensor:
     return config.loss_scale * torch.stack(total).sum()
 
 
+def swav(method: Any, inputs: StepInputs) -> Tensor:
+    """Eq. 1 to 5 and section 3.2, crop by crop; Sinkhorn-Knopp with every factor of the released code."""
+    config, count = method.config, len(inputs.view1)
+    pooled = [gap(method.encoder(torch.cat([inputs.view1, inputs.view2])))]
+    if inputs.small_views:
+        pooled.append(gap(method.encoder(torch.cat(inputs.small_views))))
+    z = list(rows_n(method.projector(torch.cat(pooled))).split(count))
+    prototypes = method.prototypes.weight
+    total = []
+    for i in (0, 1):
+        queue = [method.queue1, method.queue2][i].rows if method.queued else z[i][:0]
+        q = _sinkhorn(torch.cat([queue, z[i]]).detach(), prototypes.detach(), config)[len(queue) :]
+        for v in range(len(z)):
+            for b in range(count if v != i else 0):
+                logits = torch.stack([z[v][b] @ c / config.temperature for c in prototypes])
+                total.append(-sum(q[b][k] * (logits[k] - torch.logsumexp(logits, 0)) for k in range(len(prototypes))))
+    return torch.stack(total).sum() / (2 * (len(z) - 1) * count)
+
+
+def _sinkhorn(samples: Tensor, prototypes: Tensor, config: Any) -> list[list[Tensor]]:
+    count, k = len(samples), len(prototypes)
+    q = [[torch.exp(sample @ c / config.sinkhorn_epsilon) for c in prototypes] for sample in samples]
+    whole = torch.stack([torch.stack(row).sum() for row in q]).sum()
+    q = [[value / whole for value in row] for row in q]
+    for _ in range(config.sinkhorn_iterations):
+        of_prototype = [torch.stack([row[j] for row in q]).sum() for j in range(k)]
+        q = [[row[j] / of_prototype[j] / k for j in range(k)] for row in q]
+        q = [[value / torch.stack(row).sum() / count for value in row] for row in q]
+    return [[value * count for value in row] for row in q]
+
+
 REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "moco-v2": moco_family,
     "regioncl-m": moco_family,
@@ -322,6 +353,7 @@ REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "regioncl-moby": moby_family,
     "simclr": simclr,
     "barlow-twins": barlow_twins,
+    "swav": swav,
 }
 
 

@@ -17,7 +17,7 @@ from pipeline.profiles import PROFILES
 # This file tests the definition; test_fused_augment.py holds the other implementations against it.
 apply = functools.partial(augment.apply, implementation="reference")
 
-SSL_PROFILES = ("mocov2", "mocov1", "byol-mocov3", "byol-moby", "byol-lewel", "byol-care", "byol", "simclr")
+SSL_PROFILES = ("mocov2", "mocov1", "byol-mocov3", "byol-moby", "byol-lewel", "byol-care", "byol", "simclr", "swav")
 
 # The table of the specification, typed in once more: crop scale, order, jitter p and strengths, gray p, blur p and
 # solarize p of views 1 and 2.
@@ -29,6 +29,7 @@ TABLE = {
     "byol-lewel": ((0.2, 1), "flip jitter gray blur solarize", 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, (1, 0.1), (0, 0.2)),
     "byol-care": ((0.08, 1), "jitter blur gray flip solarize", 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, (1, 0.1), (0, 0.2)),
     "byol": ((0.08, 1), "flip jitter gray blur solarize", 0.8, (0.4, 0.4, 0.2, 0.1), 0.2, (1, 0.1), (0, 0.2)),
+    "swav": ((0.14, 1), "flip jitter gray blur", 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, (0.5, 0.5), (0, 0)),
     "simclr": ((0.08, 1), "flip jitter gray blur", 0.8, (0.8, 0.8, 0.8, 0.2), 0.2, (0.5, 0.5), (0, 0)),
 }
 

@@ -93,6 +93,30 @@ def test_equals_the_plain_step():
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+def crops(step):
+    torch.manual_seed(step)
+    views, small = torch.randn(2, 4, 3, 32, 32), torch.randn(2, 4, 3, 16, 16)
+    return StepInputs(views[0], views[1], step=step, small_views=tuple(small))
+
+
+def make_swav(queue_size):
+    torch.manual_seed(0)
+    config = METHODS["swav"].Config(prototypes=6, dim=8, hidden_dim=8, queue_size=queue_size)
+    return METHODS["swav"](config, arch="resnet10-w16", image_size=32)
+
+
+def test_small_crops_are_inputs_of_the_graph_too():
+    method = make_swav(0)
+    graphed, plain = GraphedForwardBackward(method, CPU, capture), copy.deepcopy(method)
+    for step in range(2):
+        assert float(graphed(crops(step)).loss) == pytest.approx(float(plain(crops(step)).loss.detach()), rel=1e-5)
+
+
+def test_a_queue_that_begins_in_an_epoch_is_refused():
+    with pytest.raises(UserMistake, match="computes with the epoch"):
+        GraphedForwardBackward(make_swav(8), CPU, capture)(crops(0))
+
+
 def gradients(method):
     return {name: p.grad.detach().cpu().clone() for name, p in method.named_parameters() if p.grad is not None}
 

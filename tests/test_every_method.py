@@ -36,6 +36,8 @@ COMMON = (
     "--knn-every 0 --checkpoint-every 8 --log-every 1 --workers 1 --device cpu --deterministic --no-report"
 ).split()
 SIZES = {"queue_size": 64, "hidden_dim": 64, "dim": 32, "t_bn_group_size": 8}
+# Small crops, and a queue that is full and prototypes that are free before the kill.
+SIZES |= {"prototypes": 32, "small_crops": 2, "small_size": 32, "queue_start_epoch": 0, "freeze_prototypes_steps": 3}
 
 
 def argv(method: str, data: Path, run_dir: Path) -> list[str]:

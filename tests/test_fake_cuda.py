@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from models.ops.queue_contrast import queue_sumexp_backward_definition, queue_su
 from pipeline import augment
 from pipeline.augmenter import BatchAugmenter
 from pipeline.epoch import EpochPipeline
-from pipeline.interface import Batch, PipelineConfig
+from pipeline.interface import Batch, PipelineConfig, ViewSpec
 from pipeline.prefetch import deliver_batches
 from tests.fake_cuda import DEVICE, fake_gpu, on_gpu
 from tests.method_cases import SWIN_METHODS, small_backbones
@@ -50,6 +51,10 @@ SIZES = {
     "predictor_hidden_dim": 12,
     "n_blocks": 2,
     "t_bn_group_size": 4,
+    "prototypes": 10,
+    "small_crops": 2,
+    "small_size": 32,
+    "queue_start_epoch": 0,
 }
 
 
@@ -68,10 +73,10 @@ def built(config: Config) -> Method:
         return build_method(config, CPU)
 
 
-def uint8_batch() -> Batch:
+def uint8_batch(specs: Sequence[ViewSpec] = (ViewSpec("view1", SIZE), ViewSpec("view2", SIZE))) -> Batch:
     views = {
-        name: torch.empty((BATCH, SIZE, SIZE, 3), dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
-        for name in ("view1", "view2")
+        spec.name: torch.empty((BATCH, spec.size, spec.size, 3), dtype=torch.uint8, device=DEVICE).permute(0, 3, 1, 2)
+        for spec in specs
     }
     return Batch(views, INDEX, INDEX)
 
@@ -88,6 +93,7 @@ def everything(state: TrainState, inputs: list[StepInputs]) -> dict[str, Tensor]
         named |= {f"optimizer {number} {name}": value for name, value in held.items()}
     for each in inputs:
         named |= {"view1": each.view1, "view2": each.view2, **each.mixed}
+        named |= {f"small view {number}": view for number, view in enumerate(each.small_views)}
         named |= {f"box {name}": box for name, box in each.box_cells.items()}
         named |= {f"partner {name}": partner for name, partner in each.partner.items()}
     return {**named, **state.sums, "non_finite": state.non_finite}
@@ -108,7 +114,7 @@ def one_step(config: Config, dtype: torch.dtype) -> dict[str, Tensor]:
             config=config, runtime=runtime, wrapped=method, graphed=None, total_steps=10, steps_per_epoch=5
         )
         with watch:
-            inputs = builder.build(BatchAugmenter(pipeline_config)(uint8_batch(), 0), 0)
+            inputs = builder.build(BatchAugmenter(pipeline_config)(uint8_batch(pipeline_config.views), 0), 0)
             assert inputs[0].view1.dtype == dtype
             take_step(job, state, 0, inputs)
         augment._normalisation.cache_clear()  # what it holds now is of no use to other tests
@@ -128,6 +134,7 @@ FLAGS = {
     "lewel-m": ("--align=random", "--optim.clip-grad-norm=1"),
     "care": ("--pos=relative",),
     "regioncl-s": ("--micro-batch=4",),
+    "swav": ("--queue-size=8", "--queue-start-epoch=0"),
 }
 
 
@@ -195,7 +202,7 @@ def test_the_next_batch_is_prepared_after_the_step_is_queued() -> None:
                 yield number
 
     made = [StepInputs(torch.empty(2, 3, 8, 8), torch.empty(2, 3, 8, 8))]
-    builder: Any = SimpleNamespace(runtime=Runtime(0, 1, DEVICE, torch.float32, False), build=lambda batch, step: made)
+    builder: Any = SimpleNamespace(runtime=Runtime(0, 1, DEVICE, torch.float32, False), build=lambda *_: made)
     with fake_gpu():
         for step, _ in InputStream(builder, Source()).epoch(0, 0, 0):  # type: ignore[arg-type]
             order.append(f"step {step}")

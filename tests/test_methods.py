@@ -39,7 +39,7 @@ from tests.method_cases import (
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 20
-WITHOUT_MOMENTUM = ("simsiam", "regioncl-s", "simclr", "barlow-twins")
+WITHOUT_MOMENTUM = ("simsiam", "regioncl-s", "simclr", "barlow-twins", "swav")
 each_method = pytest.mark.parametrize("name", METHODS)
 with_momentum = pytest.mark.parametrize("name", [name for name in METHODS if name not in WITHOUT_MOMENTUM])
 
@@ -257,8 +257,13 @@ def test_channels_last_gives_the_same_loss(name):
     expected = method(inputs).loss
     last = torch.channels_last
     images = {key: image.to(memory_format=last) for key, image in inputs.mixed.items()}
+    small = tuple(view.to(memory_format=last) for view in inputs.small_views)
     inputs = dataclasses.replace(
-        inputs, view1=inputs.view1.to(memory_format=last), view2=inputs.view2.to(memory_format=last), mixed=images
+        inputs,
+        view1=inputs.view1.to(memory_format=last),
+        view2=inputs.view2.to(memory_format=last),
+        mixed=images,
+        small_views=small,
     )
     loss = method.to(memory_format=last)(inputs).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
@@ -282,12 +287,13 @@ RANK_CASES = {
     "two ranks, queues": (2, [Case(name) for name in ("moco-v2", "regioncl-m", "densecl", "regioncl-d", "lewel-m")]),
     "two ranks, no queue": (2, [Case(name) for name in ("simsiam", "byol", "moco-v3", "care", "lewel-b")]),
     "two ranks, regions": (2, [Case(name) for name in ("regioncl-s", "regioncl-m3", "moby", "regioncl-moby")]),
-    "two ranks, other baselines": (2, [Case("simclr"), Case("barlow-twins")]),
+    "two ranks, other baselines": (2, [Case("simclr"), Case("barlow-twins"), Case("swav")]),
     "two ranks, pairs across": (
         2,
         [Case(name, ACROSS_RANKS) for name in ("regioncl-m", "regioncl-s", "regioncl-m3", "regioncl-moby")],
     ),
     "two ranks, grouped heads": (2, [Case("regioncl-s", options={"bn_mode": "group"})]),
+    "two ranks, a full queue of samples": (2, [Case("swav", {"queue_size": 8})]),
     "four ranks": (4, [Case("regioncl-m", ACROSS_RANKS), Case("lewel-m")]),
 }
 
@@ -360,7 +366,7 @@ def test_options_are_explicit_and_explained(name):
 def test_names_of_the_contract():
     assert set(METHODS) == set(
         "moco-v2 regioncl-m densecl regioncl-d simsiam regioncl-s byol care lewel-m lewel-b moco-v3 regioncl-m3 moby "
-        "regioncl-moby simclr barlow-twins".split()
+        "regioncl-moby simclr barlow-twins swav".split()
     )
 
 
@@ -417,6 +423,7 @@ def test_no_step_waits_for_the_device(name):
         inputs = make_inputs(method, step)
         for key in ("view1", "view2"):
             setattr(inputs, key, getattr(inputs, key).cuda())
+        inputs.small_views = tuple(view.cuda() for view in inputs.small_views)
         for table in (inputs.mixed, inputs.box_cells, inputs.partner):
             table.update({key: value.cuda() for key, value in table.items()})
         inputs.key_permutation = tuple(permutation.cuda() for permutation in inputs.key_permutation)

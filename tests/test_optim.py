@@ -161,6 +161,29 @@ def test_the_lars_of_simclr_has_the_joint_norm_and_the_rate_in_the_buffer() -> N
         torch.testing.assert_close(p.detach(), e, rtol=1e-12, atol=1e-14)
 
 
+def test_the_lars_of_swav_is_larc() -> None:
+    """NVIDIA apex, LARC with clip=False: where |w| and |g| are not 0, g = (g + d w) eta |w| / (|g| + d |w| + 1e-8)."""
+    weights, gradients = weights_and_gradients(len(RATES))
+    parameters = [nn.Parameter(w.clone()) for w in weights]
+    optimizer = Lars(parameters, lr=1.0, weight_decay=0.3, denominator="larc")
+    expected, buffers = [w.clone() for w in weights], [torch.zeros_like(w) for w in weights]
+    zeros = set()
+    for rate, step in zip(RATES, gradients, strict=True):
+        set_learning_rate(optimizer, rate)
+        for i, g in enumerate(step):
+            parameters[i].grad = g.clone()
+            size_w, size_g = (math.sqrt(t.square().sum().item()) for t in (expected[i], g))
+            zeros |= {(size_w == 0, size_g == 0)}
+            if size_w and size_g:
+                g = (g + 0.3 * expected[i]) * (0.001 * size_w / (size_g + 0.3 * size_w + 1e-8))
+            buffers[i] = 0.9 * buffers[i] + g
+            expected[i] = expected[i] - rate * buffers[i]
+        optimizer.step()
+    for p, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.detach(), e, rtol=1e-12, atol=1e-14)
+    assert {(False, False), (True, False), (False, True)} <= zeros, "weights and gradients of zeros take part"
+
+
 def test_a_checkpoint_from_before_the_denominator_was_a_choice_goes_on_as_it_was() -> None:
     parameter, twin = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.zeros(3, 4))
     old = Lars([parameter], lr=0.5, weight_decay=0.1, lr_in_buffer=True)

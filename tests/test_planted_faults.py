@@ -14,6 +14,7 @@
 | the two queues of MoBY exchanged | the same |
 | an embedding as its own negative; no negatives of the own view; negatives without gradient (SimCLR) | the same |
 | embeddings not standardised; the diagonal's weight on all entries; both views the same (Barlow Twins) | the same |
+| assignments that are not balanced; a crop predicts its own assignment; crops pass alone (SwAV) | the same |
 | momentum network frozen; momentum network a copy of the online one | after_step moves all state as specified (below) |
 | a momentum module left out of the average | the same |
 | queue not advanced; not filled | the same |
@@ -44,6 +45,7 @@ from models.methods import (
     regioncl_s,
     simclr,
     simsiam,
+    swav,
 )
 from models.methods.base import Method, StepInputs
 from tests.method_references import REFERENCES, check_against_formula, ready
@@ -130,6 +132,8 @@ def wrong_views(patch: pytest.MonkeyPatch) -> None:
         return embed(self, seen[0])
 
     patch.setattr(barlow_twins.BarlowTwins, "embed", first_view)
+    assignments = swav.SwAV.assignments
+    patch.setattr(swav.SwAV, "assignments", lambda self, *args: assignments(self, *args).flip(0))
 
 
 def not_standardised(patch: pytest.MonkeyPatch) -> None:
@@ -143,6 +147,27 @@ def one_weight_for_all_entries(patch: pytest.MonkeyPatch) -> None:
         return (torch.eye(len(correlation)) - correlation).square().sum(), correlation.new_zeros(())
 
     patch.setattr(barlow_twins, "correlation_terms", terms)
+
+
+def not_balanced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(swav, "balanced_assignments", lambda scores, epsilon, _: torch.softmax(scores / epsilon, dim=-1))
+
+
+def own_assignment_predicted(patch: pytest.MonkeyPatch) -> None:
+    def loss(scores: torch.Tensor, assignments: torch.Tensor, temperature: float) -> torch.Tensor:
+        predicted = torch.log_softmax(scores / temperature, dim=-1)
+        return -(assignments.unsqueeze(1) * predicted).sum(-1).mean()
+
+    patch.setattr(swav, "swapped_prediction", loss)
+
+
+def crops_pass_alone(patch: pytest.MonkeyPatch) -> None:
+    def embed(self: Any, large: Any, small: Any) -> torch.Tensor:
+        return torch.cat(
+            [losses.unit(self.projector(self.encoder(crop).mean(dim=(2, 3)))) for crop in (*large, *small)]
+        )
+
+    patch.setattr(swav.SwAV, "embed", embed)
 
 
 def own_embedding_as_negative(patch: pytest.MonkeyPatch) -> None:
@@ -252,14 +277,17 @@ FAULTS: list[tuple[Patch, Callable[[str, Method, StepInputs], None], list[str]]]
     (queues_exchanged, check_against_formula, ["moby", "regioncl-moby"]),
     (not_standardised, check_against_formula, ["barlow-twins"]),
     (one_weight_for_all_entries, check_against_formula, ["barlow-twins"]),
+    (not_balanced, check_against_formula, ["swav"]),
+    (own_assignment_predicted, check_against_formula, ["swav"]),
+    (crops_pass_alone, check_against_formula, ["swav"]),
     (own_embedding_as_negative, check_against_formula, ["simclr"]),
     (no_negatives_of_the_own_view, check_against_formula, ["simclr"]),
     (negatives_without_gradient, check_against_formula, ["simclr"]),
     (frozen_momentum, check_after_step, MOMENTUM),
     (copying_momentum, check_after_step, MOMENTUM),
     (projector_not_averaged, check_after_step, MOMENTUM),
-    (queue_not_advanced, check_after_step, QUEUES),
-    (queue_not_filled, check_after_step, QUEUES),
+    (queue_not_advanced, check_after_step, [*QUEUES, "swav"]),
+    (queue_not_filled, check_after_step, [*QUEUES, "swav"]),
     (enqueued_too_early, check_after_step, QUEUES),
 ]
 CASES = [(fault, check, name) for fault, check, names in FAULTS for name in names]

@@ -230,6 +230,31 @@ TABLE["barlow-twins"] = Row(
 )
 
 
+def swav(lr: float, batch: int, warmup: int, epochs: int, *model: tuple[str, Any]) -> Row:
+    shared = (("temperature", 0.1), ("sinkhorn_epsilon", 0.05), ("sinkhorn_iterations", 3), ("prototypes", 3000))
+    heads = (("dim", 128), ("hidden_dim", 2048), ("small_size", 96), ("small_scale", (0.05, 0.14)))
+    last = ("lars", lr, batch, 1e-6, "none", warmup, "cosine-step", CONSTANT, epochs, "sync", "swav")
+    return Row(*last, model=(*shared, *heads, *model))
+
+
+NO_QUEUE = (("small_crops", 6), ("queue_size", 0), ("freeze_prototypes_steps", 313))
+SMALL_BATCH = (
+    ("small_crops", 6),
+    ("queue_size", 3840),
+    ("queue_start_epoch", 15),
+    ("freeze_prototypes_steps", 5005),
+)
+TABLE |= {
+    "swav": swav(4.8, 4096, 10, 200, *NO_QUEUE),
+    "swav-100ep": swav(4.8, 4096, 10, 100, *NO_QUEUE),
+    "swav-400ep": swav(4.8, 4096, 10, 400, *NO_QUEUE),
+    "swav-800ep": swav(4.8, 4096, 10, 800, *NO_QUEUE),
+    "swav-2x224-400ep": swav(4.8, 4096, 10, 400, ("small_crops", 0), ("queue_size", 0)),
+    "swav-bs256-200ep": swav(0.6, 256, 0, 200, *SMALL_BATCH),
+    "swav-bs256-400ep": swav(0.6, 256, 0, 400, *SMALL_BATCH),
+}
+
+
 def row_of(recipe: Recipe, model: Any, wanted: Row) -> Row:
     optim, schedule = recipe.optim, recipe.schedule
     return Row(
@@ -283,6 +308,14 @@ def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
     if "moby" in name:
         assert ends == (5e-7, 5e-6, True, 0, "run-start") and recipe.optim.clip_grad_norm == 5.0
         assert recipe.optim.betas == (0.9, 0.999) and recipe.optim.eps == 1e-8
+    elif name.startswith("swav"):
+        # At the recipe's own batch: 0.3 (0 without a warm-up), and a thousandth of the peak.
+        share = recipe.global_batch / 256
+        assert (ends[0] * share, ends[1] * share) == pytest.approx(
+            (0.3, 0.0048) if schedule.warmup_epochs else (0, 0.0006)
+        )
+        assert ends[2:] == (True, 0, "warmup-end") and recipe.optim.clip_grad_norm == 0.0
+        assert recipe.augment.min_scale == (0.08 if "2x224" in name else 0.0)
     elif name == "barlow-twins":
         assert ends == (0.0, 2e-4, True, 0, "warmup-end") and recipe.optim.clip_grad_norm == 0.0
     else:
@@ -292,7 +325,7 @@ def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
     assert recipe.optim.excluded_lr_share * recipe.optim.lr == pytest.approx(
         0.0048 if name == "barlow-twins" else recipe.optim.lr
     )
-    assert recipe.optim.lars.denominator == ("joint" if name.startswith("simclr") else "auto")
+    assert recipe.optim.lars.denominator == {"simclr": "joint", "swav": "larc"}.get(name.partition("-")[0], "auto")
     if hasattr(model, "symmetric"):
         wanted = ("symmetric" in name, "sum", "both")
         assert (model.symmetric.enabled, model.symmetric.reduce, model.symmetric.enqueue) == wanted

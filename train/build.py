@@ -28,6 +28,7 @@ from .inputs import (
     grid_cells,
     images_per_forward,
     region_sampler,
+    train_views,
 )
 from .loop import Job
 from .optim import build_optimizer
@@ -50,7 +51,8 @@ def build_method(config: Config, runtime: Runtime) -> Method:
         bn_mode=config.recipe.bn.mode,
         bn_group_size=bn_group_size(config),
     )
-    check_image_size(method.encoder, config.recipe.arch, config.recipe.image_size)
+    for size in sorted({spec.size for spec in train_views(config)}):
+        check_image_size(method.encoder, config.recipe.arch, size)
     if config.run.init:
         load_into(method.encoder, config.run.init, config.recipe.arch)
         method.synchronise_momentum()

@@ -134,10 +134,11 @@ class LarsConfig:
     lr_in_buffer: bool = option(
         False, "learning rate inside the momentum buffer (LEWEL) or applied outside it (MoCo v3)"
     )
-    denominator: Literal["auto", "joint", "apart"] = option(
+    denominator: Literal["auto", "joint", "apart", "larc"] = option(
         "auto",
         "what a weight's norm is divided by: the norm of gradient and decay together (MoCo v3, SimCLR), or the sum of "
-        "their norms (LEWEL); auto: apart where lr_in_buffer",
+        "their norms (LEWEL); larc: that sum plus 1e-8, and a weight of zeros takes its gradient as it is (SwAV); "
+        "auto: apart where lr_in_buffer",
     )
 
 

@@ -44,7 +44,7 @@ class _FixedInputs(StepInputs):
     """Inputs of a graph: the contents of tensors may change; reading a number is refused, as it would be frozen."""
 
     def __getattribute__(self, name: str) -> object:
-        if name in ("step", "seed"):
+        if name in ("step", "seed", "epoch"):
             raise UserMistake(
                 f"--cuda-graph: this method computes with the {name} on the host, which a graph would freeze; "
                 "leave the flag out"
@@ -56,7 +56,7 @@ def _tensors(inputs: StepInputs) -> list[Tensor]:
     """Every tensor of the inputs in a fixed order."""
     named = [inputs.mixed, inputs.box_cells, inputs.partner]
     rest = [group[name] for group in named for name in sorted(group)]
-    return [inputs.view1, inputs.view2, *rest, *inputs.key_permutation]
+    return [inputs.view1, inputs.view2, *inputs.small_views, *rest, *inputs.key_permutation]
 
 
 class GradientExchange:
@@ -157,6 +157,7 @@ class GraphedForwardBackward:
         for name in ("view1", "view2"):
             # In the layout of the views: another one would choose other convolutions.
             values[name] = getattr(inputs, name).clone(memory_format=torch.preserve_format)
+        values["small_views"] = tuple(view.clone(memory_format=torch.preserve_format) for view in inputs.small_views)
         values["key_permutation"] = tuple(tensor.to(device).clone() for tensor in inputs.key_permutation)
         self._inputs = _FixedInputs(**values)
         self._slots = _tensors(self._inputs)

@@ -13,7 +13,7 @@ from pipeline.sampling import hold_out
 
 from .config import Config
 from .errors import UserMistake
-from .inputs import finished_views, train_views
+from .inputs import finished_views, large_views
 from .measure.features import center_view
 from .measure.health import MAX_RETRIEVAL_IMAGES
 from .recipes import RECIPES
@@ -151,7 +151,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
         dataclasses.replace(
             base,
             data=health_from,
-            views=train_views(config),
+            views=large_views(config),
             augment=config.recipe.augment.profile,
             population=chosen,
             # Rank 0 alone measures these images, so its pipeline delivers all of them.

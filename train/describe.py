@@ -40,9 +40,12 @@ def describe(config: Config, runtime: Runtime, method: Method) -> str:
             if runtime.compile
             else "heads and losses: not compiled (by --no-compile, or for want of Triton or of a C compiler)"
         )
+    if small := getattr(config.model, "small_crops", 0):
+        lines.append(f"crops: 2 of {recipe.image_size} px and {small} of {config.model.small_size} px")
     if micro != local:
         lines.append(
-            "micro-batches: BN statistics, key shuffling and in-batch negatives cover one micro-batch of all devices; "
+            "micro-batches: BN statistics, key shuffling, in-batch negatives and SwAV's assignments cover one "
+            "micro-batch of all devices; "
             "the queue takes all keys after the step"
         )
     if method.mixed_views:

@@ -17,6 +17,7 @@ from models.ops.choice import AUGMENT
 from models.ops.launcher import CudaModule
 from pipeline import augment
 from pipeline.interface import Batch, Pipeline, PipelineConfig, PipelineStats, ViewSpec
+from pipeline.profiles import Profile, get_profile, with_views
 from pipeline.regions import RegionSampler, make_mixed
 from pipeline.rng import SLOT_SHUFFLE, permutation
 
@@ -27,8 +28,8 @@ from .runtime import Runtime
 VIEWS = ("view1", "view2")
 
 
-def train_views(config: Config) -> tuple[ViewSpec, ...]:
-    """The two random crops that the recipe's profile asks for."""
+def large_views(config: Config) -> tuple[ViewSpec, ...]:
+    """The two random crops that the recipe's profile asks for, which every method has."""
     specs = augment.view_specs(config.recipe.augment.profile, config.recipe.image_size)
     if config.recipe.augment.min_scale:
         low = config.recipe.augment.min_scale
@@ -36,12 +37,30 @@ def train_views(config: Config) -> tuple[ViewSpec, ...]:
     return specs
 
 
+def train_views(config: Config) -> tuple[ViewSpec, ...]:
+    """All that the method trains on: the two crops of `large_views`, and smaller ones where it asks for them."""
+    large, model = large_views(config), config.model
+    small = tuple(
+        dataclasses.replace(
+            large[0], name=f"view{number + 1}", size=model.small_size, scale=model.small_scale, draw_id=number
+        )
+        for number in range(len(large), len(large) + getattr(model, "small_crops", 0))
+    )
+    return large + small
+
+
+def train_profile(config: Config) -> str | Profile:
+    """The recipe's augmentation profile, for as many views as `train_views` has."""
+    name, count = config.recipe.augment.profile, len(train_views(config))
+    return name if count == len(VIEWS) else with_views(get_profile(name), count)
+
+
 def finished_views(settings: PipelineConfig, config: Config, runtime: Runtime) -> PipelineConfig:
     """`settings` with the views that the run trains on: cut, augmented and normalised as its recipe says."""
     return dataclasses.replace(
         settings,
         views=train_views(config),
-        augment=config.recipe.augment.profile,
+        augment=train_profile(config),
         # The kernel proved itself on this card, so what `auto` would take instead is slower.
         implementation="kernel" if AUGMENT.mode == "cuda" else config.recipe.augment.implementation,
         # Autocast casts what a convolution reads; handing it the final dtype saves that pass.
@@ -78,7 +97,7 @@ def check_batch(config: Config, world_size: int) -> None:
     _check_groups(config, micro)
     # A batch that does not fit would overwrite its own first keys.
     queue_size = getattr(config.model, "queue_size", None)
-    if queue_size is not None and queue_size < total and getattr(config.model, "global_loss", True):
+    if queue_size and queue_size < total and getattr(config.model, "global_loss", True):
         raise UserMistake(
             f"--queue-size {queue_size} is smaller than --global-batch {total}, whose keys enter it at every step; "
             "raise it"
@@ -160,19 +179,23 @@ class InputBuilder:
         """The sampler of regions and pairs; made on first use, because only some methods have its settings."""
         return region_sampler(self.config, self.grid)
 
-    def build(self, batch: Batch, step: int) -> list[StepInputs]:
-        """Inputs of optimizer step `step` from this rank's part of its global batch, whose views are finished."""
+    def build(self, batch: Batch, step: int, epoch: int = 0) -> list[StepInputs]:
+        """Inputs of optimizer step `step` of an epoch from this rank's part of its global batch, whose views are finished."""
         local = batch.index.numel()
         micro = self.config.run.micro_batch or local
         count = local // micro
         return [
             self.step_inputs(
-                {name: batch.views[name][first * micro : (first + 1) * micro] for name in VIEWS}, step, first, count
+                {name: view[first * micro : (first + 1) * micro] for name, view in batch.views.items()},
+                step,
+                first,
+                count,
+                epoch,
             )
             for first in range(count)
         ]
 
-    def step_inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int) -> StepInputs:
+    def step_inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int, epoch: int = 0) -> StepInputs:
         """Each micro-batch of all ranks together is treated as a global batch of its own."""
         inputs = StepInputs(
             view1=views["view1"],
@@ -183,6 +206,8 @@ class InputBuilder:
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
             micro_batches=count,
+            epoch=epoch,
+            small_views=tuple(view for name, view in views.items() if name not in VIEWS),
         )
         global_batch = views["view1"].shape[0] * self.runtime.world_size
         inputs.key_permutation = tuple(
@@ -239,7 +264,7 @@ class InputStream:
         """Inputs from `first_step_in_epoch` on; `first_step` is the optimizer step it has."""
         self.pipeline.set_epoch(epoch, first_step_in_epoch)
         source = iter(self.pipeline)
-        pending = self._next(source, first_step)
+        pending = self._next(source, first_step, epoch)
         step = first_step
         while pending is not None:
             current, ready = pending, None
@@ -254,7 +279,7 @@ class InputStream:
             # First the step: while the host prepares the next batch the device is at work.
             yield step, current
             step += 1
-            pending = self._next(source, step, ready)
+            pending = self._next(source, step, epoch, ready)
 
     def stages(self, seconds: float) -> dict[str, float]:
         """What each stage before the step did since the last call, and the wait of the host, which is set to zero.
@@ -283,30 +308,31 @@ class InputStream:
         return found
 
     def _next(
-        self, source: Iterator[Batch], step: int, ready: torch.cuda.Event | None = None
+        self, source: Iterator[Batch], step: int, epoch: int, ready: torch.cuda.Event | None = None
     ) -> list[StepInputs] | None:
         """Inputs of the next step, None behind the last; the side stream begins after the event `ready`."""
         if self._stream is None:
-            return self._take(source, step)
+            return self._take(source, step, epoch)
         if ready is None:
             self._stream.wait_stream(torch.cuda.current_stream())
         else:
             self._stream.wait_event(ready)
         # The loader works on this stream as well, so that the views it augments here are part of what runs ahead.
         with torch.cuda.stream(self._stream):
-            return self._take(source, step)
+            return self._take(source, step, epoch)
 
-    def _take(self, source: Iterator[Batch], step: int) -> list[StepInputs] | None:
+    def _take(self, source: Iterator[Batch], step: int, epoch: int) -> list[StepInputs] | None:
         # The loader's own clock: what it queues on a GPU after waiting for the decoder is no waiting.
         waited = self.pipeline.stats().wait_s
         batch = next(source, None)
         self.wait_s += self.pipeline.stats().wait_s - waited
-        return None if batch is None else self.builder.build(batch, step)
+        return None if batch is None else self.builder.build(batch, step, epoch)
 
 
 def _record(inputs: list[StepInputs], stream: torch.cuda.Stream) -> None:
     """Tell the allocator that tensors made on the side stream are used on `stream`."""
     for each in inputs:
-        held = [each.view1, each.view2, *each.mixed.values(), *each.box_cells.values(), *each.partner.values()]
+        held = [each.view1, each.view2, *each.small_views, *each.mixed.values()]
+        held += [*each.box_cells.values(), *each.partner.values()]
         for tensor in held:
             tensor.record_stream(stream)

@@ -236,6 +236,7 @@ def take_step(job: Job, state: TrainState, step: int, micro_batches: list[StepIn
     for position, inputs in enumerate(micro_batches):
         last = position == len(micro_batches) - 1
         outputs.append(_forward_backward(job, state, inputs, 1.0 / len(micro_batches), last))
+    state.method.before_update(step)
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
     loss = torch.stack([output.loss.detach().float() for output in outputs]).mean()

@@ -148,7 +148,8 @@ class Lars(torch.optim.Optimizer):
     * `lr_in_buffer` false: u = g + d w; u *= eta |w| / |u| (1 where either norm is 0); buf = mu buf + u; w -= lr buf.
     * `lr_in_buffer` true: r = eta |w| / (|g| + d |w|); buf = mu buf + r lr (g + d w); w -= buf.
 
-    `denominator` sets what the ratio divides by apart from that: "joint" is |g + d w|, "apart" is |g| + d |w|.
+    `denominator` sets what the ratio divides by apart from that: "joint" is |g + d w|, "apart" is |g| + d |w|, "larc"
+    is |g| + d |w| + 1e-8, with u = g unchanged where |w| or |g| is 0.
     Groups with "adapt" false use the raw gradient: no decay, no ratio. The two forms differ in the ratio's denominator
     and, whenever the learning rate changes between steps, in what the buffer remembers. A ratio 0 / 0 counts as 1: its
     step is zero anyhow. With the norms apart a tensor of zeros has ratio 0 and so never moves, as in LEWEL's code.
@@ -156,7 +157,8 @@ class Lars(torch.optim.Optimizer):
     as they are where the attribute `found_inf`, a tensor on the device, is not zero.
 
     Source: You et al., arXiv 1708.03888; the first form is MoCo v3's, the second LEWEL's (methods of arXiv 2104.02057
-    and 2203.14898). SimCLR's code (google-research/simclr) has the second with the joint denominator.
+    and 2203.14898). SimCLR's code (google-research/simclr) has the second with the joint denominator, SwAV's the first
+    with "larc", which is NVIDIA apex's LARC without clipping.
     """
 
     _step_supports_amp_scaling = True  # the gradient scaler then hands over `found_inf` instead of reading it
@@ -243,10 +245,14 @@ class Lars(torch.optim.Optimizer):
         return [self.state[weight]["momentum_buffer"] for weight in weights]
 
 
-def _norms_apart(group: dict[str, Any]) -> bool:
+def _denominator(group: dict[str, Any]) -> str:
+    """Which of "joint", "apart" and "larc" a group has."""
     # Groups of checkpoints from before there was a choice do not have the key.
-    chosen = group.get("denominator", "auto")
-    return bool(group["lr_in_buffer"]) if chosen == "auto" else chosen == "apart"
+    chosen: str = group.get("denominator", "auto")
+    return ("apart" if group["lr_in_buffer"] else "joint") if chosen == "auto" else chosen
+
+
+_LARC_EPSILON = 1e-8
 
 
 def _side_by_side(weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -276,13 +282,19 @@ def _adapt(
     decay, trust = group["weight_decay"], group["trust"]
     torch._foreach_add_(updates, weights, alpha=decay)
     weight_norms = torch.stack(torch._foreach_norm(weights))
-    if _norms_apart(group):
-        denominator = torch.stack(torch._foreach_norm(gradients)) + decay * weight_norms
-        ratios = torch.where(denominator > 0, trust * weight_norms / denominator, 1.0)
-    else:
+    kind = _denominator(group)
+    if kind == "joint":
         update_norms = torch.stack(torch._foreach_norm(updates))
         both = (weight_norms > 0) & (update_norms > 0)
         ratios = torch.where(both, trust * weight_norms / update_norms, 1.0)
+    else:
+        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        denominator = gradient_norms + decay * weight_norms
+        ratios = torch.where(denominator > 0, trust * weight_norms / denominator, 1.0)
+        if kind == "larc":
+            ratios = trust * weight_norms / (denominator + _LARC_EPSILON)
+            # Without a gradient nothing moves, decay included; a weight of zeros has none, so its gradient is alone.
+            ratios = torch.where(weight_norms > 0, torch.where(gradient_norms > 0, ratios, 0.0), 1.0)
     # The length is given, because reading it off the sizes would wait for the device.
     flat.mul_(torch.repeat_interleave(ratios, sizes, output_size=flat.numel()))
 

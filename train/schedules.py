@@ -8,10 +8,13 @@ epoch. Every published schedule of the trainer is one setting of `ScheduleConfig
 | MoCo v1 | 0 | | | steps (milestones 120, 160) | | |
 | MoCo v2, DenseCL, SimSiam, RegionCL-M | 0 | | | cosine-epoch | | 0 |
 | MoCo v3, BYOL, SimCLR | 10 | 0 | 0 | cosine-step | warmup-end | 0 |
+| SwAV | 10, or 0 at batch 256 | 0.01875 (scaled) | 0 | cosine-step | warmup-end | 3e-4 (scaled) |
 | Barlow Twins | 10 | 0 | 0 | cosine-step | warmup-end | 2e-4 (scaled) |
 | CARE | 10 | 1e-6 | 0 | cosine-step | warmup-end | 0 |
 | LEWEL | 10 | 0 | 1 | cosine-epoch | warmup-end | 0 |
 | MoBY | 5 | 5e-7 (scaled) | 0 | cosine-step | run-start | 5e-6 (scaled) |
+
+SwAV's code reaches the peak at the last step of the warm-up, one step before this formula does.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from .regioncl_moby import RegionCLMoBY
 from .regioncl_s import RegionCLS
 from .simclr import SimCLR
 from .simsiam import SimSiam
+from .swav import SwAV
 
 METHODS: dict[str, type[Method]] = {
     "moco-v2": MoCoV2,
@@ -37,4 +38,5 @@ METHODS: dict[str, type[Method]] = {
     "regioncl-moby": RegionCLMoBY,
     "simclr": SimCLR,
     "barlow-twins": BarlowTwins,
+    "swav": SwAV,
 }

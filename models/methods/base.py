@@ -32,6 +32,9 @@ class StepInputs:
         rank: this process; positions rank * B .. of the global batch are its own.
         world_size: number of processes.
         micro_batches: passes of one optimizer step.
+        epoch: number of the epoch, 0-based, that the step belongs to.
+        small_views: further views of the same images, each (B, 3, s, s) of one smaller size, for methods that train on
+            more than two.
     """
 
     view1: Tensor
@@ -45,6 +48,8 @@ class StepInputs:
     rank: int = 0
     world_size: int = 1
     micro_batches: int = 1
+    epoch: int = 0
+    small_views: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -126,6 +131,12 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, inputs: StepInputs) -> StepOutput:
         """Loss and detached metrics; changes no state but BN running statistics."""
+
+    def before_update(self, step: int) -> None:
+        """Change the gradients of optimizer step `step` before it is taken; called once, after its last backward pass.
+
+        A gradient of None leaves a parameter as it is.
+        """
 
     @torch.no_grad()
     def after_step(self, output: StepOutput, ema_momentum: float) -> None:

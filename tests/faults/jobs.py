@@ -24,6 +24,7 @@ TRAINING = (
     "--no-report"
 ).split()
 SIZES = {"queue_size": "64", "hidden_dim": "32", "dim": "16", "t_bn_group_size": "2"}
+SIZES |= {"prototypes": "20", "small_crops": "2", "small_size": "32", "queue_start_epoch": "0"}
 _TIMES = ("seconds", "settings", "versions", "list", "created", "time")
 
 

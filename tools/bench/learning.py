@@ -70,6 +70,13 @@ FAMILIES = {
     ("simsiam",): ADAMW,
     ("barlow-twins",): [*ADAMW, "--loss-scale=1"],
     ("simclr",): [*ADAMW, "--temperature=0.2"],
+    ("swav",): [
+        *ADAMW,
+        "--small-scale=0.2,0.5",
+        "--freeze-prototypes-steps=24",
+        "--queue-size=256",
+        "--queue-start-epoch=1",
+    ],
     ("regioncl-s",): [*ADAMW, "--region.head-batching=separate"],
     ("byol",): [*ADAMW, *QUICK_EMA],
     ("care",): [*FAST_ADAMW, *QUICK_EMA],
@@ -83,6 +90,9 @@ MODEL = {
     "predictor_hidden_dim": 64,
     "n_blocks": 2,
     "t_bn_group_size": 16,
+    "prototypes": 64,
+    "small_crops": 2,
+    "small_size": 16,
 }
 
 

@@ -15,17 +15,7 @@ import torch.distributed as dist
 from pipeline.augment import view_specs
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
-from pipeline.profiles import Profile, get_profile
-
-
-def _with_views(profile: Profile, count: int) -> Profile:
-    """The profile for another number of views: its own, in turn."""
-    turn = [number % profile.num_views for number in range(count)]
-    return dataclasses.replace(
-        profile,
-        blur_probability=tuple(profile.blur_probability[number] for number in turn),
-        solarize_probability=tuple(profile.solarize_probability[number] for number in turn),
-    )
+from pipeline.profiles import Profile, get_profile, with_views
 
 
 class Loader:
@@ -83,7 +73,7 @@ class Loader:
         if count < 1:
             raise ValueError(f"views {count}: at least one view is needed")
         # Crops without a profile are cut as the most common one cuts them.
-        profile = _with_views(get_profile("mocov2" if augment is None else augment), count)
+        profile = with_views(get_profile("mocov2" if augment is None else augment), count)
         specs = view_specs(profile, size) if isinstance(views, int) else tuple(views)
         if scale is not None:
             specs = tuple(dataclasses.replace(spec, scale=scale) for spec in specs)

@@ -55,6 +55,7 @@ class Pretraining:
         )
         self.method: Method = build_method(self.config, self.runtime)
         check_fit(self.config, self.runtime, self.method)
+        self._step = 0
         self._builder = InputBuilder(
             self.config, self.method, self.runtime, feature_grid(self.method, self.config.recipe.image_size)
         )
@@ -78,19 +79,24 @@ class Pretraining:
             **settings,
         )
 
-    def inputs(self, batch: Batch, step: int) -> StepInputs:
+    def inputs(self, batch: Batch, step: int, epoch: int = 0) -> StepInputs:
         """What `method.forward` takes, from a batch of `loader`: views, regions and their partners, key shuffling.
 
         Args:
-            batch: of this process, with the views "view1" and "view2".
+            batch: of this process, with the views of `loader`.
             step: number of the step from the start of training; the draws of regions follow from it.
+            epoch: that the step belongs to; SwAV's queue begins in one.
         """
-        (inputs,) = self._builder.build(batch, step)
+        self._step = step
+        (inputs,) = self._builder.build(batch, step, epoch)
         return inputs
 
     def optimizer(self) -> torch.optim.Optimizer:
         """The recipe's optimizer over the method's parameters, with its parameter groups."""
-        return build_optimizer(self.method, self.config.recipe.optim, self.config.recipe.global_batch)
+        optimizer = build_optimizer(self.method, self.config.recipe.optim, self.config.recipe.global_batch)
+        # SwAV leaves its prototypes alone at first. In a hook, because a loop would forget the call without a word.
+        optimizer.register_step_pre_hook(lambda *_: self.method.before_update(self._step))
+        return optimizer
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int, steps_per_epoch: int) -> float:
         """Give an optimizer of `optimizer()` the recipe's learning rate of a step, and return it."""

@@ -14,7 +14,7 @@ from pipeline.interface import Batch
 
 from ..build import build_method, feature_grid
 from ..config import Config
-from ..inputs import VIEWS, InputBuilder, images_per_forward
+from ..inputs import InputBuilder, images_per_forward, train_views
 from ..runtime import Runtime
 
 SHARED_FORWARD = "shared_forward"
@@ -72,10 +72,10 @@ def method_and_inputs(setting: Setting) -> tuple[Method, StepInputs]:
     size, images = config.recipe.image_size, config.recipe.global_batch
     generator = torch.Generator(runtime.device).manual_seed(1)
     views = {
-        name: torch.randn(images, 3, size, size, generator=generator, device=runtime.device).to(
+        spec.name: torch.randn(images, 3, spec.size, spec.size, generator=generator, device=runtime.device).to(
             setting.dtype, memory_format=torch.channels_last
         )
-        for name in VIEWS
+        for spec in train_views(config)
     }
     index = torch.arange(images)
     return method, InputBuilder(config, method, runtime, feature_grid(method, size)).build(

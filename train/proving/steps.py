@@ -74,7 +74,9 @@ class Passes:
         wide = replace(self.setting, dtype=torch.float32)
         mixed = {name: view.float() for name, view in self.inputs.mixed.items()}
         view1, view2 = self.inputs.view1.float(), self.inputs.view2.float()
-        return self._step(wide, replace(self.inputs, view1=view1, view2=view2, mixed=mixed), shared=False)
+        small = tuple(view.float() for view in self.inputs.small_views)
+        inputs = replace(self.inputs, view1=view1, view2=view2, mixed=mixed, small_views=small)
+        return self._step(wide, inputs, shared=False)
 
     def graphed(self) -> Results:
         """The plain passes, replayed from a graph after the first call."""

@@ -21,7 +21,7 @@ from pipeline.regions import Region, make_mixed
 from train.config import Config
 from train.data import training_population
 from train.errors import UserMistake
-from train.inputs import VIEWS, grid_cells, region_sampler, train_views
+from train.inputs import VIEWS, grid_cells, large_views, region_sampler
 
 _BLOCK = 8  # images that are decoded at a time
 
@@ -117,7 +117,7 @@ def _open(config: Config, population: np.ndarray | None) -> Pipeline:
     loader = "folder" if run.data.endswith(".beton") else run.loader
     settings = PipelineConfig(
         data=run.data,
-        views=train_views(config),
+        views=large_views(config),
         global_batch=_BLOCK,
         seed=run.seed,
         workers=1,

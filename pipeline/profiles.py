@@ -119,8 +119,8 @@ PROFILES: dict[str, Profile] = {
         jitter_strength=(0.8, 0.8, 0.8, 0.2),
         blur_probability=(0.5, 0.5),
     ),
-    # Source: facebookresearch/swav src/multicropdataset.py. Small crops differ in their area alone. Red is normalised with
-    # a deviation of 0.228 there and, as everywhere, 0.229 here.
+    # Source: facebookresearch/swav src/multicropdataset.py. Small crops differ in their area alone. Red is normalised
+    # with a deviation of 0.228 there and, as everywhere, 0.229 here.
     "swav": Profile(
         crop_scale=(0.14, 1.0),
         operations=("flip", "jitter", "gray", "blur"),

@@ -180,7 +180,7 @@ class InputBuilder:
         return region_sampler(self.config, self.grid)
 
     def build(self, batch: Batch, step: int, epoch: int = 0) -> list[StepInputs]:
-        """Inputs of optimizer step `step` of an epoch from this rank's part of its global batch, whose views are finished."""
+        """Inputs of optimizer step `step`, from this rank's part of its global batch, whose views are finished."""
         local = batch.index.numel()
         micro = self.config.run.micro_batch or local
         count = local // micro

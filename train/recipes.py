@@ -339,8 +339,8 @@ def swav(epochs: int = 200) -> Made:
     """SwAV with two crops of 224 px and six of 96 px at batch 4096, lr 4.8.
 
     Source: facebookresearch/swav scripts/swav_*ep_pretrain.sh and the README's table; published 72.1, 73.9, 74.6 and
-    75.3 at 100, 200, 400 and 800 epochs. Differs: batch norm over the whole batch, where the scripts synchronise it among 8
-    devices, 512 images.
+    75.3 at 100, 200, 400 and 800 epochs. Differs: batch norm over the whole batch, where the scripts synchronise it
+    among 8 devices, 512 images.
     """
     return _swav(epochs, 4.8, 4096, 10, 0.3), _model("swav")
 

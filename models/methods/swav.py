@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import all_gather_rows
+from ..collectives import all_gather_rows, world
 from ..heads import global_pool, mlp_head
 from ..hyperparameters import SwAVConfig
 from ..key_queue import KeyQueue
@@ -103,11 +103,11 @@ class SwAV(Method):
         return found[:, -count:]
 
     def _to_enqueue(self, embedding: Tensor, inputs: StepInputs) -> dict[str, Tensor]:
-        """This rank's embeddings of the large crops by queue, once the queues have started."""
+        """This rank's embeddings as "<queue>/<view>", once the queues have started."""
         if not self.config.queue_size or inputs.epoch < self.config.queue_start_epoch:
             return {}
         count = inputs.view1.shape[0]
-        return {"queue1": embedding[:count], "queue2": embedding[count : 2 * count]}
+        return {"queue1/view1": embedding[:count], "queue2/view2": embedding[count : 2 * count]}
 
     def before_update(self, step: int) -> None:
         """Leave the prototypes as they are in the first steps, where embeddings still say little."""
@@ -120,10 +120,10 @@ class SwAV(Method):
         """Enqueue the embeddings of all ranks and put the prototypes back to unit length; nothing is averaged."""
         queues = self.queues()
         for name, rows in output.keys.items():
-            gathered = all_gather_rows(rows)
-            queues[name].enqueue(gathered)
-            if name == "queue1":
-                self.queued = min(self.queued + len(gathered), self.config.queue_size)
+            queues[name.partition("/")[0]].enqueue(all_gather_rows(rows))
+        if output.keys:
+            total = len(output.keys["queue1/view1"]) * world()
+            self.queued = min(self.queued + total, self.config.queue_size)
         self._normalise_prototypes()
 
     @torch.no_grad()

@@ -410,9 +410,19 @@ def _queue_small(made: Made) -> Made:
 
 
 def swav_small() -> Made:
-    """SwAV for small data sets: fewer prototypes, and a queue so that there are more samples than prototypes."""
+    """SwAV for small data sets: fewer prototypes, harder assignments, and prototypes that stay for longer.
+
+    With epsilon 0.05 and prototypes that moved after 24 steps it collapsed on drawn pictures of 32 px: every crop was as
+    near to each prototype (loss log K), and 20-NN fell from 35 to 24%. With 0.03 and fixed ones 20-NN rose to 59%.
+    """
     return _gentle(
-        swav(), small_size=32, prototypes=256, freeze_prototypes_steps=100, queue_size=960, queue_start_epoch=1
+        swav(),
+        small_size=32,
+        prototypes=256,
+        sinkhorn_epsilon=0.03,
+        freeze_prototypes_steps=1000,
+        queue_size=960,
+        queue_start_epoch=1,
     )
 
 

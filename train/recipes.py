@@ -412,8 +412,8 @@ def _queue_small(made: Made) -> Made:
 def swav_small() -> Made:
     """SwAV for small data sets: fewer prototypes, harder assignments, and prototypes that stay for longer.
 
-    With epsilon 0.05 and prototypes that moved after 24 steps it collapsed on drawn pictures of 32 px: every crop was as
-    near to each prototype (loss log K), and 20-NN fell from 35 to 24%. With 0.03 and fixed ones 20-NN rose to 59%.
+    With epsilon 0.05 and prototypes that moved after 24 steps it collapsed on drawn pictures of 32 px: every crop was
+    as near to each prototype (loss log K), and 20-NN fell from 35 to 24%. With 0.03 and fixed ones 20-NN rose to 59%.
     """
     return _gentle(
         swav(),

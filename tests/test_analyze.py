@@ -15,6 +15,7 @@ from torch import nn
 
 from models.alignment import AlignmentHead
 from tools.analyze import main
+from tools.support.analyses import _name_colours
 from train.backbone_io import save_backbone
 from train.build import build_method
 from train.checkpoint import write_checkpoint
@@ -126,8 +127,22 @@ def test_commands_on_backbones(lewel_run: Path, tmp_path: Path) -> None:
         out = tmp_path / f"{name}.png"
         assert main([name, *more, *common, "--out", str(out)]) == 0
         assert np.asarray(Image.open(out)).std() > 5, "an empty picture"
+    # Dots of a plane are worth looking at by the hundred, pictures by the handful.
+    assert main(["embedding", two[1], *common[:6], "--out", str(tmp_path / "many.png")]) == 0
+    assert json.loads((tmp_path / "many.json").read_text())["images"] == 40
     found = json.loads((tmp_path / "neighbours.json").read_text())["neighbours_of_the_same_class"]
     assert found[two[0]] == found[two[1]], "one backbone given twice"
+
+
+def test_classes_of_dots_have_a_legend() -> None:
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots()
+    labels = np.array([0, 1, 2, 2])
+    dots = axis.scatter(labels, labels, c=labels, cmap="tab10")
+    _name_colours(axis, dots, labels, ("cat", "dog"))
+    assert [entry.get_text() for entry in axis.get_legend().get_texts()] == ["cat", "dog", "class 2"]
+    pyplot.close(figure)
 
 
 def test_commands_on_methods(lewel_run: Path, tmp_path: Path) -> None:

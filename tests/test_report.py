@@ -24,6 +24,7 @@ from train.record.comparison import standard_error, wall_seconds, with_error
 from train.record.evaluations import NAMES, PROTOCOLS
 from train.record.groups import differing, epochs_at, grouped, student
 from train.record.page import build_report, render
+from train.record.pictures import Picture
 from train.record.published import DATA_IMAGES, PUBLISHED, candidates, differences, nearest_task
 from train.record.run import read_run
 from train.record.seen import first_views, mixed_steps
@@ -444,3 +445,17 @@ def test_the_stages_tell_which_is_the_limit(tmp_path: Path) -> None:
     assert "97%" in text and "40.0%" in text and "60%" in text and "loader" in text.split()[-1]
     assert limit(0.001, 2.0) == "step" and limit(None, None) == "–"
     assert "Batches ready" in render([run])
+
+
+def test_a_page_of_many_long_runs_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [read_run(write_run(tmp_path / f"r{number}", steps=20_000, seed=number)) for number in range(12)]
+    for number, run in enumerate(runs):
+        run.config["recipe"]["epochs"] = 10 + number  # no two of one configuration
+        accident = {"kind": "skipped_step", "step": 9, "epoch": 0, "time_s": 1.0, "reason": "loss"}
+        run.rows.extend([accident] * 4000)
+    big = Picture("t", "n", "data:image/png;base64," + "A" * 900_000, 10)
+    monkeypatch.setattr("train.record.pictures.run_pictures", lambda run: [big])
+    page = render(runs)
+    assert len(page.encode()) < 5_000_000
+    assert page.count("<img") == 3 and page.count("a picture is left out") == 9
+    assert page.count("between</td>") == 12

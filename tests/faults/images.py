@@ -245,8 +245,8 @@ def attack_on_all_cores(count: int, seed: int, jobs: int, say: Callable[[str], N
     sizes = [PIECE] * (count // PIECE) + ([count % PIECE] if count % PIECE else [])
     tally: Counter[tuple[str, str]] = Counter()
     started = time.monotonic()
-    # A process for each piece: what one leaks must not add up over the others.
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+    # A new process now and then, which costs the import of PyTorch: what pieces leak must not add up for ever.
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
         pieces = [(size, seed + number) for number, size in enumerate(sizes)]
         for number, found in enumerate(pool.imap_unordered(_piece, pieces), 1):
             tally += found

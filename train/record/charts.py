@@ -11,7 +11,7 @@ import numpy as np
 
 WIDTH_PX, HEIGHT_PX = 560, 260
 _LEFT_PX, _RIGHT_PX, _TOP_PX, _BOTTOM_PX = 56, 14, 10, 38
-_MAX_POINTS = 280
+_MAX_POINTS, _FEWEST_POINTS, _POINTS_OF_ALL = 280, 24, 1400
 _MARKER_POINTS = 60
 COLOURS = 8
 """Colours that the page's style sheet defines as `--series-0` ...; runs beyond them repeat the first."""
@@ -79,13 +79,13 @@ def _limits(values: np.ndarray, zero: bool) -> tuple[float, float]:
     return (low if zero and low == 0 else low - pad), high + pad
 
 
-def _clean(series: Series) -> tuple[np.ndarray, np.ndarray]:
+def _clean(series: Series, points: int) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(series.x, dtype=float), np.asarray(series.y, dtype=float)
     kept = np.isfinite(x) & np.isfinite(y)
-    return thin(x[kept], y[kept])
+    return thin(x[kept], y[kept], points)
 
 
-def _band(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _band(series: Series, points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Positions, lower and upper ends of a series' band, thinned as its line is; None where it has none."""
     if series.low is None or series.high is None or not len(series.x):
         return None
@@ -93,7 +93,8 @@ def _band(series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     kept = np.isfinite(x) & np.isfinite(low) & np.isfinite(high)
     if not kept.any():
         return None
-    return thin(x[kept], low[kept])[0], thin(x[kept], low[kept])[1], thin(x[kept], high[kept])[1]
+    places, lower = thin(x[kept], low[kept], points)
+    return places, lower, thin(x[kept], high[kept], points)[1]
 
 
 def _rule(kind: str, y: float) -> str:
@@ -132,8 +133,8 @@ class _Frame:
         return parts
 
 
-def _draw_band(frame: _Frame, series: Series) -> list[str]:
-    found = _band(series)
+def _draw_band(frame: _Frame, series: Series, points: int) -> list[str]:
+    found = _band(series, points)
     if found is None:
         return []
     x, low, high = found
@@ -192,12 +193,14 @@ def line_chart(
     Returns:
         HTML of the figure; an empty string when there is nothing to draw.
     """
-    cleaned = [(s, *_clean(s)) for s in series]
+    # Many lines share the points of a few: each point has a tooltip, and a page must stay small.
+    points = min(_MAX_POINTS, max(_FEWEST_POINTS, _POINTS_OF_ALL // max(len(series), 1)))
+    cleaned = [(s, *_clean(s, points)) for s in series]
     cleaned = [(s, x, y) for s, x, y in cleaned if len(x)]
     if not cleaned:
         return ""
     all_x = np.concatenate([x for _, x, _ in cleaned])
-    ends = [end for s, _, _ in cleaned if (found := _band(s)) is not None for end in found[1:]]
+    ends = [end for s, _, _ in cleaned if (found := _band(s, points)) is not None for end in found[1:]]
     all_y = np.concatenate([*(y for _, _, y in cleaned), *ends, np.array([v for _, v in references], dtype=float)])
     frame = _Frame((min(0.0, float(all_x.min())), float(all_x.max())), _limits(all_y, zero))
     body = frame.axes(x_label)
@@ -206,7 +209,7 @@ def line_chart(
         body.append(_text("reference", WIDTH_PX - _RIGHT_PX - 2, frame.y(value) - 5, label, "end"))
     # All bands before all lines: a band must not lie over another run's line.
     for s, _, _ in cleaned:
-        body.extend(_draw_band(frame, s))
+        body.extend(_draw_band(frame, s, points))
     for s, x, y in cleaned:
         body.extend(_draw(frame, s, x, y))
     return (

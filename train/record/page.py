@@ -6,6 +6,7 @@ A page is a function of the folders of its runs alone (`render`), so it can be w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from train.record.comparison import (
 from train.record.curves import curves
 from train.record.groups import Group, flatten, grouped
 from train.record.markup import duration, folded, number, swatch, table, text
-from train.record.run import Run, read_run
+from train.record.run import Row, Run, read_run
 from train.record.stages import stages
 from train.record.trouble import alarms, findings, losses_of_data
 
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from train.record.pictures import Picture
 
 _STYLE = Path(__file__).with_name("page.css")
+MOST_PICTURES = 3_000_000
+"""Characters of a page that pictures may take; curves and tables of many runs take less than the rest of 5 MB."""
+MOST_EVENTS = 60
+"""Events of a run that are listed: the first and the last ones."""
 
 # --- top of the page -------------------------------------------------------------------------------------------------
 
@@ -90,7 +95,7 @@ def _change(run: Run, kind: str, name: str, form: str) -> tuple[str, str]:
 # --- pictures, events, configuration ---------------------------------------------------------------------------------
 
 
-def _pictures(runs: Sequence[Run]) -> str:
+def _pictures(runs: Sequence[Run], room: _Room) -> str:
     from train.record.pictures import run_pictures
 
     parts = []
@@ -100,17 +105,35 @@ def _pictures(runs: Sequence[Run]) -> str:
         except UserMistake as reason:
             parts.append(f'<p class="note">{text(run.name)}: no images to show ({text(reason)})</p>')
             continue
-        parts += [_picture(picture, run, runs) for picture in pictures]
+        parts += [room.take(_picture(picture, run, runs), run) for picture in pictures]
     return f'<div class="pictures">{"".join(parts)}</div>'
 
 
-def _analyses(runs: Sequence[Run]) -> str:
+def _analyses(runs: Sequence[Run], room: _Room) -> str:
     from train.record.pictures import analysis_pictures
 
-    parts = [_picture(picture, run, runs) for run in runs for picture in analysis_pictures(run.folder)]
+    found = [(run, picture) for run in runs for picture in analysis_pictures(run.folder)]
+    parts = [room.take(_picture(picture, run, runs), run) for run, picture in found]
     if not parts:
         return '<p class="note">None yet: run tools/analyze.py on the run, then write this page again.</p>'
     return f'<div class="pictures">{"".join(parts)}</div>'
+
+
+@dataclass
+class _Room:
+    """Characters that pictures may still take, so that a page of many runs opens at once."""
+
+    left: int = MOST_PICTURES
+
+    def take(self, figure: str, run: Run) -> str:
+        """The figure where there is room for it, else a sentence that says how to see it."""
+        if len(figure) > self.left:
+            return (
+                f'<p class="note">{text(run.name)}: a picture is left out to keep the page small; '
+                f"tools/report.py {text(run.folder)} shows it</p>"
+            )
+        self.left -= len(figure)
+        return figure
 
 
 def _picture(picture: Picture, run: Run, runs: Sequence[Run]) -> str:
@@ -125,18 +148,27 @@ def _picture(picture: Picture, run: Run, runs: Sequence[Run]) -> str:
 def _events(groups: Sequence[Group]) -> str:
     rows = []
     for colour, run in ((group.colour, run) for group in groups for run in group.runs):
-        for row, seconds in zip(run.rows, run.elapsed(), strict=True):
-            # These are in the curves or in parts of their own; what is left are starts, stops and accidents.
-            if row["kind"] in ("train", "health", "knn", "checkpoint", KIND):
-                continue
-            rest = {name: value for name, value in row.items() if name not in ("kind", "step", "epoch", "time_s")}
-            about = ", ".join(f"{name} {value}" for name, value in rest.items())
+        # These are in the curves or in parts of their own; what is left are starts, stops and accidents.
+        shown = ("train", "health", "knn", "checkpoint", KIND)
+        found = [each for each in zip(run.rows, run.elapsed(), strict=True) if each[0]["kind"] not in shown]
+        half = MOST_EVENTS // 2
+        # A run of weeks may have skipped thousands of steps.
+        listed = found if len(found) <= MOST_EVENTS else [*found[:half], *found[-half:]]
+        rows += [_event(run, colour, *each) for each in listed]
+        if len(listed) < len(found):
             rows.append(
-                f'<tr><td class="name">{swatch(colour)}{text(run.name)}</td><td>{text(row["kind"])}</td>'
-                f'<td class="figure">{row["step"]:,}</td><td class="figure">{duration(seconds)}</td>'
-                f"<td>{text(about)}</td></tr>"
+                f'<tr><td>{text(run.name)}</td><td colspan="4">and {len(found) - len(listed)} between</td></tr>'
             )
     return table(("run", "what happened", "step", "after", "details"), rows)
+
+
+def _event(run: Run, colour: int, row: Row, seconds: float) -> str:
+    rest = {name: value for name, value in row.items() if name not in ("kind", "step", "epoch", "time_s")}
+    about = ", ".join(f"{name} {value}" for name, value in rest.items())
+    return (
+        f'<tr><td class="name">{swatch(colour)}{text(run.name)}</td><td>{text(row["kind"])}</td>'
+        f'<td class="figure">{row["step"]:,}</td><td class="figure">{duration(seconds)}</td><td>{text(about)}</td></tr>'
+    )
 
 
 def _configuration(runs: Sequence[Run]) -> str:
@@ -163,15 +195,15 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def render(runs: Sequence[Run]) -> str:
     """The whole page about these runs, as HTML that loads nothing from anywhere."""
-    groups = grouped(runs)
+    groups, room = grouped(runs), _Room()
     sections: list[tuple[str, Callable[[], str]]] = [
         ("Curves", lambda: curves(groups)),
         ("Beside the published figures", lambda: beside_published(groups)),
         ("What the doctor says", lambda: findings(runs)),
         ("Where the time goes", lambda: stages(groups)),
         ("Skipped steps and replaced files", lambda: losses_of_data(runs)),
-        ("What the method sees", lambda: _pictures(runs)),
-        ("Analyses of the backbone", lambda: _analyses(runs)),
+        ("What the method sees", lambda: _pictures(runs, room)),
+        ("Analyses of the backbone", lambda: _analyses(runs, room)),
         ("Events", lambda: _events(groups)),
         ("Configuration", lambda: _configuration(runs)),
     ]

@@ -28,7 +28,7 @@ from .native_loader import NativePipeline
 from .prefetch import HostBatch
 from .read_ahead import WindowReader
 from .refusal import MAX_PIXELS
-from .stores import PackedStore, data_parts
+from .stores import PackedStore, open_store
 
 _AHEAD = 2  # batches that wait in FFCV's queue
 # Batch b is started when b - _AHEAD batches were taken out of the queue, so two more sets of buffers than wait in it
@@ -99,11 +99,12 @@ class FfcvPipeline(NativePipeline):
                 f"--loader ffcv reads packed files, not {config.data}; pack the images with "
                 "tools/make_ffcv_dataset.py or choose --loader folder"
             )
-        if len(data_parts(config.data)) > 1:
+        store = open_store(config.data)
+        if not isinstance(store, PackedStore):
             raise ValueError("--loader ffcv reads one packed file; choose --loader folder, which reads several")
         library = native_library(instead=None)
         assert library is not None
-        super().__init__(config, PackedStore(data_parts(config.data)[0]), ring=_RING)
+        super().__init__(config, store, ring=_RING)
         rows = self.plan.slice.batch_per_device
         self._sets: list[list[np.ndarray]] = [[] for _ in range(_RING)]
         self._outs = np.zeros((_RING, len(config.views)), dtype=np.uint64)
@@ -119,7 +120,7 @@ class FfcvPipeline(NativePipeline):
         mapped = self.store.reader.data.ctypes.data
         operation = ViewsOperation(library.rg_packed_batch, self._call.ctypes.data, mapped)
         self._loader = Loader(
-            config.data,
+            str(store.reader.path),
             batch_size=rows,
             num_workers=workers,
             os_cache=True,  # the mapped file; `window_reader` keeps its working set small

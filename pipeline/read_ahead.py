@@ -1,4 +1,4 @@
-"""A packed file that is larger than memory: windows of its order are read before they are used.
+"""Packed files that are larger than memory: windows of its order are read before they are used.
 
 What a rank needs of a window is read in the order of the file, one window ahead, into the system's page cache, from
 where the decoder takes it through the mapped file. Two windows are all that needs to fit into memory, and each page is
@@ -9,15 +9,19 @@ every page that is touched.
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import os
 import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from .beton import BetonReader
 from .epoch import EpochPlan
-from .stores import PackedStore, Store
+from .stores import JoinedStore, PackedStore, Store
 
 # Reading what lies between two records is cheaper than another read where the gap is shorter than this.
 MAX_GAP = 512 << 10
@@ -60,8 +64,8 @@ class WindowReader:
     """Reads the windows of one epoch by a thread of its own, at most one beyond the window that is in use.
 
     Args:
-        path: the packed file.
-        offsets: (N,) int64, first byte of each record.
+        files: (first address, path) of each packed file, ascending; its bytes are addressed from there on.
+        offsets: (N,) int64, address of the first byte of each record.
         sizes: (N,) int64 bytes.
         batches: this rank's samples of each step.
         windows: of each step, the numbers of the windows its samples belong to, (B,) int64 ascending over the epoch.
@@ -70,7 +74,7 @@ class WindowReader:
 
     def __init__(
         self,
-        path: Path,
+        files: Sequence[tuple[int, Path]],
         offsets: np.ndarray,
         sizes: np.ndarray,
         batches: list[np.ndarray],
@@ -85,7 +89,7 @@ class WindowReader:
         self._extents = [extents(offsets[each], sizes[each], max_gap) for each in members]
         # A step may span two windows; it waits for the later one.
         self._last = [int(np.searchsorted(self._windows, each[-1])) if len(each) else -1 for each in windows]
-        self._path = path
+        self._bases, self._paths = [base for base, _ in files], [path for _, path in files]
         self._changed = threading.Condition()
         self._entered, self._read, self._stopped = 0, 0, False
         self._error: OSError | None = None
@@ -115,7 +119,8 @@ class WindowReader:
 
     def _run(self) -> None:
         try:
-            with open(self._path, "rb", buffering=0) as file:
+            with ExitStack() as opened:
+                files = [opened.enter_context(open(path, "rb", buffering=0)) for path in self._paths]
                 piece = memoryview(bytearray(PIECE))
                 for number, stretches in enumerate(self._extents):
                     with self._changed:
@@ -123,7 +128,9 @@ class WindowReader:
                         while number > self._entered + 1 and not self._stopped:
                             self._changed.wait()
                     for start, end in stretches.tolist():
-                        self._read_stretch(file.fileno(), start, end, piece)
+                        at = bisect.bisect_right(self._bases, start) - 1
+                        base = self._bases[at]
+                        self._read_stretch(files[at].fileno(), start - base, end - base, piece)
                     with self._changed:
                         if self._stopped:
                             return
@@ -166,19 +173,36 @@ def window_reader(plan: EpochPlan, store: Store, epoch: int, batches: list[np.nd
 
     Args:
         plan: whose order the batches have.
-        store: where the records are; its mapping is told that it is touched at random.
+        store: where the records are; its mappings are told that they are touched at random.
         epoch: epoch number.
         batches: this rank's samples of the last `len(batches)` steps of the epoch.
     """
-    if not isinstance(store, PackedStore) or not batches:
+    readers = _packed_files(store)
+    if not readers or not batches:
         return None
-    reader = store.reader
+    files_bytes = [reader.path.stat().st_size for reader in readers]
     if plan.config.order == "sharded":
         windows, max_gap = plan.windows(epoch, plan.steps - len(batches)), MAX_GAP
-    elif reader.path.stat().st_size > ROOMY * memory_bytes():
+    elif sum(files_bytes) > ROOMY * memory_bytes():
         windows = [np.full(len(batch), step // STEPS_A_WINDOW) for step, batch in enumerate(batches)]
         max_gap = RECORD_GAP
     else:
         return None
-    advise_random(reader.data)
-    return WindowReader(reader.path, reader.offsets, reader.sizes, batches, windows, max_gap)
+    for reader in readers:
+        advise_random(reader.data)
+    # So far apart that no read is joined across the end of a file.
+    bases = np.cumsum([0, *(size + MAX_GAP + 1 for size in files_bytes[:-1])]).tolist()
+    offsets = np.concatenate([base + reader.offsets for base, reader in zip(bases, readers, strict=True)])
+    sizes = np.concatenate([reader.sizes for reader in readers])
+    files = [(base, reader.path) for base, reader in zip(bases, readers, strict=True)]
+    return WindowReader(files, offsets, sizes, batches, windows, max_gap)
+
+
+def _packed_files(store: Store) -> list[BetonReader]:
+    """The packed files of a store in the order of its records; none where it also holds records of another kind."""
+    if isinstance(store, PackedStore):
+        return [store.reader]
+    if not isinstance(store, JoinedStore):
+        return []
+    several = [_packed_files(each) for each in store.stores]
+    return [reader for readers in several for reader in readers] if all(several) else []

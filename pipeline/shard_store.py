@@ -10,6 +10,7 @@ import numpy as np
 
 from .fetch import fetch, member_url, public_url, shown
 from .layouts import CHECK_CRC
+from .parts import divided_into
 from .shard_files import LocalShards, ShardFiles, StreamedShards
 from .shards import INDEX_NAME, ShardIndex, expand_braces, parse_index
 
@@ -100,6 +101,12 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
         missing = not path.is_file()
         if missing and chosen is not None and not any(Path(base, name).is_file() for name in chosen):
             raise ValueError(f"no file matches {data}; check the folder, and the numbers and zeros in the pattern")
+        parts = divided_into(Path(base)) if missing else 0
+        if parts:
+            raise ValueError(
+                f"{path}, which tools/make_webdataset.py writes when all {parts} parts are there, does not exist; "
+                "pack the parts that lack, or repeat the command of one, which then packs nothing again"
+            )
         if missing:
             raise ValueError(
                 f"{path} does not exist; make shards with their index with tools/make_webdataset.py, which takes "

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -99,9 +100,9 @@ def parse_index(text: str, where: str) -> ShardIndex:
             names=tuple(str(shard["name"]) for shard in shards),
             samples=np.array([shard["samples"] for shard in shards], dtype=np.int64),
             shard_bytes=np.array([shard["bytes"] for shard in shards], dtype=np.int64),
-            offsets=_column(details["offsets"]),
-            sizes=_column(details["sizes"]),
-            labels=_column(details["labels"]),
+            offsets=column(details["offsets"]),
+            sizes=column(details["sizes"]),
+            labels=column(details["labels"]),
             checksums=manifest.checksums,
             classes=manifest.classes,
             data_hash=manifest.data_hash,
@@ -121,12 +122,21 @@ def parse_index(text: str, where: str) -> ShardIndex:
     return index
 
 
-def _column(text: str) -> np.ndarray:
+def column(text: str) -> np.ndarray:
+    """(N,) int64: a column of an index."""
     return np.frombuffer(base64.b64decode(text), dtype="<i8")
 
 
-def _packed(column: list[int]) -> str:
-    return base64.b64encode(np.array(column, dtype="<i8").tobytes()).decode("ascii")
+def _packed(values: list[int] | np.ndarray) -> str:
+    return base64.b64encode(np.array(values, dtype="<i8").tobytes()).decode("ascii")
+
+
+def join_columns(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the index of several sets of shards holds beyond a manifest, from what the index of each holds."""
+    columns = {
+        name: _packed(np.concatenate([column(part[name]) for part in parts])) for name in ("offsets", "sizes", "labels")
+    }
+    return {"shards": [shard for part in parts for shard in part["shards"]], **columns}
 
 
 class ShardWriter:
@@ -135,10 +145,12 @@ class ShardWriter:
     Args:
         folder: where the shards go.
         shard_bytes: a shard is closed before the record that would make it larger; each holds at least one.
+        prefix: how the shards' names begin.
+        first: number of the first record; in a set of shards no two records should have one.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int):
-        self._folder, self._limit = folder, shard_bytes
+    def __init__(self, folder: Path, shard_bytes: int, prefix: str = "shard", first: int = 0):
+        self._folder, self._limit, self._prefix, self._first = folder, shard_bytes, prefix, first
         self._file: BinaryIO | None = None
         self._shards: list[dict[str, Any]] = []
         self._offsets: list[int] = []
@@ -147,7 +159,7 @@ class ShardWriter:
 
     def append(self, record: bytes, label: int) -> None:
         """Add one JPEG record as `<number>.jpg` and, where it has a label, `<number>.cls`."""
-        key = f"{len(self._sizes):09d}"
+        key = f"{self._first + len(self._sizes):09d}"
         members = [_member(f"{key}.jpg", record)]
         if label >= 0:
             members.append(_member(f"{key}.cls", str(label).encode("ascii")))
@@ -155,7 +167,7 @@ class ShardWriter:
         grown = sum(map(len, members)) + 2 * _BLOCK
         if self._file is None or self._file.tell() + grown > self._limit:
             self._close()
-            name = f"shard-{len(self._shards):06d}.tar"
+            name = f"{self._prefix}-{len(self._shards):06d}.tar"
             self._file = open(self._folder / name, "xb")
             self._shards.append({"name": name, "samples": 0, "bytes": 0})
         # The record follows its tar header.
@@ -179,7 +191,7 @@ class ShardWriter:
         """Close the last shard; returns what the index holds beyond a manifest."""
         self._close()
         columns = {"offsets": self._offsets, "sizes": self._sizes, "labels": self._labels}
-        return {"shards": self._shards, **{name: _packed(column) for name, column in columns.items()}}
+        return {"shards": self._shards, **{name: _packed(values) for name, values in columns.items()}}
 
     def abandon(self) -> None:
         """Release the open file; what was written is for the caller to remove."""

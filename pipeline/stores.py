@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from .layouts import CHECK_CRC, REFUSE_ROTATED, WHOLE_IMAGE
 from .listing import list_images
 from .manifest import manifest_of
 from .parquet import ENDING, ParquetImages
+from .parts import Whole, arranged, divided_into
 from .shards import INDEX_NAME
 
 
@@ -162,27 +164,38 @@ class TableStore:
 
 
 class JoinedStore:
-    """Several stores as one, one behind the other; classes meet by name."""
+    """Several stores as one, one behind the other; classes meet by name.
 
-    def __init__(self, stores: list[PackedStore | FileStore | TableStore], paths: list[str]):
+    Args:
+        stores: the stores, in order.
+        names: what to call each in a message.
+        data_hash: of the joined content; empty is the hash of the stores' own.
+
+    Attributes:
+        stores: the stores, in order.
+        starts: (S + 1,) int64, number of each store's first record, and the number of all.
+    """
+
+    def __init__(self, stores: Sequence[Store], names: Sequence[str], data_hash: str = ""):
         self.stores = stores
-        parts = [(store.labels, store.classes, path) for store, path in zip(stores, paths, strict=True)]
+        parts = [(store.labels, store.classes, name) for store, name in zip(stores, names, strict=True)]
         self.labels, self.classes = joined(parts)
-        self._starts = np.cumsum([0, *(len(store.labels) for store in stores)])
-        self.data_hash = hashlib.sha256("\0".join(store.data_hash for store in stores).encode()).hexdigest()
+        self.starts = np.cumsum([0, *(len(store.labels) for store in stores)])
+        own = hashlib.sha256("\0".join(store.data_hash for store in stores).encode()).hexdigest()
+        self.data_hash = data_hash or own
 
-    def _place(self, index: int) -> tuple[PackedStore | FileStore | TableStore, int]:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.stores[part], index - int(self._starts[part])
+    def _place(self, index: int) -> tuple[Store, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.stores[part], index - int(self.starts[part])
 
     def fill(self, jobs: np.ndarray, index: np.ndarray) -> object:
         """What each store writes into the jobs of its records."""
-        parts = np.searchsorted(self._starts, index, side="right") - 1
+        parts = np.searchsorted(self.starts, index, side="right") - 1
         kept = []
         for part in np.unique(parts).tolist():
             rows = np.flatnonzero(parts == part)
             own = jobs[rows]
-            kept.append(self.stores[part].fill(own, index[rows] - self._starts[part]))
+            kept.append(self.stores[part].fill(own, index[rows] - self.starts[part]))
             jobs[rows] = own
         return kept
 
@@ -238,21 +251,37 @@ def is_shard_pattern(data: str) -> bool:
     Tar files alone make no shards of a folder: archives that were unpacked are often left beside the photos.
     """
     path = Path(data)
-    return data.endswith(".tar") or "://" in data or ((path / INDEX_NAME).is_file() and any(path.glob("*.tar")))
+    if data.endswith(".tar") or "://" in data:
+        return True
+    return ((path / INDEX_NAME).is_file() or divided_into(path)) and any(path.glob("*.tar"))
 
 
 def open_store(data: str) -> PackedStore | FileStore | TableStore | JoinedStore:
-    """The store that `--data` names: `.beton` or parquet files, folders or lists of images, or several of them."""
+    """The store that `--data` names: `.beton` or parquet files, folders or lists of images, or several of them.
+
+    Parts of one packed data set are read as the one file that they stand for.
+
+    Raises:
+        ValueError: something cannot be used, or a part is missing.
+    """
     parts = data_parts(data)
-    if len(parts) == 1:
-        return _open_one(parts[0])
     sharded = next((part for part in parts if is_shard_pattern(part)), None)
-    if sharded is not None:
+    if len(parts) > 1 and sharded is not None:
         raise ValueError(
             f"{sharded} is a set of shards, which cannot be read together with others; make one set of them with "
             "tools/make_webdataset.py"
         )
-    return JoinedStore([_open_one(part) for part in parts], parts)
+    wholes = arranged(parts)
+    stores = [_open_whole(whole) for whole in wholes]
+    return stores[0] if len(stores) == 1 else JoinedStore(stores, [whole.paths[0] for whole in wholes])
+
+
+def _open_whole(whole: Whole) -> PackedStore | FileStore | TableStore | JoinedStore:
+    stores = [_open_one(path) for path in whole.paths]
+    if whole.manifest is None or len(stores) == 1:
+        return stores[0]
+    # The hash of the whole, not one of hashes: a run may go on with the parts of the file that it began with.
+    return JoinedStore(stores, whole.paths, whole.manifest.data_hash)
 
 
 def _open_one(path: str) -> PackedStore | FileStore | TableStore:

@@ -82,7 +82,7 @@ def test_each_page_is_read_about_once_on_any_number_of_ranks(world_size, tmp_pat
         )
         plan = EpochPlan(config, 1200)
         batches, windows = plan.batches(1), plan.windows(1)
-        ahead = WindowReader(data, reader.offsets, reader.sizes, batches, windows)
+        ahead = WindowReader([(0, data)], reader.offsets, reader.sizes, batches, windows)
         for step, (batch, window) in enumerate(zip(batches, windows, strict=True)):
             ahead.wait(step)
             held = set().union(*(range(at // PAGE, -(-(at + size) // PAGE)) for at, size in reads))

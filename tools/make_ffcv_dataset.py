@@ -2,7 +2,8 @@
 
 Writes DEST.beton, DEST.manifest.json (data hash, checksums, classes) and DEST.rejected.jsonl (bad files and why). The
 bytes depend on the images and the settings only, not on the number of workers. Nothing appears under the final names
-before it is whole.
+before it is whole. With `--part I/N` it writes DEST-I-of-N.beton and its two companions, and when all N parts are there
+DEST.manifest.json over them; `--data 'DEST-*-of-N.beton'` then gives the epochs of the one file.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.atomic import replacing
+from pipeline.atomic import remove, remove_leftovers, replacing
 from pipeline.beton import BetonReader, BetonWriter, page_size_for
 from pipeline.manifest import manifest_path, rejected_path
 from tools.support.class_list import open_chosen
 from tools.support.cli import make_parser, parse, run_main
 from tools.support.kept import forget, identity, keep, take_up
+from tools.support.packed_parts import PackedParts
 from tools.support.packing import (
     SHUFFLE_SEED,
     Tally,
@@ -31,8 +34,11 @@ from tools.support.packing import (
     next_command,
     with_progress,
 )
+from tools.support.part_commands import PartPacker, pack_in_parts
+from tools.support.parts import Write, digests_entry
 from tools.support.source import Source
 from train.errors import EXIT_BAD_IMAGES
+from train.flags import OneLineParser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,26 +47,42 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: the user's mistake, in one line.
     """
-    started = time.perf_counter()
+    options = parse(_parser(), argv)
+    check_packing_flags(options)
+    if options.part or options.engine == "ray":
+        return pack_in_parts(PARTS, options)
+    return _pack_whole(Path(options.dest), options)
+
+
+def _parser() -> OneLineParser:
     parser = make_parser("Pack images into one .beton file, with checksums and a list of bad files beside it.")
     add_packing_flags(parser)
     parser.add_argument("dest", metavar="DEST.beton", help="file to write")
-    options = parse(parser, argv)
-    check_packing_flags(options)
-    dest = Path(options.dest)
-    finals = _final_paths(dest, options.overwrite)
+    return parser
+
+
+def _opened(options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
+    """The images in the order in which they are packed, and the settings that the manifest records."""
     source, chosen = open_chosen(options.source, options.classes)
     if options.shuffle:
         source = source.shuffled(SHUFFLE_SEED)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    # The packed file gets its name last: where it is, the other two are.
+    Path(options.dest).parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "max_resolution": options.max_resolution,
         "jpeg_quality": options.jpeg_quality,
         "shuffle": options.shuffle,
         **chosen,
     }
+    return source, settings
+
+
+def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
+    """Pack everything into one file; returns the exit code."""
+    started = time.perf_counter()
+    finals = _final_paths(dest, options.overwrite)
+    source, settings = _opened(options)
     key = identity(source, settings)
+    # The packed file gets its name last: where it is, the other two are.
     with replacing(finals[0]) as packed, replacing(finals[1]) as about, replacing(finals[2]) as refused:
         kept = take_up(dest, key, packed)
         tally = kept[0] if kept else _write(source, packed, options)
@@ -79,6 +101,33 @@ def main(argv: Sequence[str]) -> int:
     _report(tally, source, dest, manifest.data_hash, time.perf_counter() - started)
     print(next_command(dest, len(tally.sources)))
     return 0
+
+
+def _part_writer(files: PackedParts, options: argparse.Namespace, settings: dict[str, Any]) -> Write:
+    """What packs some images as a part; a part without a usable image has no packed file."""
+
+    def write(source: Source, number: int, _: int, more: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        path = files.path(number)
+        finals = [path, manifest_path(path), rejected_path(path)]
+        for final in finals:
+            # A part has one writer, so what lies here is of a killed one.
+            remove_leftovers(final)
+        # The manifest gets its name last: a part is there when it is.
+        remove(finals[1])
+        with replacing(finals[1]) as about, replacing(finals[0]) as packed, replacing(finals[2]) as refused:
+            tally = _write(source, packed, options)
+            refused.write_text(tally.rejected_lines(), encoding="utf-8")
+            fingerprint = BetonReader(packed).fingerprint() if tally.sources else ""
+            if not tally.sources:
+                remove(packed)
+                remove(path)
+            manifest = tally.manifest(fingerprint, source.classes, settings, {**more, **digests_entry(tally)})
+            about.write_text(manifest.to_json(), encoding="utf-8")
+        if tally.sources:
+            _report(tally, source, path, manifest.data_hash, time.perf_counter() - started)
+
+    return write
 
 
 def _final_paths(dest: Path, overwrite: bool) -> list[Path]:
@@ -120,6 +169,9 @@ def _report(tally: Tally, source: Source, dest: Path, data_hash: str, seconds: f
         f"{count - tally.kept} coded anew, {bad} refused{f' (see {rejected_path(dest)})' if bad else ''}; "
         f"{tally.passed_over_words()}data hash {data_hash[:12]}; {seconds:.1f} s, {len(source) / seconds:.0f} images/s"
     )
+
+
+PARTS = PartPacker("make_ffcv_dataset", _opened, PackedParts, _part_writer)
 
 
 if __name__ == "__main__":

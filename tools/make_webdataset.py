@@ -1,21 +1,24 @@
 """Pack images into tar shards that webdataset and our own loader stream, with an index of the samples of each shard.
 
 Writes DEST_DIR with shard-000000.tar, ... and index.json, and DEST_DIR.rejected.jsonl (bad files and why). Images are
-treated exactly as by make_ffcv_dataset.py. Nothing appears under the final name before it is whole.
+treated exactly as by make_ffcv_dataset.py. Nothing appears under the final name before it is whole. With `--part I/N`
+it writes the shards of one part into DEST_DIR, and index.json when all N parts are there.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.atomic import replacing
+from pipeline.atomic import remove, replacing
 from pipeline.beton import page_size_for
 from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
 from tools.support.class_list import open_chosen
@@ -30,8 +33,12 @@ from tools.support.packing import (
     next_command,
     with_progress,
 )
+from tools.support.part_commands import PartPacker, pack_in_parts
+from tools.support.parts import Write, digests_entry
+from tools.support.shard_parts import ShardParts
 from tools.support.source import Source
 from train.errors import EXIT_BAD_IMAGES
+from train.flags import OneLineParser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,22 +47,29 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ValueError: the user's mistake, in one line.
     """
-    started = time.perf_counter()
+    options = parse(_parser(), argv)
+    check_packing_flags(options)
+    if not 0 < options.shard_size_mib <= 1 << 20:
+        raise ValueError(f"--shard-size-mib {options.shard_size_mib} is out of range; choose a number above 0")
+    if options.part or options.engine == "ray":
+        return pack_in_parts(PARTS, options)
+    return _pack_whole(Path(os.path.abspath(options.dest)), options)
+
+
+def _parser() -> OneLineParser:
     parser = make_parser("Pack images into tar shards with an index, for streaming.")
     add_packing_flags(parser)
     parser.add_argument("dest", metavar="DEST_DIR", help="folder to make")
     parser.add_argument("--shard-size-mib", type=float, default=256, metavar="MIB", help="largest size of a shard")
-    options = parse(parser, argv)
-    check_packing_flags(options)
-    if not 0 < options.shard_size_mib <= 1 << 20:
-        raise ValueError(f"--shard-size-mib {options.shard_size_mib} is out of range; choose a number above 0")
-    dest = Path(os.path.abspath(options.dest))
-    rejected = dest.with_name(f"{dest.name}.rejected.jsonl")
-    _check_dest(dest, rejected, options.overwrite)
+    return parser
+
+
+def _opened(options: argparse.Namespace) -> tuple[Source, dict[str, Any]]:
+    """The images in the order in which they are packed, and the settings that the index records."""
     source, chosen = open_chosen(options.source, options.classes)
     if options.shuffle:
         source = source.shuffled(SHUFFLE_SEED)
-    dest.parent.mkdir(parents=True, exist_ok=True)
+    Path(os.path.abspath(options.dest)).parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "max_resolution": options.max_resolution,
         "jpeg_quality": options.jpeg_quality,
@@ -63,6 +77,15 @@ def main(argv: Sequence[str]) -> int:
         "shard_size_mib": options.shard_size_mib,
         **chosen,
     }
+    return source, settings
+
+
+def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
+    """Pack everything in one process; returns the exit code."""
+    started = time.perf_counter()
+    rejected = dest.with_name(f"{dest.name}.rejected.jsonl")
+    _check_dest(dest, rejected, options.overwrite)
+    source, settings = _opened(options)
     key = identity(source, settings)
     with replacing(rejected) as partial_list, replacing(dest) as partial:
         tally, shards = take_up(dest, key, partial) or _write(source, partial, options)
@@ -89,6 +112,31 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _part_writer(files: ShardParts, options: argparse.Namespace, settings: dict[str, Any]) -> Write:
+    """What packs some images as a part, first into a hidden folder beside the finished shards."""
+
+    def write(source: Source, number: int, first: int, more: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        files.dest.mkdir(exist_ok=True)
+        made = files.dest / f".{files.prefix(number)}.tmp"
+        # A part has one writer, so what lies here is of a killed one.
+        remove(made)
+        try:
+            tally, shards = _write(source, made, options, files.prefix(number), first)
+            manifest = tally.manifest(
+                fingerprint(shards), source.classes, settings, {**more, **digests_entry(tally), **shards}
+            )
+            files.put(made, number, manifest, tally.rejected_lines())
+        finally:
+            remove(made)
+        print(
+            f"{files.path(number)}: {len(tally.sources)} images in {len(shards['shards'])} shards, "
+            f"{len(tally.rejected)} refused; {time.perf_counter() - started:.1f} s"
+        )
+
+    return write
+
+
 def _check_dest(dest: Path, rejected: Path, overwrite: bool) -> None:
     if dest.exists() and not dest.is_dir():
         raise ValueError(f"{dest} is a file; choose another DEST_DIR")
@@ -103,10 +151,12 @@ def _check_dest(dest: Path, rejected: Path, overwrite: bool) -> None:
         raise ValueError(f"{rejected} is there already; add --overwrite to replace it or choose another DEST_DIR")
 
 
-def _write(source: Source, folder: Path, options) -> tuple[Tally, dict]:  # type: ignore[no-untyped-def, type-arg]
+def _write(
+    source: Source, folder: Path, options: argparse.Namespace, prefix: str = "shard", first: int = 0
+) -> tuple[Tally, dict[str, Any]]:
     folder.mkdir()
     tally = Tally(passed_over=source.passed_over)
-    writer = ShardWriter(folder, int(options.shard_size_mib * 2**20))
+    writer = ShardWriter(folder, int(options.shard_size_mib * 2**20), prefix, first)
     # The same limit on a record as in a packed file, so that both hold the same records.
     limit = page_size_for(options.max_resolution)
     records = make_records(source, options.max_resolution, options.jpeg_quality, limit, options.workers)
@@ -122,6 +172,9 @@ def _write(source: Source, folder: Path, options) -> tuple[Tally, dict]:  # type
     finally:
         # After a failure a shard is still open.
         writer.abandon()
+
+
+PARTS = PartPacker("make_webdataset", _opened, ShardParts, _part_writer)
 
 
 if __name__ == "__main__":

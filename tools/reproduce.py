@@ -14,16 +14,16 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import shlex
 from collections.abc import Sequence
 
 from tools.reproduction.commands import Job, Plan, jobs, pictures
 from tools.reproduction.figure import plot
-from tools.reproduction.runner import run, slurm_script
+from tools.reproduction.runner import run
 from tools.reproduction.scales import SCALES, Sources
 from tools.reproduction.sheet import sheet
 from tools.reproduction.tables import TABLES
 from tools.reproduction.training import Line, lines
+from tools.support.batch_scripts import array_script
 from tools.support.cli import make_parser, parse, positive, run_main
 from train.errors import UserMistake
 from train.flags import OneLineParser, nearest
@@ -112,9 +112,7 @@ def main(argv: Sequence[str]) -> int:
     tasks = _only(_tasks(found, options, plan), options.task)
     if options.slurm:
         command = ["python", "tools/reproduce.py", *argv, "--run"]
-        Path(options.slurm).write_text(
-            slurm_script([shlex.quote(word) for word in command], len(tasks), options.processes)
-        )
+        Path(options.slurm).write_text(array_script(command, len(tasks), options.processes))
         return 0
     every = [job for task in tasks for job in task]
     if options.task < 0:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-_FIRST_PORT, _PORTS = 15000, 16384  # below 32768, where Linux takes ports for outgoing connections from
-_STEPS = 8  # steps of one job at a time that get ports of their own
+FIRST_PORT, PORTS = 15000, 16384  # below 32768, where Linux takes ports for outgoing connections from
+STEPS = 8  # steps of one job at a time that get ports of their own
 
 
 def step_ranks(env: Mapping[str, str]) -> tuple[int, int, int] | None:
@@ -41,7 +41,7 @@ def meeting_place(env: Mapping[str, str]) -> dict[str, str]:
             place["MASTER_ADDR"] = "127.0.0.1" if alone else node
     if "MASTER_PORT" not in env:
         job, step = (int(env.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        place["MASTER_PORT"] = str(_FIRST_PORT + (job * _STEPS + step % _STEPS) % _PORTS)
+        place["MASTER_PORT"] = str(FIRST_PORT + (job * STEPS + step % STEPS) % PORTS)
     return place
 
 

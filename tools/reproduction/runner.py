@@ -34,29 +34,3 @@ def run(jobs: Sequence[Job], processes: int) -> int:
         if not job.done.exists():
             raise UserMistake(f"{job.text()} ended without {job.done}; run it alone to see why")
     return 0
-
-
-def slurm_script(command: Sequence[str], tasks: int, processes: int) -> str:
-    """A batch script that runs one line and seed of a table in each task of an array.
-
-    Args:
-        command: this command with `--run`, without `--task`.
-        tasks: lines times seeds.
-        processes: processes, and GPUs, of one task.
-    """
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            f"#SBATCH --array=0-{tasks - 1}",
-            "#SBATCH --nodes=1 --ntasks=1",
-            f"#SBATCH --gpus={processes}",
-            "#SBATCH --requeue --signal=B:TERM@120",
-            "# Exit code 75 says that the task was stopped and saved: it goes on from there.",
-            f'{" ".join(command)} --task "$SLURM_ARRAY_TASK_ID" &',
-            'child=$!; trap \'kill -TERM "$child"\' TERM; wait "$child"; code=$?',
-            '[ "$code" -gt 128 ] && { wait "$child"; code=$?; }  # a trapped signal ends the first wait',
-            '[ "$code" -eq 75 ] && scontrol requeue "$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"',
-            'exit "$code"',
-            "",
-        ]
-    )

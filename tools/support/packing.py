@@ -71,8 +71,14 @@ class Tally:
         digests = np.frombuffer(bytes(self.digests), dtype="V32")
         return len(digests) - len(set(digests.tolist()))
 
-    def manifest(self, fingerprint: str, classes: tuple[str, ...], settings: dict[str, Any]) -> Manifest:
-        """The manifest of what was packed."""
+    def manifest(
+        self,
+        fingerprint: str,
+        classes: tuple[str, ...],
+        settings: dict[str, Any],
+        more: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """The manifest of what was packed, with further entries where there are some."""
         return Manifest(
             data_hash=data_hash(bytes(self.digests), np.array(self.labels, dtype=np.int64)),
             fingerprint=fingerprint,
@@ -86,6 +92,7 @@ class Tally:
                 "rejected": len(self.rejected),
                 "passed_over": dict(sorted(self.passed_over.items())),
                 "settings": settings,
+                **(more or {}),
             },
         )
 
@@ -122,7 +129,7 @@ def _allowed(total: int) -> float:
     return max(MAX_BAD * total, min(_FEW_BAD, math.ceil(total / 100)))
 
 
-def next_command(data: Path, images: int) -> str:
+def next_command(data: Path | str, images: int) -> str:
     """The last line of a packer: how to train on what it made."""
     small = "" if images >= _FULL_RECIPE else " --recipe regioncl-m-small"
     if images < _SMALL_BATCH:
@@ -187,7 +194,7 @@ def add_packing_flags(parser: argparse.ArgumentParser) -> None:
     add("--classes", metavar="FILE", help="pack only these classes: a text file with one class folder name a line")
     add("--max-resolution", type=int, default=400, metavar="PX", help="longest side; larger images are reduced to it")
     add("--jpeg-quality", type=int, default=90, metavar="1..100", help="of images that have to be coded anew")
-    add("--workers", type=int, default=0, metavar="N", help="threads; 0 is one for each core")
+    add("--workers", type=int, default=0, metavar="N", help="threads; 0 is one for each core (of a Ray task: 1)")
     add(
         "--max-bad",
         type=float,
@@ -198,6 +205,20 @@ def add_packing_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--shuffle", action="store_true", help="store in a random order (always the same), for reading in sequence")
     add("--overwrite", action="store_true", help="replace what is there")
+    add(
+        "--part",
+        default="",
+        metavar="I/N",
+        help="pack only the I-th of N parts, which together are one data set; slurm takes I and N from an array job",
+    )
+    add("--engine", default="threads", choices=["threads", "ray"], help="this machine, or a Ray cluster in parts")
+    add("--parts", type=int, default=0, metavar="N", help="with --engine ray: how many; 0 is one for 20,000 images")
+    add(
+        "--ray-address",
+        default="",
+        metavar="HOST:PORT",
+        help="a running cluster; otherwise RAY_ADDRESS, one that runs here, or one started here",
+    )
 
 
 def check_packing_flags(options: argparse.Namespace) -> None:
@@ -213,4 +234,11 @@ def check_packing_flags(options: argparse.Namespace) -> None:
     options.max_bad = getattr(options, "max_bad", None)
     if options.max_bad is not None and not 0 <= options.max_bad <= 1:
         raise ValueError(f"--max-bad {options.max_bad} is out of range; it is a share, choose 0 to 1")
-    options.workers = options.workers or len(os.sched_getaffinity(0))
+    if options.engine == "ray" and options.part:
+        raise ValueError("--engine ray packs all parts; leave out --part")
+    if options.engine != "ray" and (options.parts or options.ray_address):
+        raise ValueError("--parts and --ray-address belong to --engine ray; for one part of several give --part I/N")
+    if options.parts < 0:
+        raise ValueError(f"--parts {options.parts} is out of range; choose 1 or more")
+    # A task of Ray shares its machine with others.
+    options.workers = options.workers or (1 if options.engine == "ray" else len(os.sched_getaffinity(0)))

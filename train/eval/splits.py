@@ -12,6 +12,7 @@ from pipeline.classes import composed
 from pipeline.listing import list_images
 from pipeline.manifest import manifest_of
 from pipeline.parquet import ENDING
+from pipeline.parts import Whole, arranged
 from pipeline.rng import permutation
 from pipeline.shard_store import open_shards
 from pipeline.stores import data_parts, is_shard_pattern, open_store
@@ -45,13 +46,21 @@ def balanced_subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
 
 def source_names(data: str) -> list[str] | None:
     """The source file of every sample in storage order, relative to the source; None where the store keeps none."""
-    parts = data_parts(data)
-    if len(parts) > 1:
-        several = [source_names(part) for part in parts]
-        # With the part before it: two folders may have files of one name.
-        joined_names = [f"{part}/{name}" for part, names in zip(parts, several, strict=True) for name in names or ()]
-        return None if None in several else joined_names
-    path = Path(parts[0])
+    wholes = arranged(data_parts(data))
+    if len(wholes) == 1:
+        return _names_of(wholes[0], data)
+    several = [_names_of(whole, whole.paths[0]) for whole in wholes]
+    # With the part before it: two folders may have files of one name.
+    joined_names = [
+        f"{whole.paths[0]}/{name}" for whole, names in zip(wholes, several, strict=True) for name in names or ()
+    ]
+    return None if None in several else joined_names
+
+
+def _names_of(whole: Whole, data: str) -> list[str] | None:
+    if whole.manifest is not None:
+        return whole.manifest.sources
+    path = Path(whole.paths[0])
     if path.suffix == ".beton":
         manifest = manifest_of(BetonReader(path))
         return None if manifest is None else manifest.sources

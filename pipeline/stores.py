@@ -253,7 +253,7 @@ def is_shard_pattern(data: str) -> bool:
     path = Path(data)
     if data.endswith(".tar") or "://" in data:
         return True
-    return ((path / INDEX_NAME).is_file() or divided_into(path)) and any(path.glob("*.tar"))
+    return ((path / INDEX_NAME).is_file() or divided_into(path) > 0) and any(path.glob("*.tar"))
 
 
 def open_store(data: str) -> PackedStore | FileStore | TableStore | JoinedStore:

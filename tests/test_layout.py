@@ -32,6 +32,7 @@ OPTIONAL = (
     "segmentation_models_pytorch",
     "matplotlib",
     "onnxruntime",
+    "ray",
 )
 
 

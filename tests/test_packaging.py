@@ -209,7 +209,7 @@ DISTRIBUTIONS = {
     "segmentation_models_pytorch": "segmentation-models-pytorch",
 }
 # Brought along by torch, or looked for and done without.
-UNPINNED = {"cuda", "triton", "fsspec", "detectron2", "lightning"}
+UNPINNED = {"cuda", "triton", "fsspec", "detectron2", "lightning", "ray"}
 
 
 def test_everything_that_is_imported_is_pinned() -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,21 +336,34 @@ def changing_shapes() -> Iterator[None]:
         torch.backends.cudnn.benchmark = chosen
 
 
+ECHO_S = 2.0
+"""Seconds in which one request may arrive again under a launcher: from the scheduler or terminal, and from torchrun."""
+
+
 class SignalWatch:
-    """Remembers that the process was asked to stop; a second request stops it at once."""
+    """Remembers that the process was asked to stop; a second request stops it at once.
+
+    A scheduler or a terminal signals every process of a job, and torchrun passes on to its processes what it was sent
+    itself. So one request reaches a process twice, and the second must not end it before it has saved.
+    """
 
     def __init__(self) -> None:
         self.asked: str = ""
+        self._asked_at = 0.0
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
+        self._echo_s = ECHO_S if launched else 0.0
         for number in STOP_SIGNALS:
             # Started under nohup: a terminal that closes must not stop the run.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and time.monotonic() - self._asked_at < self._echo_s:
+            return
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             # The default action, not `exit`: the parent then sees which signal ended the process.
             os.kill(os.getpid(), number)
         # A wait for a busy server must not outlast the time that a scheduler leaves for saving.
         stop_waiting()
-        self.asked = signal.Signals(number).name
+        self.asked, self._asked_at = signal.Signals(number).name, time.monotonic()

@@ -71,7 +71,8 @@ def training_script(
             *_meeting_place(),
             "",
             *(_srun(arguments) if launcher == "srun" else _torchrun(arguments, size.tasks)),
-            *_until_done("$SLURM_JOB_ID", code_is_kept=launcher == "srun"),
+            # Not to srun itself, which answers SIGTERM by killing its processes.
+            *_until_done("$SLURM_JOB_ID", 'scancel --signal=TERM "$SLURM_JOB_ID"', code_is_kept=launcher == "srun"),
         ]
     )
 
@@ -129,11 +130,12 @@ def _torchrun(arguments: Sequence[str], processes: int) -> list[str]:
     ]
 
 
-def _until_done(job: str, code_is_kept: bool = True) -> list[str]:
+def _until_done(job: str, tell: str = 'kill -TERM "$child"', code_is_kept: bool = True) -> list[str]:
     """Waits for the command in the background, passes SIGTERM on to it, and requeues the job where it was stopped.
 
     Args:
         job: what to requeue.
+        tell: command that tells the run to save and stop.
         code_is_kept: False for a launcher that turns the code of a stopped run into another one.
     """
     stopped = f'[ "$code" -eq {EXIT_REQUEUE} ]' if code_is_kept else '[ -n "$told" ] && [ "$code" -ne 0 ]'
@@ -141,9 +143,9 @@ def _until_done(job: str, code_is_kept: bool = True) -> list[str]:
         "child=$!",
         "told=",
         "# Once only: a second signal would end the run at once, without saving.",
-        'trap \'[ -n "$told" ] || kill -TERM "$child"; told=1\' TERM',
+        f"trap '[ -n \"$told\" ] || {tell}; told=1; woken=1' TERM",
         "# A trapped signal ends a wait before the command has ended.",
-        'while :; do wait "$child"; code=$?; kill -0 "$child" 2>/dev/null || break; done',
+        'while woken=; wait "$child"; code=$?; [ -n "$woken" ]; do :; done',
         "# The run was stopped and has saved: it goes on from there.",
         f'if {stopped}; then scontrol requeue "{job}"; fi',
         'exit "$code"',

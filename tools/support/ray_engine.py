@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.errors import EXIT_REQUEUE, EXIT_USER_MISTAKE, RunEnd
 
-from .part_commands import PartPacker
 from .parts import Part, finish
+
+if TYPE_CHECKING:
+    from .part_commands import PartPacker
 
 _IMAGES_A_PART = 20_000
 _FEWEST, _MOST = 8, 256

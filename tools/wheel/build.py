@@ -26,6 +26,7 @@ PACKAGES = {
 COMMANDS = {
     "train/main.py": "regatta train",
     "train/evaluate.py": "regatta evaluate",
+    "tools/slurm.py": "regatta slurm",
     "tools/make_ffcv_dataset.py": "regatta pack",
     "tools/make_webdataset.py": "regatta shards",
     "tools/export_backbone.py": "regatta export",

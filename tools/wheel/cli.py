@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards": (f"{_TOOLS}.make_webdataset", "pack images into tar shards"),
     "train": (f"{_TRAIN}.main", "train a backbone without labels"),
     "embed": (f"{_TOOLS}.embed", "write the features of images to a file"),
+    "slurm": (f"{_TOOLS}.slurm", "write a SLURM batch script that trains"),
     "evaluate": (f"{_TRAIN}.evaluate", "k-NN, linear, few-shot, semi-supervised, detection, segmentation"),
     "export": (f"{_TOOLS}.export_backbone", "take a backbone to torchvision, timm, detectron2, transformers or ONNX"),
     "analyze": (f"{_TOOLS}.analyze", "look into backbones: Grad-CAM, neighbours, alignment maps"),

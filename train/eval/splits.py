@@ -83,6 +83,7 @@ def class_names(data: str) -> list[str] | None:
         parts = data_parts(data)
         if len(parts) > 1 or data.endswith(ENDING):
             return list(open_store(data).classes) or None
+        data = parts[0]  # what a pattern found
         if is_shard_pattern(data):
             store = open_shards(data, "sequential", readers=1, window=1)
             store.files.close()

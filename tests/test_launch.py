@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.file_kinds import foreign_kind
 from pipeline.listing import list_images
 from pipeline.loaders import choose_loader
 from train.config import RunConfig
-from train.errors import UserMistake
+from train.errors import RunEnd, UserMistake
 from train.launch import STARTED_HERE, run_processes, starts_others
 from train.main import main
 from train.resolve import resolve
@@ -177,6 +178,18 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_PORT", str(held.getsockname()[1]))
         with pytest.raises(UserMistake, match="port in use: 127.0.0.1:.* another MASTER_PORT"):
             _join("gloo", 0, 2)
+
+
+def test_a_rank_that_leaves_while_all_meet_is_no_mistake_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by killing one of four ranks at its start: the others told to check their addresses, with code 2."""
+
+    def gone(*arguments: object, **named: object) -> None:
+        raise torch.distributed.DistNetworkError("failed to recv, got 0 bytes: Broken pipe\nframe #1: ...")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", gone)
+    with pytest.raises(RunEnd, match="another process has left while all were meeting") as caught:
+        _join("gloo", 1, 4)
+    assert caught.value.code == 1
 
 
 # --- data that are none ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Negative controls for three pieces of a checkpoint that matter in special cases alone: best, non_finite, scaler.
+"""Negative controls: a run that goes on without any one piece of its checkpoint ends differently.
 
-The pieces that matter in every run have theirs in `tests/test_resume.py`.
+Here are the networks and queues of methods of each family, and three pieces that matter in special cases alone: best,
+non_finite, scaler. Pieces that every run of RegionCL-M has are lost in `tests/test_resume.py`.
 """
 
 from __future__ import annotations
@@ -145,3 +146,54 @@ def test_a_lost_loss_scale_changes_the_weights(forget: Forget, same: bool) -> No
     assert all(torch.isfinite(value).all() for value in weights[0].values())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) == same
     assert (whole[DOCUMENT_FILE] == parts[DOCUMENT_FILE]) == same
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks, queues and the optimizer
+
+
+def _after(steps: int, name: str, saved: dict[str, bytes] | None = None, forget: Forget = nothing) -> dict[str, bytes]:
+    """Files of a run of `name` after so many steps, from its beginning or from files of an earlier step."""
+    job, state = job_of(name, "cpu")
+    if saved is not None:
+        files = load(saved[MODEL_FILE]), load(saved[OPTIMIZER_FILE])
+        restore(Saved(json.loads(saved[DOCUMENT_FILE]), *files), state, 0, 1)
+        forget(state)
+    while state.step < steps:
+        take_step(job, state, state.step, [make_inputs(state.method, state.step)])
+        state.step += 1
+    return to_files(state, [state.rank_part()], {})
+
+
+def forget_one_momentum_buffer(state: TrainState) -> None:
+    list(state.optimizer.state.values())[0]["momentum_buffer"].zero_()
+
+
+def forget_pointers(state: TrainState) -> None:
+    state.method.load_host_state(dict.fromkeys(state.method.host_state(), 0))
+
+
+@pytest.mark.parametrize(
+    "name", ["densecl", "regioncl-moby", "byol", "care", "lewel-m", "moco-v3", "simsiam", "simclr"]
+)
+def test_every_network_and_queue_of_a_checkpoint_matters(name: str) -> None:
+    torch.set_num_threads(1)
+    saved = _after(2, name)
+    whole = _after(3, name, saved)
+    assert whole == _after(3, name), "with every piece the end is the same"
+    _, fresh = job_of(name, "cpu")
+    pieces: dict[str, Forget] = {"a momentum buffer": forget_one_momentum_buffer}
+    if fresh.method.host_state():
+        pieces["write positions"] = forget_pointers
+    for child, _ in fresh.method.named_children():
+        if fresh.method.get_submodule(child).state_dict():
+            pieces[child] = _left_as_it_began(child, fresh)
+    unseen = [piece for piece, forget in pieces.items() if _after(3, name, saved, forget) == whole]
+    assert not unseen and len(pieces) >= 3, unseen
+
+
+def _left_as_it_began(child: str, fresh: TrainState) -> Forget:
+    def forget(state: TrainState) -> None:
+        state.method.get_submodule(child).load_state_dict(fresh.method.get_submodule(child).state_dict())
+
+    return forget

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from train.errors import CheckpointFailed, Stopped, UserMistake
 from train.eval.tuning import TuningCheckpoints, fingerprint, seed_step, state_folder
 from train.evaluate import main
 from train.runtime import Runtime
-from train.state import TuningState
+from train.state import TuningState, to_files
 
 SETTINGS = {"lr": 0.1, "seed": 3, "crop": (8, 8)}
 RUNTIME = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
@@ -46,10 +47,14 @@ def advance(state: TuningState, until: int, checkpoints: TuningCheckpoints | Non
         images = torch.randn(4, 3, 8, 8)
         loss = F.cross_entropy(state.model(images), torch.randint(0, 2, (4, 6, 6)))
         state.optimizer.zero_grad()
-        loss.backward()
+        (loss if state.scaler is None else state.scaler.scale(loss)).backward()
         for group in state.optimizer.param_groups:
             group["lr"] *= 0.9
-        state.optimizer.step()
+        if state.scaler is None:
+            state.optimizer.step()
+        else:
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
         state.step += 1
         state.record.setdefault("losses", []).append(loss.item())
         if checkpoints is not None:
@@ -78,6 +83,69 @@ def test_a_continued_run_has_the_bytes_of_one_never_stopped(tmp_path: Path, kind
         assert folders[0].read_bytes() == folders[1].read_bytes(), name
     # two stay, and the first of them is whole as well
     assert sorted(p.name for p in (tmp_path / "parts").glob("step_*")) == ["step_00000006", "step_00000007"]
+
+
+def _forget_weights(state: TuningState) -> None:
+    state.model.load_state_dict(network().state_dict())
+
+
+def _forget_statistics(state: TuningState) -> None:
+    state.model[1].running_var.fill_(1.0)
+
+
+def _forget_momentum(state: TuningState) -> None:
+    state.optimizer.state.clear()
+
+
+def _forget_rates(state: TuningState) -> None:
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.1
+
+
+def _forget_step(state: TuningState) -> None:
+    state.step -= 1
+
+
+def _forget_record(state: TuningState) -> None:
+    state.record = {}
+
+
+def _forget_scale(state: TuningState) -> None:
+    state.scaler = _scaler()
+
+
+def _scaler() -> torch.amp.GradScaler:
+    """It doubles every second step."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2)
+
+
+PIECES = (
+    _forget_weights,
+    _forget_statistics,
+    _forget_momentum,
+    _forget_rates,
+    _forget_step,
+    _forget_record,
+    _forget_scale,
+)
+
+
+@pytest.mark.parametrize("forget", [lambda state: None, *PIECES])
+def test_without_any_piece_of_its_state_a_run_ends_differently(tmp_path: Path, forget: Callable) -> None:
+    ends = []
+    for stop in (None, 3):
+        state = fresh("sgd")
+        state.scaler = _scaler()
+        checkpoints = TuningCheckpoints(tmp_path / str(stop), SETTINGS, RUNTIME)
+        if stop is not None:
+            advance(state, stop, checkpoints)
+            state = fresh("sgd")
+            state.scaler = _scaler()
+            assert checkpoints.restore(state)
+            forget(state)
+        advance(state, 6)
+        ends.append(to_files(state, [None], {}))
+    assert (ends[0] == ends[1]) == (forget not in PIECES)
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:

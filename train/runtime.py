@@ -237,6 +237,7 @@ def _join(backend: str, rank: int, world_size: int) -> None:
 
     Raises:
         UserMistake: the place to meet cannot be used.
+        RunEnd: another process was there and has left.
     """
     try:
         dist.init_process_group(backend, rank=rank, world_size=world_size)
@@ -248,6 +249,11 @@ def _join(backend: str, rank: int, world_size: int) -> None:
                 "--standalone"
             ) from None
         first_line = str(reason).strip().partition("\n")[0]
+        # The place was right, then: somebody was there, and has gone since. That is no mistake of this process's flags.
+        if any(words in str(reason) for words in ("Broken pipe", "Connection reset", "closed by peer")):
+            raise RunEnd(
+                f"another process has left while all were meeting at {place} ({first_line}); its own last line says why"
+            ) from None
         raise UserMistake(
             f"the processes cannot meet at {place} ({first_line}); check MASTER_ADDR, MASTER_PORT and the network"
         ) from None

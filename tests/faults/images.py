@@ -3,7 +3,8 @@
 `python -m tests.faults.images --files 100000 [--report FILE.txt]` is the long form; the short one runs in CI. Each file
 is read by the general decoder, by the packer and by the compiled threads, which must agree on what is refused. Then
 all are packed by the packer's command, and the packed file is read back. Pieces of `PIECE` files run on all cores; disk
-and memory are those of one piece for each core, however many files there are.
+and memory are those of one piece for each core, however many files there are. A thousand files take about 9 seconds of
+one core (AMD EPYC, AVX2), so 100,000 about a quarter of an hour of one.
 """
 
 from __future__ import annotations

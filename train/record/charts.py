@@ -133,8 +133,8 @@ class _Frame:
         return parts
 
 
-def _draw_band(frame: _Frame, series: Series, points: int) -> list[str]:
-    found = _band(series, points)
+def _draw_band(frame: _Frame, series: Series, most: int) -> list[str]:
+    found = _band(series, most)
     if found is None:
         return []
     x, low, high = found

@@ -103,6 +103,19 @@ class MoCoV2Config:
 
 
 @dataclass(frozen=True)
+class UnMixConfig(MoCoV2Config):
+    """Hyper-parameters of Un-Mix on MoCo v2."""
+
+    beta: float = option(1.0, "both parameters of the beta distribution of an image's share in a mixture", above=0)
+    global_mixtures: float = option(
+        0.5,
+        "how often whole images are mixed in proportion, and not a box of one pasted into the other",
+        least=0,
+        most=1,
+    )
+
+
+@dataclass(frozen=True)
 class RegionCLMConfig(MoCoV2Config):
     """Hyper-parameters of RegionCL-M."""
 
@@ -356,6 +369,7 @@ CONFIGS: dict[str, type[Any]] = {
     "regioncl-m3": RegionCLM3Config,
     "moby": MoBYConfig,
     "regioncl-moby": RegionCLMoBYConfig,
+    "unmix": UnMixConfig,
     "simclr": SimCLRConfig,
     "barlow-twins": BarlowTwinsConfig,
     "swav": SwAVConfig,

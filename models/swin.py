@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 
+from .draws import mixed_seed
+
 _START_STD = 0.02
 
 
@@ -124,16 +126,7 @@ def draw_branch_scale(
     """
     if not 0.0 <= drop_path < 1.0:
         raise ValueError(f"--drop-path {drop_path} must be at least 0 and below 1")
-    generator = torch.Generator().manual_seed(_mixed_seed(seed, step, tag))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, step, tag))
     uniform = torch.rand(blocks, 2, global_batch, generator=generator)
     keep = 1.0 - torch.linspace(0.0, drop_path, blocks)[:, None, None]
     return ((uniform < keep) / keep).flatten(0, 1)[:, rows]
-
-
-def _mixed_seed(*words: int) -> int:
-    """One 63-bit seed from several integers by FNV-1a over their bytes, so that near addresses do not collide."""
-    state = 0xCBF29CE484222325
-    for word in words:
-        for byte in (word & (2**64 - 1)).to_bytes(8, "little"):
-            state = ((state ^ byte) * 0x100000001B3) & (2**64 - 1)
-    return state >> 1

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from models.methods.base import Method, StepInputs
+from models.mixtures import draw_mixture
 from models.swin import draw_branch_scale
-from tests.method_cases import build, make_inputs, randomise_norms, small_config, to_double
+from tests.method_cases import GROUP, build, make_inputs, randomise_norms, small_config, to_double
 
 VIEWS = ("view1", "view2")
 
@@ -340,6 +341,39 @@ def _sinkhorn(samples: Tensor, prototypes: Tensor, config: Any) -> list[list[Ten
     return [[value * count for value in row] for row in q]
 
 
+def unmix(method: Any, inputs: StepInputs) -> Tensor:
+    """Un-Mix section 3 on MoCo v2: images mixed one by one, each mixture against both of its keys."""
+    config, images = method.config, inputs.view1
+    key = _moco_keys(method, inputs, "view2", 0, lambda x: _global_key(method, x))[0]
+    mixed, shares, partners = [], [], []
+    for i, image in enumerate(images):
+        group = i // GROUP
+        partner = group * GROUP + GROUP - 1 - i % GROUP
+        address = (inputs.seed, inputs.step, 1, group)
+        drawn = draw_mixture(*image.shape[1:], config.beta, config.global_mixtures, *address)
+        if drawn.box is None:
+            mixture = drawn.share * image + (1 - drawn.share) * images[partner]
+        else:
+            top, bottom, left, right = drawn.box
+            mixture = image.clone()
+            mixture[:, top:bottom, left:right] = images[partner][:, top:bottom, left:right]
+        mixed.append(mixture)
+        shares.append(drawn.share)
+        partners.append(partner)
+
+    def embed(batch: Tensor) -> Tensor:
+        return rows_n(method.projector(gap(method.encoder(batch))))
+
+    def loss_of(row: Tensor, positive: Tensor) -> Tensor:
+        logits = [row @ positive, *[row @ negative for negative in method.queue.rows]]
+        return cross_entropy_first([logit / config.temperature for logit in logits])
+
+    total = [loss_of(row, k) for row, k in zip(embed(images), key, strict=True)]
+    for row, k, share, partner in zip(embed(torch.stack(mixed)), key, shares, partners, strict=True):
+        total.append(share * loss_of(row, k) + (1 - share) * loss_of(row, key[partner]))
+    return torch.stack(total).sum() / len(images)
+
+
 REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "moco-v2": moco_family,
     "regioncl-m": moco_family,
@@ -351,6 +385,7 @@ REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "regioncl-m3": moco_v3_family,
     "moby": moby_family,
     "regioncl-moby": moby_family,
+    "unmix": unmix,
     "simclr": simclr,
     "barlow-twins": barlow_twins,
     "swav": swav,

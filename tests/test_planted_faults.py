@@ -15,6 +15,7 @@
 | an embedding as its own negative; no negatives of the own view; negatives without gradient (SimCLR) | the same |
 | embeddings not standardised; the diagonal's weight on all entries; both views the same (Barlow Twins) | the same |
 | assignments that are not balanced; a crop predicts its own assignment; crops pass alone (SwAV) | the same |
+| mixtures with themselves; shares exchanged (Un-Mix) | the same |
 | momentum network frozen; momentum network a copy of the online one | after_step moves all state as specified (below) |
 | a momentum module left out of the average | the same |
 | queue not advanced; not filled | the same |
@@ -27,6 +28,7 @@ test_care.py, test_optim.py).
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +48,7 @@ from models.methods import (
     simclr,
     simsiam,
     swav,
+    unmix,
 )
 from models.methods.base import Method, StepInputs
 from tests.method_references import REFERENCES, check_against_formula, ready
@@ -53,7 +56,7 @@ from tools.bench.faults import copying_momentum, no_predictor, no_stop_gradient
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 REGION_WITH_NEGATIVES = ["regioncl-m", "regioncl-d", "regioncl-m3", "regioncl-moby"]
-MOCO = ["moco-v2", "regioncl-m", "densecl", "regioncl-d"]
+MOCO = ["moco-v2", "regioncl-m", "densecl", "regioncl-d", "unmix"]
 QUEUES = [*MOCO, "moby", "regioncl-moby"]
 MOMENTUM = [*QUEUES, "moco-v3", "regioncl-m3"]
 COEFFICIENT = 0.9
@@ -170,6 +173,20 @@ def crops_pass_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(swav.SwAV, "embed", embed)
 
 
+def mixed_with_themselves(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(unmix, "mix", lambda images, mixture: images)
+
+
+def shares_exchanged(patch: pytest.MonkeyPatch) -> None:
+    original = unmix.draw_mixture
+
+    def exchanged(*address: Any) -> Any:
+        drawn = original(*address)
+        return dataclasses.replace(drawn, share=1 - drawn.share)
+
+    patch.setattr(unmix, "draw_mixture", exchanged)
+
+
 def own_embedding_as_negative(patch: pytest.MonkeyPatch) -> None:
     def nt_xent(query: Any, others: Any, same: Any, own: Any, temperature: float) -> Any:
         logits = torch.cat([query @ others.T, query @ same.T], 1) / temperature
@@ -280,6 +297,8 @@ FAULTS: list[tuple[Patch, Callable[[str, Method, StepInputs], None], list[str]]]
     (not_balanced, check_against_formula, ["swav"]),
     (own_assignment_predicted, check_against_formula, ["swav"]),
     (crops_pass_alone, check_against_formula, ["swav"]),
+    (mixed_with_themselves, check_against_formula, ["unmix"]),
+    (shares_exchanged, check_against_formula, ["unmix"]),
     (own_embedding_as_negative, check_against_formula, ["simclr"]),
     (no_negatives_of_the_own_view, check_against_formula, ["simclr"]),
     (negatives_without_gradient, check_against_formula, ["simclr"]),

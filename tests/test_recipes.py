@@ -150,6 +150,8 @@ TABLE = {
     "regioncl-m-symmetric-800ep": moco(0.15, 1024, 800, 128),
     "densecl": moco(0.03, 256, 200, 32, (*MOCO, ("dense_weight", 0.5), ("dense_warmup_steps", 0))),
     "regioncl-d": moco(0.03, 256, 200, 32, (*MOCO, ("dense_weight", 0.5))),
+    "unmix": moco(0.03, 256, 200, 32, (*MOCO, ("beta", 1.0), ("global_mixtures", 0.5))),
+    "unmix-800ep": moco(0.03, 256, 800, 32, (*MOCO, ("beta", 1.0), ("global_mixtures", 0.5))),
     "simsiam": SIMSIAM,
     "regioncl-s": SIMSIAM,
     "moco-v3": v3(9.6, 1e-6, 0.99, 100),

@@ -273,6 +273,14 @@ def lewel_b_400() -> Made:
     return recipe, _model("lewel-b", momentum_norm="own")
 
 
+def unmix(epochs: int = 200) -> Made:
+    """Un-Mix on MoCo v2 with MoCo v2's settings; half of the mixtures are of whole images, their shares uniform.
+
+    Source: szq0214/Un-Mix, UnMix_MoCo/for_ImageNet/run.sh, with 200 epochs.
+    """
+    return _moco(epochs=epochs), _model("unmix")
+
+
 def simclr(epochs: int = 100) -> Made:
     """SimCLR at batch 4096, lr 0.3 for 256 images (4.8), temperature 0.1.
 
@@ -515,6 +523,9 @@ RECIPES: dict[str, tuple[str, Callable[[], Made]]] = {
     "swav-bs256-200ep": ("swav", lambda: swav_small_batch(200)),
     "swav-bs256-400ep": ("swav", lambda: swav_small_batch(400)),
     "swav-small": ("swav", swav_small),
+    "unmix": ("unmix", unmix),
+    "unmix-800ep": ("unmix", lambda: unmix(800)),
+    "unmix-small": ("unmix", lambda: _queue_small(unmix())),
     "simclr": ("simclr", simclr),
     "simclr-small": ("simclr", lambda: _gentle(simclr(), temperature=0.2)),
     "simclr-1000ep": ("simclr", lambda: simclr(1000)),

@@ -20,6 +20,7 @@ from .regioncl_s import RegionCLS
 from .simclr import SimCLR
 from .simsiam import SimSiam
 from .swav import SwAV
+from .unmix import UnMix
 
 METHODS: dict[str, type[Method]] = {
     "moco-v2": MoCoV2,
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "regioncl-m3": RegionCLM3,
     "moby": MoBY,
     "regioncl-moby": RegionCLMoBY,
+    "unmix": UnMix,
     "simclr": SimCLR,
     "barlow-twins": BarlowTwins,
     "swav": SwAV,

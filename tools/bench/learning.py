@@ -64,7 +64,11 @@ FAST_ADAMW = "--optim.kind adamw --optim.lr 3e-3 --optim.weight-decay 1e-4".spli
 # What learns within a few hundred steps: few negatives and a slow momentum network against a queue; a quick one and
 # narrow embeddings without negatives, where the momentum network's first, random embeddings hold the learner back.
 FAMILIES = {
-    ("moco-v2", "densecl", "regioncl-m", "regioncl-d", "lewel-m"): [*ADAMW, "--ema.momentum=0.99", "--temperature=0.1"],
+    ("moco-v2", "densecl", "regioncl-m", "regioncl-d", "lewel-m", "unmix"): [
+        *ADAMW,
+        "--ema.momentum=0.99",
+        "--temperature=0.1",
+    ],
     ("moco-v3", "regioncl-m3"): [*SGD, "--ema.momentum=0.99", "--temperature=0.2"],
     ("moby", "regioncl-moby"): [*ADAMW, "--ema.momentum=0.99", "--temperature=0.1"],
     ("simsiam",): ADAMW,

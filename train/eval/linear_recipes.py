@@ -73,6 +73,7 @@ LINEAR_RECIPES: dict[str, LinearRecipe] = {
 RECIPE_OF_METHOD: dict[str, str] = {
     "moco-v2": "moco-v2",
     "densecl": "moco-v2",
+    "unmix": "moco-v2",
     "regioncl-m": "regioncl-m",
     "regioncl-d": "regioncl-m",
     "simsiam": "simsiam",

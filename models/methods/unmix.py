@@ -12,6 +12,8 @@ from ..mixtures import Mixture, draw_mixture, mix
 from .base import StepInputs
 from .moco_v2 import Keys, MoCoV2
 
+_VIEW_NUMBERS = {"view1": 1, "view2": 2}
+
 
 class UnMix(MoCoV2):
     """MoCo v2 with a second pass of the query network over mixtures of each image and its partner.
@@ -47,6 +49,7 @@ class UnMix(MoCoV2):
         size = self.mixture_group or images.shape[0]
         mixtures = self.mixtures(inputs, query_view, images.shape[0] // size)
         mixed = torch.cat([mix(part, each) for part, each in zip(images.split(size), mixtures, strict=True)])
+        # A pass of their own, as in the released code: mixtures must not be in the batch statistics of whole images.
         query = unit(self.projector(global_pool(self.encoder(mixed))))  # (B, D)
         partner_key = torch.cat([part.flip(0) for part in keys.key.split(size)])
         queue, temperature = self.queue.rows, self.config.temperature
@@ -58,7 +61,6 @@ class UnMix(MoCoV2):
     def mixtures(self, inputs: StepInputs, query_view: str, groups: int) -> list[Mixture]:
         """The mixture of each of this rank's groups in this step."""
         height, width = getattr(inputs, query_view).shape[2:]
-        view = int(query_view.removeprefix("view"))
         # Numbered over all ranks, so that a group's mixture does not depend on who computes it.
         first = inputs.rank * groups
         return [
@@ -69,7 +71,7 @@ class UnMix(MoCoV2):
                 self.config.global_mixtures,
                 inputs.seed,
                 inputs.step,
-                view,
+                _VIEW_NUMBERS[query_view],
                 first + group,
             )
             for group in range(groups)

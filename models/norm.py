@@ -21,7 +21,7 @@ from .collectives import world
 from .grouped_norm import grouped_batch_norm, statistics_dtype
 from .ops.batch_norm_act import batch_norm_act, move_running_statistics
 from .ops.choice import NORM
-from .running import is_moved_together, move, move_pending
+from .running import is_moved_together, leave, move, move_pending
 from .sync_norm import sync_batch_norm
 
 MODES = ("group", "sync", "plain")
@@ -48,8 +48,8 @@ class _ViewsBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, ...); updates running statistics in training mode."""
         self._check_input_dim(input)
-        if NORM.asked_for and self.fusible(input):
-            return self.forward_fused(input, None, relu=False)
+        if NORM.asked_for and (groups := self.groups_to_fuse(input)) is not None:
+            return self.forward_fused(input, None, False, groups)
         # As (N, C, L, 1) a column tensor with channels innermost is channels-last, for which there are fast kernels.
         x = input.unsqueeze(-1) if input.ndim == 3 else input
         if not self._uses_batch_statistics:
@@ -66,14 +66,12 @@ class _ViewsBatchNorm(_BatchNorm):
         """Equal parts of the rows that have statistics of their own; None where other ranks have a part in them."""
         raise NotImplementedError
 
-    def fusible(self, x: Tensor) -> bool:
-        """Whether `forward_fused` can serve: a map (N, C, H, W) and statistics of this rank's images alone."""
-        return x.ndim == 4 and self._uses_batch_statistics and self._local_groups(x.shape[0]) is not None
+    def groups_to_fuse(self, x: Tensor) -> int | None:
+        """Groups of images for `forward_fused`; None where x is no map (N, C, H, W) or other ranks have a part."""
+        return self._local_groups(x.shape[0]) if x.ndim == 4 and self._uses_batch_statistics else None
 
-    def forward_fused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        """Batch norm of (N, C, H, W), sum with a residual of its shape, and ReLU, as one operator."""
-        groups = self._local_groups(x.shape[0])
-        assert groups is not None
+    def forward_fused(self, x: Tensor, residual: Tensor | None, relu: bool, groups: int) -> Tensor:
+        """Batch norm of (N, C, H, W) by groups, sum with a residual of its shape, and ReLU, as one operator."""
         y, mean, variance = batch_norm_act(
             x, self.weight, self.bias, groups=groups, eps=self.eps, residual=residual, relu=relu
         )
@@ -83,6 +81,9 @@ class _ViewsBatchNorm(_BatchNorm):
 
     def _move_fused(self, mean: Tensor, variance: Tensor, count: int) -> None:
         """As `_move_by_views`, from biased variances over `count` values."""
+        # The usual case first: to find it out costs the host as much as to do it, and a step has hundreds of layers.
+        if self.views == 1 and self.momentum is not None and leave(self, mean, variance, count / (count - 1)):
+            return
         running = (self.running_mean, self.running_var, self.num_batches_tracked)
         if self.momentum is None or is_moved_together():
             self._move_by_views(mean, variance, count / (count - 1))
@@ -219,8 +220,8 @@ def norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Ten
         x: (N, C, H, W).
         residual: of the same shape, or None for no sum.
     """
-    if NORM.asked_for and isinstance(norm, _ViewsBatchNorm) and norm.fusible(x):
-        return norm.forward_fused(x, residual, relu=True)
+    if NORM.asked_for and isinstance(norm, _ViewsBatchNorm) and (groups := norm.groups_to_fuse(x)) is not None:
+        return norm.forward_fused(x, residual, True, groups)
     y: Tensor = norm(x)
     # In place, as torchvision does: batch norm's backward pass needs its input, not its output.
     if residual is not None:

@@ -62,6 +62,14 @@ def is_moved_together() -> bool:
     return _pending.moves is not None and not torch.compiler.is_compiling()
 
 
+def leave(norm: _BatchNorm, mean: Tensor, variance: Tensor, correction: float) -> bool:
+    """Leave a batch's statistics for the end of `moved_together`; false outside of it. Arguments as for `move`."""
+    if not is_moved_together():
+        return False
+    _pending.moves.append(Move(norm, mean, variance, correction))  # type: ignore[union-attr]
+    return True
+
+
 def move(norm: _BatchNorm, mean: Tensor, variance: Tensor, correction: float = 1.0) -> None:
     """Move the running statistics of one layer towards a batch's: now, or at the end of `moved_together`.
 
@@ -71,12 +79,8 @@ def move(norm: _BatchNorm, mean: Tensor, variance: Tensor, correction: float = 1
         variance: (G, C), likewise, multiplied by `correction` first.
         correction: 1, or n / (n - 1) for biased variances.
     """
-    made = Move(norm, mean, variance, correction)
-    if is_moved_together():
-        assert _pending.moves is not None
-        _pending.moves.append(made)
-    else:
-        _move_all([made])
+    if not leave(norm, mean, variance, correction):
+        _move_all([Move(norm, mean, variance, correction)])
 
 
 def move_pending() -> None:
@@ -95,7 +99,7 @@ def _move_all(moves: list[Move]) -> None:
         turn = seen[id(each.norm)]
         seen[id(each.norm)] += 1
         # One call takes one momentum, and one concatenation one number of groups and one dtype.
-        rounds[turn, each.norm.momentum, len(each.mean), each.mean.dtype].append(each)
+        rounds[turn, each.norm.momentum, each.mean.shape[0], each.mean.dtype].append(each)
     for key in sorted(rounds, key=lambda key: key[0]):
         _move_round(rounds[key])
     layers = {id(each.norm): each.norm for each in moves}

@@ -228,10 +228,34 @@ def test_the_operator_goes_through_c_plus_plus(operator, kernels, driver, monkey
     results: list[Tensor] = []
     for found, launches in ((operator, 3), (None, 0)):
         driver.launches.clear()
+        monkeypatch.setattr(batch_norm_act_kernels, "_launches", {})
         monkeypatch.setattr(batch_norm_act_host, "operator", lambda found=found: found)
         results.append(module.batch_norm_act(x, None, None, groups=2, relu=True)[0])
         assert len(driver.launches) == launches
     assert torch.equal(*results)
+
+
+def test_only_what_fits_goes_through_c_plus_plus(operator, kernels, driver, monkeypatch) -> None:
+    """A kernel gets addresses alone: a parameter that it would misread, or a residual of another shape, goes round."""
+    monkeypatch.setattr(batch_norm_act_kernels, "kernels_for", lambda *_: kernels)
+    monkeypatch.setattr(batch_norm_act_kernels, "_is_on_gpu", lambda x: True)
+    monkeypatch.setattr(batch_norm_act_kernels, "_launches", {})
+    monkeypatch.setattr(batch_norm_act_host, "operator", lambda: operator)
+    monkeypatch.setattr(NORM, "_mode", "cuda")
+    x, launched = make_map(4, 8, 3, 3, dtype=torch.float32), batch_norm_act_kernels.launched_from_host
+    assert launched(x, None, None, None, 2, EPS, True) is None, "no plan yet"
+    assert batch_norm_act_kernels.plan_from_host(x, None, None, 2)
+    assert launched(x, x, torch.ones(8), None, 2, EPS, True) is not None
+    driver.launches.clear()
+    for wrong in (torch.ones(16)[::2], torch.ones(7), torch.ones(8).double(), torch.ones(8, device="meta")):
+        assert launched(x, None, wrong, None, 2, EPS, True) is None
+        assert launched(x, None, None, wrong, 2, EPS, True) is None
+    assert (
+        launched(x, x[:2], None, None, 2, EPS, True) is None
+        and launched(x, x.double(), None, None, 2, EPS, True) is None
+    )
+    monkeypatch.setattr(NORM, "_mode", "auto")
+    assert launched(x, None, None, None, 2, EPS, True) is None and not driver.launches
 
 
 def library_of(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostLibrary:

@@ -7,8 +7,6 @@ what the run has learned of its data. So they are copied before the step, as one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +22,9 @@ class StatisticsGuard:
 
     def __init__(self, module: nn.Module) -> None:
         buffers = [buffer for name, buffer in module.named_buffers() if name.rpartition(".")[2] in _KINDS]
-        self._floating = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self._counts = [buffer for buffer in buffers if not buffer.is_floating_point()]
+        # One-dimensional views, made once: to make them anew at every step cost as much as what is done with them.
+        self._floating = [buffer.view(-1) for buffer in buffers if buffer.is_floating_point()]
+        self._counts = [buffer.view(-1) for buffer in buffers if not buffer.is_floating_point()]
         self._before: tuple[Tensor, ...] = ()
 
     @torch.no_grad()
@@ -48,12 +47,9 @@ class StatisticsGuard:
                 _spread(torch.where(bad, before, _flat(buffers)), buffers)
 
 
-def _flat(buffers: Iterable[Tensor]) -> Tensor:
-    parts = [buffer.reshape(-1) for buffer in buffers]
-    return torch.cat(parts) if parts else torch.empty(0)
+def _flat(buffers: list[Tensor]) -> Tensor:
+    return torch.cat(buffers) if buffers else torch.empty(0)
 
 
-def _spread(flat: Tensor, buffers: Sequence[Tensor]) -> None:
-    pieces = flat.split([buffer.numel() for buffer in buffers])
-    views = [piece.view_as(buffer) for piece, buffer in zip(pieces, buffers, strict=True)]
-    torch._foreach_copy_(list(buffers), views)
+def _spread(flat: Tensor, buffers: list[Tensor]) -> None:
+    torch._foreach_copy_(buffers, flat.split([buffer.numel() for buffer in buffers]))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch_norm_act_kernels import kernels_for, kernels_to_move, launched_from_host, pack_size
+from .batch_norm_act_kernels import kernels_for, kernels_to_move, launched_from_host, pack_size, plan_from_host
 from .layout import layout_of, like_layout
 from .operator import differentiable
 from .precision import accumulation_dtype
@@ -292,11 +292,15 @@ def batch_norm_act(
     Raises:
         ValueError: shapes that do not fit each other, or groups of a single value.
     """
-    check_batch_norm_act(x, residual, groups)
-    if not torch.compiler.is_compiling():
-        launched = launched_from_host(x, residual, weight, bias, groups, eps, relu)
-        if launched is not None:
-            return launched
+    eager = not torch.compiler.is_compiling()
+    # Before the checks: it knows the shapes that have passed them, and looks at the rest itself.
+    launched = launched_from_host(x, residual, weight, bias, groups, eps, relu) if eager else None
+    if launched is None:
+        check_batch_norm_act(x, residual, groups)
+        if eager and plan_from_host(x, weight, bias, groups):
+            launched = launched_from_host(x, residual, weight, bias, groups, eps, relu)
+    if launched is not None:
+        return launched
     # A pass without gradients (the momentum network, evaluation) need not write the mask.
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     # Such a pass has no use for an autograd function either, which costs the host as much as the launches do.

@@ -101,13 +101,40 @@ def launched_from_host(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """`batch_norm_act` in C++; None where the kernels do not run, or without its library."""
-    # Cheapest question first. To ask for the library starts the compiler, which only those kernels are worth.
-    if NORM.mode != "cuda" or not _is_on_gpu(x) or (operator := host.operator()) is None:
+    """`batch_norm_act` in C++; None where the kernels do not run, or for a map that `plan_from_host` has not seen."""
+    launch = _launches.get((x.shape, x.dtype, x.device, groups))
+    if launch is None or NORM.mode != "cuda" or not (_fits(weight, x) and _fits(bias, x)):
         return None
-    kernels = kernels_for(x, weight, bias, groups)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        return None
+    operator, address = launch
+    return operator(x, residual, weight, bias, address, eps, relu)
+
+
+_launches: dict[tuple, tuple[host.Operator, int]] = {}
+"""Shape, dtype, device and groups of a map -> operator and plan: what a call looks up, since a step has 159 of them."""
+
+
+def plan_from_host(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> bool:
+    """Let C++ launch for such maps from now on; false where it cannot. Shapes and groups must have been checked."""
+    # To ask for the library starts the compiler, which only those kernels are worth.
+    operator = host.operator() if NORM.mode == "cuda" and _is_on_gpu(x) else None
+    kernels = None if operator is None else kernels_for(x, weight, bias, groups)
     address = None if kernels is None else kernels.host_plan(x.shape, x.dtype, groups)
-    return None if address is None else operator(x, residual, weight, bias, address, eps, relu)
+    if operator is None or address is None:
+        return False
+    _launches[x.shape, x.dtype, x.device, groups] = operator, address
+    return True
+
+
+def _fits(parameter: Tensor | None, x: Tensor) -> bool:
+    """Whether C++ can read a parameter (C,) by its address; the slower `unreadable` tells why not."""
+    return parameter is None or (
+        parameter.dtype is torch.float32
+        and parameter.is_contiguous()
+        and parameter.numel() == x.shape[1]
+        and parameter.device == x.device
+    )
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.ops import batch_norm_act_host
+from models.ops import batch_norm_act_host, batch_norm_act_kernels
 from models.ops.batch_norm_act_kernels import BatchNormActKernels
 from models.ops.box_pool_kernels import BoxPoolKernels
 from models.ops.masked_pool_kernels import MaskedPoolKernels
@@ -134,5 +134,6 @@ def counted() -> Iterator[Traffic]:
             stack.enter_context(_replaced(owner, name, counting(getattr(owner, name), owner, moved)))
         # C++ launches what Python launches, and would not be seen here.
         stack.enter_context(_replaced(batch_norm_act_host, "operator", lambda: None))
+        stack.enter_context(_replaced(batch_norm_act_kernels, "_launches", {}))
         with traffic:
             yield traffic

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.distributed import run_ranks
+from train.eval import knn_protocol
+from train.eval.options import KnnConfig
+from train.measure import features as features_module
 from train.measure import health
+from train.measure.features import Features
 from train.measure.knn import knn_classify, knn_predict, predict_over_ranks
+from train.runtime import Runtime
 
 
 def clusters(n: int, classes: int = 5, width: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +75,49 @@ def test_a_table_in_half_precision_is_compared_in_single(monkeypatch: pytest.Mon
     found = knn_predict(half, labels, queries, (4,), 0.07, 6)
     expected = knn_predict(half.float(), labels, queries, (4,), 0.07, 6)
     assert torch.equal(found[4][0], expected[4][0]) and torch.equal(found[4][1], expected[4][1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_command_keeps_its_tables_in_half_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """ImageNet in fp32 is 10 GB for each rank, and three times that while it is put together."""
+    asked: list[bool] = []
+
+    class Session:
+        runtime = Runtime(0, 1, torch.device(device), torch.float32, False)
+
+        def features_of(self, data: str, compact: bool) -> tuple[Features, str]:
+            asked.append(compact)
+            rows, labels = clusters(30)
+            table = F.normalize(rows, dim=1).half() if compact else rows
+            return Features(table, labels, torch.arange(30)), "hash"
+
+        def say(self, text: str) -> None:
+            assert "top-1" in text
+
+        def write(self, result: dict) -> None:
+            assert result["top1"] == 1.0
+
+    monkeypatch.setattr(knn_protocol, "open_session", lambda *_: nullcontext(Session()))
+    assert knn_protocol.run(KnnConfig(k=(1,))) == 0
+    assert asked == [device == "cuda"] * 2
+
+
+def rows_of_a_rank(rank: int, world: int) -> tuple[Features, Features]:
+    """What a rank gets where ranks hold 5, 0 and 3 rows out of order; and what is right."""
+    samples = torch.tensor([7, 0, 3, 2, 5, 6, 1, 4])
+    table = (samples[:, None] + torch.tensor([0.0, 0.5])).half()
+    mine = samples.split([5, 0, 3])[rank]
+    part = (table.split([5, 0, 3])[rank], mine + 10, mine)
+    order = samples.argsort()
+    return features_module._in_storage_order(*part), Features(table[order], samples[order] + 10, samples[order])
+
+
+def test_ranks_join_their_rows_in_storage_order(tmp_path: Path) -> None:
+    for found, right in run_ranks(rows_of_a_rank, 3, tmp_path):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[:3], right[:3], strict=True))
+    alone = torch.arange(4).half()[:, None]
+    ordered = features_module._in_storage_order(alone, torch.ones(4, dtype=torch.int64), torch.arange(4))
+    assert ordered.features.data_ptr() == alone.data_ptr(), "what is in order is not copied"
 
 
 def test_agrees_with_scikit_learn_to_a_tenth_of_a_point() -> None:

@@ -189,23 +189,28 @@ class Session(ProtocolSession):
         views = linear_views(self.image_size)
         return self.open(data, views, global_batch, "global", drop_last=True, population=population, augment="linear")
 
-    def features_of(self, data: str, population: np.ndarray | None = None) -> tuple[Features, str]:
-        """(features of the centre view of each image, data hash); with several ranks all of them get all rows."""
+    def features_of(
+        self, data: str, population: np.ndarray | None = None, compact: bool = False
+    ) -> tuple[Features, str]:
+        """(features of the centre view of each image, data hash); with several ranks all of them get all rows.
+
+        `compact` is as for `extract_features`.
+        """
         pipeline = self.open(data, (center_view(self.image_size),), population=population)
         try:
             pipeline.set_epoch(0)
-            return self.extract(self.encoder, pipeline), pipeline.data_hash
+            return self.extract(self.encoder, pipeline, compact), pipeline.data_hash
         finally:
             pipeline.close()
 
-    def extract(self, encoder: nn.Module, pipeline: Pipeline) -> Features:
+    def extract(self, encoder: nn.Module, pipeline: Pipeline, compact: bool = False) -> Features:
         """Features of a pipeline's one view, without the images that cannot be read, which are counted.
 
         Raises:
             TooManyBad: more than `--max-bad` of them cannot be read.
         """
         device, dtype = self.runtime.device, self.autocast_dtype
-        features = extract_features(encoder, pipeline, device, dtype, max_bad=self.config.max_bad)
+        features = extract_features(encoder, pipeline, device, dtype, max_bad=self.config.max_bad, compact=compact)
         self.count_bad(pipeline, "are left out")
         return features
 

@@ -133,18 +133,9 @@ def extract_features(
     empty = torch.zeros(0, width, dtype=torch.float16 if compact else torch.float32, device=device)
     table = torch.cat([empty, *features])
     features.clear()  # a second table of the size of the first
-    gathered = gather_rows(
-        table,
-        torch.cat([torch.zeros(0, dtype=torch.int64), *labels]),
-        torch.cat([torch.zeros(0, dtype=torch.int64), *indices]),
-    )
-    # Ranks deliver their parts one after the other; storage order makes the result independent of their number.
-    order = gathered.samples.argsort()
-    return _readable(
-        Features(gathered.features[order.to(device)], gathered.labels[order], gathered.samples[order]),
-        pipeline.stats().bad_records,
-        max_bad,
-    )
+    none = torch.zeros(0, dtype=torch.int64)
+    found = _in_storage_order(table, torch.cat([none, *labels]), torch.cat([none, *indices]))
+    return _readable(found, pipeline.stats().bad_records, max_bad)
 
 
 def _readable(found: Features, own: Iterable[int], max_bad: float) -> Features:
@@ -184,24 +175,39 @@ def _common_width(width: int, device: torch.device) -> int:
     return int(said)
 
 
-def gather_rows(features: Tensor, labels: Tensor, index: Tensor) -> Features:
-    """All ranks' rows on every rank, whose counts may differ; the identity without a process group."""
-    if world() == 1:
-        return Features(features, labels, index)
-    device = features.device
-    count = torch.tensor([len(features)], device=device)
-    counts = [torch.zeros_like(count) for _ in range(world())]
-    # The ranks' counts may differ, as the last batch need not divide.
-    dist.all_gather(counts, count)
-    sizes = [int(c) for c in counts]
-    # Collectives want equal shapes, so each rank pads to the longest.
-    columns = []
-    for column in (features.contiguous(), labels.to(device), index.to(device)):
-        padding = column.new_zeros(max(sizes) - len(column), *column.shape[1:])
-        parts = [torch.empty_like(torch.cat([column, padding])) for _ in sizes]
-        dist.all_gather(parts, torch.cat([column, padding]))
-        columns.append(torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]))
-    return Features(columns[0], columns[1].cpu(), columns[2].cpu())
+def _in_storage_order(features: Tensor, labels: Tensor, index: Tensor) -> Features:
+    """The rows of all ranks sorted by sample, on every rank; they deliver their parts one after the other.
+
+    The result does not depend on the number of ranks. On the device it holds two tables of all rows at the most.
+    """
+    present = torch.arange(len(index))
+    if world() > 1:
+        sizes = _sizes(len(index), features.device)
+        longest = max(sizes)
+        present = torch.cat([torch.arange(size) + rank * longest for rank, size in enumerate(sizes)])
+        features = _joined(features, longest)
+        labels, index = (_joined(column.to(features.device), longest).cpu() for column in (labels, index))
+    rows = present[index[present].argsort()]
+    if not torch.equal(rows, torch.arange(len(features))):  # in order already, as one process delivers them
+        features = features[rows.to(features.device)]
+    return Features(features, labels[rows], index[rows])
+
+
+def _sizes(own: int, device: torch.device) -> list[int]:
+    """How many rows each rank has; they may differ, as the last batch need not divide."""
+    counts = torch.empty(world(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([own], device=device))
+    sizes: list[int] = counts.tolist()
+    return sizes
+
+
+def _joined(column: Tensor, longest: int) -> Tensor:
+    """The rows of all ranks, each rank's filled up to `longest`: collectives want equal shapes."""
+    padded = column.new_zeros(longest, *column.shape[1:])
+    padded[: len(column)] = column
+    joined = column.new_empty(world() * longest, *column.shape[1:])
+    dist.all_gather_into_tensor(joined, padded)
+    return joined
 
 
 def normalised_rows(features: Tensor) -> Tensor:

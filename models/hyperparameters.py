@@ -267,11 +267,13 @@ class LewelBConfig:
 
 @dataclass(frozen=True)
 class MoCoV3Config:
-    """Hyper-parameters of MoCo v3 on ResNets."""
+    """Hyper-parameters of MoCo v3."""
 
     temperature: float = option(1.0, "softmax temperature (tau)", above=0)
     dim: int = option(256, "width of the embeddings", above=0)
     hidden_dim: int = option(4096, "width of the hidden layers of projector and predictor", above=0)
+    projector_layers: int = option(2, "linear layers of the projector: 2 on a ResNet, 3 on a ViT", least=2)
+    predictor_norm: bool = option(False, "batch norm on the predictor's output, as on a ViT")
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
 
@@ -386,5 +388,7 @@ ARCHITECTURES = (
     "resnet152",
     "resnet50-2x",
     "swin-t",
+    "vit-s",
+    "vit-b",
 )
 """The names of our own backbones, which `models.resnet.BACKBONES` builds."""

@@ -14,6 +14,7 @@ from .foreign import ForeignTrunk, build_foreign, is_foreign
 from .hyperparameters import ConvInit
 from .norm import norm_relu
 from .swin import SwinTrunk
+from .vit import VitTrunk
 
 
 class BasicBlock(TorchvisionBasicBlock):
@@ -141,7 +142,12 @@ def _swin(
     return trunk
 
 
-Trunk = ResNetTrunk | SwinTrunk | ForeignTrunk
+def _vit(conv_init: ConvInit, zero_init_residual: bool, dim: int, depth: int, heads: int) -> VitTrunk:
+    """The trunk; it starts as MoCo v3 draws it, whatever is said of a ResNet's convolutions and norms."""
+    return VitTrunk(dim, depth, heads)
+
+
+Trunk = ResNetTrunk | SwinTrunk | VitTrunk | ForeignTrunk
 
 BACKBONES: dict[str, Callable[..., Trunk]] = {
     "resnet10-w16": partial(SmallResNet, 16),
@@ -153,6 +159,8 @@ BACKBONES: dict[str, Callable[..., Trunk]] = {
     "resnet152": partial(ResNetTrunk, Bottleneck, (3, 8, 36, 3)),
     "resnet50-2x": partial(ResNetTrunk, Bottleneck, (3, 4, 6, 3), width_per_group=128),
     "swin-t": partial(_swin, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "vit-s": partial(_vit, dim=384, depth=12, heads=12),
+    "vit-b": partial(_vit, dim=768, depth=12, heads=12),
 }
 
 
@@ -161,8 +169,10 @@ def build_backbone(arch: str, conv_init: ConvInit, zero_init_residual: bool = Fa
 
     Args:
         arch: a key of `BACKBONES`, or `timm:NAME`, `torchvision:NAME`, `module:factory` (see `foreign.py`).
-        conv_init: initialisation of the convolutions, see `initialise_convolutions`; foreign trunks keep their own.
-        zero_init_residual: start every residual branch of a ResNet at 0; foreign trunks start as their library does.
+        conv_init: initialisation of the convolutions, see `initialise_convolutions`; foreign trunks and ViTs have
+            their own.
+        zero_init_residual: start every residual branch of a ResNet at 0; foreign trunks start as their library does,
+            ViTs as MoCo v3's.
 
     Returns:
         A module from images (B, 3, S, S) to a map (B, feature_dim, S/stride, S/stride).

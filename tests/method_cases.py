@@ -14,6 +14,7 @@ from models.methods import METHODS
 from models.methods.base import Method, StepInputs
 from models.resnet import BACKBONES, BasicBlock, ResNetTrunk, initialise_convolutions
 from models.swin import SwinTrunk
+from models.vit import VitTrunk
 
 SIZE, BATCH, GROUP = 64, 8, 4  # pixels; images of a global batch; images of a batch-norm group
 SMALL = {
@@ -57,10 +58,14 @@ def _narrow_swin(conv_init: Any = "torch", zero_init_residual: bool = False) -> 
     return SwinTrunk(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2))
 
 
+def _narrow_vit(conv_init: Any = "torch", zero_init_residual: bool = False) -> VitTrunk:
+    return VitTrunk(dim=16, depth=2, heads=2)
+
+
 @contextmanager
 def small_backbones() -> Iterator[None]:
-    """Within the block `BACKBONES` knows "resnet-narrow" and "swin-narrow"."""
-    added = {"resnet-narrow": NarrowResNet, "swin-narrow": _narrow_swin}
+    """Within the block `BACKBONES` knows "resnet-narrow", "swin-narrow" and "vit-narrow"."""
+    added = {"resnet-narrow": NarrowResNet, "swin-narrow": _narrow_swin, "vit-narrow": _narrow_vit}
     BACKBONES.update(added)  # type: ignore[arg-type]
     try:
         yield

@@ -138,6 +138,7 @@ def test_recipes_hold_the_published_values_and_every_method_has_one() -> None:
     assert values["lewel-b"] == ("sgd", 0.4, 256, 50, (30, 40), False, 0.0)
     assert values["lewel-m"] == ("lars", 3.2, 4096, 90, (), False, 0.0)
     assert values["barlow-twins"] == ("sgd", 0.3, 256, 100, (), False, 1e-6)
+    assert values["moco-v3-vit"] == ("sgd", 3.0 * 1024 / 256, 1024, 90, (), False, 0.0)
     assert values["swav"] == ("sgd", 0.3, 256, 100, (), False, 1e-6)
     assert values["simclr"] == ("nesterov", 0.1 * 4096 / 256, 4096, 90, (), False, 1e-6)
 

@@ -290,7 +290,8 @@ _SWIN_INNER = {"mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
 
 def _detect_layout(state: Mapping[str, Tensor]) -> tuple[str, Callable[[str], str]]:
     """Whose key names these are, and the function that turns one of them into torchvision's."""
-    if "patch_embed.proj.weight" not in state:
+    # Swin has stages of layers; a ViT's names are timm's here as well.
+    if "patch_embed.proj.weight" not in state or "cls_token" in state:
         return "torchvision", lambda name: name
     # The authors put the patch merging at the end of a stage, timm since 0.9 at the start of the next.
     authors = "layers.0.downsample.reduction.weight" in state
@@ -428,6 +429,11 @@ def load_into(
         for name, value in taken.items():
             if name.endswith("relative_position_index") and not torch.equal(value, target[name].cpu()):
                 raise UserMistake(f"checkpoint {source.origin}: {name} orders window positions in another way")
+            if name == "pos_embed" and arch in _CLASS_TOKEN_ARCHS and not torch.allclose(value, target[name].cpu()):
+                raise UserMistake(
+                    f"checkpoint {source.origin}: its positions are not MoCo v3's fixed ones, which --arch {arch} has; "
+                    "choose --arch timm:NAME"
+                )
             target[name].copy_(value)
     say(str(report))
     return report
@@ -452,6 +458,10 @@ def build_encoder(arch: str) -> nn.Module:
     return build_backbone(arch, "torch" if arch.startswith("swin") else "fan_out")
 
 
+_CLASS_TOKEN_ARCHS = ("vit-s", "vit-b")
+"""Whose names and shapes are those of other ViTs as well, which have other heads and positions."""
+
+
 def infer_arch(source: BackboneSource) -> str:
     """The architecture of a source: from its metadata, or the only one whose names and shapes all fit.
 
@@ -467,7 +477,7 @@ def infer_arch(source: BackboneSource) -> str:
     if recorded in BACKBONES or is_foreign(recorded):
         return recorded
     scores = {}
-    for arch in BACKBONES:
+    for arch in (name for name in BACKBONES if name not in _CLASS_TOKEN_ARCHS):
         # Names and shapes are all that is compared, so no weights are drawn.
         with torch.device("meta"):
             target = build_encoder(arch).state_dict()

@@ -12,6 +12,7 @@ import torch
 from models.foreign import check_image_size
 from models.methods import METHODS
 from models.methods.base import Method
+from models.vit import PATCH, VitTrunk
 from pipeline.augment import choose_implementation
 from pipeline.interface import Pipeline
 
@@ -56,8 +57,24 @@ def build_method(config: Config, runtime: Runtime) -> Method:
     if config.run.init:
         load_into(method.encoder, config.run.init, config.recipe.arch)
         method.synchronise_momentum()
+    _check_vit(config, method)
     method.freeze([stage.strip() for stage in config.run.freeze.split(",") if stage.strip()])
     return method.to(runtime.device).to(memory_format=torch.channels_last)
+
+
+def _check_vit(config: Config, method: Method) -> None:
+    """Refuse what a ViT whose map is its class token cannot serve."""
+    if not isinstance(method.encoder, VitTrunk):
+        return
+    recipe = config.recipe
+    if method.reads_positions:
+        raise UserMistake(
+            f"--arch {recipe.arch} gives the class token alone, and --method {config.run.method} compares places of an "
+            "image; choose a ResNet, swin-t or timm:vit_small_patch16_224"
+        )
+    for size in sorted({spec.size for spec in train_views(config)}):
+        if size % PATCH:
+            raise UserMistake(f"--arch {recipe.arch} takes whole patches of {PATCH} px, and {size} px are none")
 
 
 def feature_grid(method: Method, image_size: int) -> int:

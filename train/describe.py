@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from models.foreign import ForeignTrunk
 from models.methods.base import Method
+from models.vit import VitTrunk
 
 from .build import feature_grid
 from .config import Config
@@ -30,6 +31,11 @@ def describe(config: Config, runtime: Runtime, method: Method) -> str:
             f"backbone {recipe.arch}: stride {method.encoder.stride}, {method.encoder.feature_dim} channels; starts as "
             "its library draws it, without dropout and drop-path (--conv-init and --zero-init-residual are for the "
             "built-in ones)"
+        )
+    if isinstance(method.encoder, VitTrunk):
+        lines.append(
+            f"backbone {recipe.arch}: its feature is the class token; it starts as MoCo v3's, and its patch projection "
+            "stays so (--conv-init and --zero-init-residual are for ResNets)"
         )
     if method.frozen_stages:
         kept = sum(p.numel() for p in method.encoder.parameters() if not p.requires_grad)

@@ -89,6 +89,9 @@ class Method(nn.Module, ABC):
     """The EMA after optimizer step t uses coefficient number t + offset: 1 where the paper's code updates at the start
     of the next step (MoCo, DenseCL, MoBY, MoCo v3, CARE), 0 where it updates after the optimizer step (BYOL, LEWEL)."""
 
+    reads_positions: ClassVar[bool] = False
+    """Whether the method reads single cells of the feature map, and not only its mean."""
+
     encoder: nn.Module
     frozen_stages: tuple[str, ...] = ()
     """Parts of the backbone that are not trained, by name; see `freeze`."""

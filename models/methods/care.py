@@ -95,6 +95,7 @@ class Care(Method):
     """
 
     Config = CareConfig
+    reads_positions = True
     ema_index_offset = 1
 
     def __init__(

@@ -40,6 +40,7 @@ class DenseCL(MoCoV2):
     """
 
     Config = DenseCLConfig
+    reads_positions = True
     keys_type = DenseKeys
     config: DenseCLConfig
 

@@ -58,6 +58,7 @@ class LewelB(RegressionMethod):
     """
 
     Config = LewelBConfig
+    reads_positions = True
     projector: AlignmentHead
 
     def __init__(

@@ -98,6 +98,7 @@ class LewelM(QueueMethod):
     """
 
     Config = LewelMConfig
+    reads_positions = True
     ema_index_offset = 1
 
     def __init__(

@@ -1,4 +1,4 @@
-"""MoCo v3 with ResNet heads: two views, keys of the whole global batch, no queue."""
+"""MoCo v3: two views, keys of the whole global batch, no queue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class MoCoV3(Method):
         bn_mode: "group", "sync" or "plain" batch norm; the paper synchronises.
         bn_group_size: images of a group in mode "group"; 0 is the rank's whole batch.
 
-    Source: MoCo v3 (arXiv 2104.02057) Algorithm 1; facebookresearch/moco-v3, the ResNet model.
+    Source: MoCo v3 (arXiv 2104.02057) Algorithm 1; facebookresearch/moco-v3, by default the heads of the ResNet model;
+    `projector_layers` 3 and `predictor_norm` give those of the ViT model.
     """
 
     Config = MoCoV3Config
@@ -40,12 +41,17 @@ class MoCoV3(Method):
         self.config = config
         self.encoder: Trunk = build_backbone(arch, config.conv_init, config.zero_init_residual)
         self.projector = mlp_head(
-            (self.encoder.feature_dim, config.hidden_dim, config.dim),
-            biases=(False, False),
+            (self.encoder.feature_dim, *[config.hidden_dim] * (config.projector_layers - 1), config.dim),
+            biases=[False] * config.projector_layers,
             hidden_norm=True,
             output_norm="fixed",
         )
-        self.predictor = mlp_head((config.dim, config.hidden_dim, config.dim), biases=(False, False), hidden_norm=True)
+        self.predictor = mlp_head(
+            (config.dim, config.hidden_dim, config.dim),
+            biases=(False, False),
+            hidden_norm=True,
+            output_norm="fixed" if config.predictor_norm else "none",
+        )
         # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)

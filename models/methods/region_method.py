@@ -285,6 +285,8 @@ class RegionMixin(Method):
     It stands before the method that it extends, whose `encoder` it uses, and reads `config.region`.
     """
 
+    reads_positions = True
+
     config: Any
     query_views: tuple[str, ...] = ("view1", "view2")
     """Views in the role of the query."""

@@ -66,12 +66,16 @@ def training_of(backbone: Backbone, table: Table) -> Training:
         return Training("supervised", "", (), backbone.arch)
     base = table.recipes.get(backbone.method, backbone.method)
     names = [name for name in RECIPES if _is_variant(name, base, backbone)]
+    usual = RECIPES[backbone.method][1]()[0].arch
 
-    def distance(name: str) -> tuple[int, int, int]:
-        # Fewest changes first, then the nearest length; of two lengths equally near the longer one, whose rate is
+    def distance(name: str) -> tuple[int, int, int, int]:
+        # A ViT has another optimizer than a ResNet: recipes of the very backbone first, then those of the usual one.
+        made = RECIPES[name][1]()[0].arch
+        other = 0 if made == backbone.arch else 1 if made == usual else 2
+        # Fewest changes next, then the nearest length; of two lengths equally near the longer one, whose rate is
         # meant for long runs.
         epochs = RECIPES[name][1]()[0].epochs
-        return len(_settings(backbone, name)), abs(epochs - backbone.epochs), -epochs
+        return other, len(_settings(backbone, name)), abs(epochs - backbone.epochs), -epochs
 
     recipe = min(names, key=distance)
     flags = [*_length_and_arch(backbone, recipe), *_settings(backbone, recipe)]

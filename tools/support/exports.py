@@ -24,7 +24,7 @@ from train.backbone_io import LoadedBackbone, backbone_state, torchvision_to_swi
 from train.errors import UserMistake
 from train.record.model_card import model_card
 
-from .foreign_exports import check_format
+from .foreign_exports import OWN_FORMATS, check_format
 from .foreign_exports import usage as foreign_usage
 
 TORCHVISION_NAMES = {
@@ -36,7 +36,12 @@ TORCHVISION_NAMES = {
     "resnet50-2x": "wide_resnet50_2",
     "swin-t": "swin_t",
 }
-TIMM_NAMES = {**TORCHVISION_NAMES, "swin-t": "swin_tiny_patch4_window7_224"}
+TIMM_NAMES = {
+    **TORCHVISION_NAMES,
+    "swin-t": "swin_tiny_patch4_window7_224",
+    "vit-s": "vit_small_patch16_224",
+    "vit-b": "vit_base_patch16_224",
+}
 RESNET_DEPTHS = {
     "resnet18": (2, 2, 2, 2),
     "resnet34": (3, 4, 6, 3),
@@ -331,7 +336,7 @@ def usage_torchvision(arch: str) -> str:
 
 def usage_timm(arch: str) -> str:
     """Code that loads the export with timm."""
-    size = ", img_size={size}" if arch == "swin-t" else ""
+    size = {"swin-t": ", img_size={size}", "vit-s": ", num_heads=12"}.get(arch, "")
     return _PREPARE + (
         f"import timm\nname = '{TIMM_NAMES[arch]}'\n"
         f"model = timm.create_model(name, num_classes=0{size}, checkpoint_path='{{out}}')\n"
@@ -429,7 +434,7 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
         UserMistake: the ending does not fit, or something is there already.
     """
     kind = TARGETS[target]
-    if is_foreign(loaded.arch):
+    if is_foreign(loaded.arch) or loaded.arch in OWN_FORMATS:
         check_format(loaded.arch, target)
     if kind.ending and out.suffix != kind.ending:
         raise UserMistake(f"OUT {out}: a {target} export ends in {kind.ending}; for example {out.stem}{kind.ending}")

@@ -6,19 +6,21 @@ from models.foreign import ForeignTrunk, chain_of, is_densenet
 from train.errors import UserMistake
 
 _FORMATS = {"timm": ("timm", "hf", "onnx"), "torchvision": ("torchvision", "onnx")}
+OWN_FORMATS = {"vit-s": ("timm", "onnx"), "vit-b": ("timm", "onnx")}
+"""Backbones of our own that only some formats have: torchvision and transformers compute their ViTs otherwise."""
 
 
 def check_format(arch: str, target: str) -> None:
     """Refuse a format that knows no such backbone.
 
     Args:
-        arch: `timm:NAME`, `torchvision:NAME` or `module:factory`.
+        arch: `timm:NAME`, `torchvision:NAME`, `module:factory`, or one of `OWN_FORMATS`.
         target: export format.
 
     Raises:
         UserMistake: naming the formats that fit.
     """
-    fitting = _FORMATS.get(arch.partition(":")[0], ("onnx",))
+    fitting = OWN_FORMATS.get(arch) or _FORMATS.get(arch.partition(":")[0], ("onnx",))
     if target not in fitting:
         raise UserMistake(
             f"--format {target} has no {arch}: choose {' or '.join(fitting)}; the run's backbone.safetensors has all "

@@ -64,6 +64,7 @@ LINEAR_RECIPES: dict[str, LinearRecipe] = {
     "lewel-b": LinearRecipe("LEWEL-B", "sgd", 0.4, 256, 50, "steps", (30, 40)),
     "lewel-m": LinearRecipe("LEWEL-M", "lars", 3.2, 4096, 90, "cosine-epoch"),
     "simclr": LinearRecipe("SimCLR", "nesterov", 1.6, 4096, 90, "cosine-step", weight_decay=1e-6),
+    "moco-v3-vit": LinearRecipe("MoCo v3 with a ViT", "sgd", 12.0, 1024, 90, "cosine-epoch"),
     "swav": LinearRecipe("SwAV", "sgd", 0.3, 256, 100, "cosine-epoch", weight_decay=1e-6),
     "barlow-twins": LinearRecipe("Barlow Twins", "sgd", 0.3, 256, 100, "cosine-epoch", weight_decay=1e-6),
     # Ours: no augmentation, so features are computed once and the optimum is exact; `lr` is then the L2 strength.

@@ -187,12 +187,16 @@ def test_several_backbones_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_moco_v3_s_transformers(tmp_path: Path) -> None:
-    """vit_base is timm's; vit_small has other heads, of which its tensors know nothing."""
+    """vit_base is timm's; vit_small has other heads, of which its tensors know nothing, and is our vit-s."""
     timm = pytest.importorskip("timm")
     small = timm.create_model("vit_small_patch16_224", num_classes=0, depth=1).state_dict()
     torch.save({"arch": "vit_small", "state_dict": under("module.base_encoder.", small)}, tmp_path / "small.pth")
-    with pytest.raises(UserMistake, match="12 attention heads where timm's has 6"):
+    with pytest.raises(UserMistake, match="12 attention heads .* choose --arch vit-s"):
         load(tmp_path / "small.pth", "timm:vit_small_patch16_224")
+    own = build_encoder("vit-s").state_dict()
+    torch.save({"state_dict": {**under("module.base_encoder.", own)}}, tmp_path / "own.pth")
+    loaded = load(tmp_path / "own.pth", say=lambda _: None)
+    assert loaded.arch == "vit-s" and loaded.report.family == "MoCo v3"
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.foreign import is_foreign, names_code
 from pipeline.atomic import write_atomically
 
-from .checkpoint_layouts import extract
+from .checkpoint_layouts import SMALL_VIT_WIDTH, extract
 from .errors import UserMistake
 from .inert_pickle import Inert, load_inert
 from .state import digest
@@ -423,6 +423,7 @@ def load_into(
     """
     if not isinstance(source, BackboneSource):
         source = read_backbone(source)
+    _check_heads(source, arch)
     target = encoder.state_dict()
     taken, report = match_backbone(source, target, arch)
     with torch.no_grad():
@@ -437,6 +438,16 @@ def load_into(
             target[name].copy_(value)
     say(str(report))
     return report
+
+
+def _check_heads(source: BackboneSource, arch: str) -> None:
+    # The number of attention heads is in no tensor: the file would load completely and give other features.
+    token = source.original.get("cls_token")
+    if source.family == "MoCo v3" and is_foreign(arch) and token is not None and token.shape[-1] == SMALL_VIT_WIDTH:
+        raise UserMistake(
+            f"checkpoint {source.origin} is MoCo v3's vit_small, which has 12 attention heads where {arch} has others; "
+            "choose --arch vit-s"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ _FAMILIES = (
 _HEADS = re.compile(r"^(fc\d?|heads?|trans|neck|projector|predictor|projection_head|prediction_head)\.")
 # lightly makes a Sequential of a ResNet's children, in their order.
 _LIGHTLY = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+SMALL_VIT_WIDTH = 384
 _MOCO_V3_ARCHS = {"vit_base": "timm:vit_base_patch16_224"}
 
 
@@ -72,8 +73,7 @@ def extract(tensors: Mapping[str, Tensor], origin: str, recorded_arch: str = "")
         recorded_arch: what the file says its architecture is, as MoCo's and SimSiam's do.
 
     Raises:
-        UserMistake: several backbones of which none is known to be the trained one, or a network that the same tensors
-            would not give here.
+        UserMistake: several backbones of which none is known to be the trained one.
     """
     prefixes = _prefixes(tensors)
     if not prefixes or "" in prefixes:
@@ -81,12 +81,11 @@ def extract(tensors: Mapping[str, Tensor], origin: str, recorded_arch: str = "")
     prefix, family = _trained(prefixes, origin)
     inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     kept = _from_lightly({name: value for name, value in inside.items() if not _HEADS.match(name)})
-    if family == "MoCo v3":
-        _check_heads(kept, origin)
     others = sorted({name.split(".")[0] for name in tensors if not name.startswith(prefix)})
     left = f"{prefix}* taken; left out {len(inside) - len(kept)} tensors of its head"
     left += f" and {', '.join(others)}" if others else ""
-    return Extracted(kept, family, left, _MOCO_V3_ARCHS.get(recorded_arch, "") if family == "MoCo v3" else "")
+    arch = _moco_v3_arch(kept, recorded_arch) if family == "MoCo v3" else ""
+    return Extracted(kept, family, left, arch)
 
 
 def _prefixes(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -131,10 +130,9 @@ def _from_lightly(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _check_heads(tensors: Mapping[str, Tensor], origin: str) -> None:
-    # The number of attention heads is in no tensor: the file would load completely and give other features.
-    if "cls_token" in tensors and tensors["cls_token"].shape[-1] == 384:
-        raise UserMistake(
-            f"checkpoint {origin} is MoCo v3's vit_small, which has 12 attention heads where timm's has 6; take "
-            "its vit_base or ResNet-50"
-        )
+def _moco_v3_arch(tensors: Mapping[str, Tensor], recorded_arch: str) -> str:
+    """Whose architecture a checkpoint of MoCo v3 has; empty where its tensors tell that."""
+    # Its ViT-S has 12 attention heads where timm's has 6, of which no tensor knows.
+    if "cls_token" in tensors and tensors["cls_token"].shape[-1] == SMALL_VIT_WIDTH:
+        return "vit-s"
+    return _MOCO_V3_ARCHS.get(recorded_arch, "")

@@ -139,8 +139,13 @@ def test_files_keep_timm_s_names_and_other_vits_are_refused(tmp_path: Path) -> N
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded.encoder(images), trunk.eval()(images))
-    card = export(loaded, tmp_path / "timm.safetensors", "timm").read_text()
-    assert "'vit_small_patch16_224', num_classes=0, num_heads=12" in card
+    out = tmp_path / "timm.safetensors"
+    card = export(loaded, out, "timm").read_text()
+    assert "name = 'vit_small_patch16_224'" in card and "num_classes=0, num_heads=12" in card
+    other = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, checkpoint_path=str(out)).eval()
+    large = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(other(large), trunk(large).flatten(1), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserMistake, match="has no vit-s: choose timm or onnx"):
         export(loaded, tmp_path / "tv.safetensors", "torchvision")
     learned: dict[str, Tensor] = {**trunk.state_dict(), "pos_embed": 0.02 * torch.randn(1, 197, 384)}

@@ -292,6 +292,10 @@ RANK_CASES = {
         2,
         [Case(name, ACROSS_RANKS) for name in ("regioncl-m", "regioncl-s", "regioncl-m3", "regioncl-moby")],
     ),
+    "two ranks, a vision transformer": (
+        2,
+        [Case("moco-v3", {"projector_layers": 3, "predictor_norm": True}, {"arch": "vit-narrow"})],
+    ),
     "two ranks, grouped heads": (2, [Case("regioncl-s", options={"bn_mode": "group"})]),
     "two ranks, a full queue of samples": (2, [Case("swav", {"queue_size": 8})]),
     "four ranks": (4, [Case("regioncl-m", ACROSS_RANKS), Case("lewel-m")]),

@@ -32,6 +32,7 @@ def sincos_positions(side: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), grid])[None]
 
 
+# Kept, because a step must not wait for a copy to the device.
 @cache
 def _positions_on(side: int, dim: int, device: torch.device) -> Tensor:
     return sincos_positions(side, dim).to(device)
@@ -114,6 +115,7 @@ class VitTrunk(nn.Module):
 
     stride: int = PATCH
     feature_dim: int
+    pos_embed: Tensor
 
     def __init__(self, dim: int, depth: int, heads: int) -> None:
         super().__init__()
@@ -144,7 +146,7 @@ class VitTrunk(nn.Module):
 
     def _positions(self, side: int, like: Tensor) -> Tensor:
         if side == _PUBLISHED_SIDE:
-            return self.pos_embed.to(like.dtype)  # type: ignore[no-any-return]
+            return self.pos_embed.to(like.dtype)
         return _positions_on(side, self.feature_dim, like.device).to(like.dtype)
 
 

@@ -77,6 +77,15 @@ def list_images(source: Path) -> Listing:
     return Listing(files, names, labels, classes, passed_over)
 
 
+def image_names(folder: Path) -> Iterator[str]:
+    """Relative paths of the image files below a folder as they are found, in no order.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+    return _walk(folder, Counter())
+
+
 def _instead(passed_over: Mapping[str, int]) -> str:
     """What to give instead of a folder or list without images."""
     if passed_over.get(".tar"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 import zlib
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from .beton import BetonReader
 from .classes import joined
 from .clutter import is_clutter
 from .layouts import CHECK_CRC, REFUSE_ROTATED, WHOLE_IMAGE
-from .listing import list_images
+from .listing import image_names, list_images
 from .manifest import manifest_of
 from .parquet import ENDING, ParquetImages
 from .parts import Whole, arranged, divided_into
+from .shard_store import open_shards
 from .shards import INDEX_NAME
 
 
@@ -243,6 +245,31 @@ def data_parts(data: str) -> list[str]:
             "shards/photos-{000000..000009}.tar"
         )
     return found
+
+
+def count_images(data: str, enough: int) -> int:
+    """Images that `--data` names, as cheaply as they can be counted.
+
+    Returns:
+        Their number; `enough` where there are as many or more, where they lie behind an address, or where they cannot
+        be opened, which whoever opens them tells.
+    """
+    if "://" in data:
+        return enough
+    try:
+        parts = [data] if is_shard_pattern(data) else data_parts(data)
+        return min(enough, sum(_count_part(part, enough) for part in parts))
+    except (ValueError, OSError):
+        return enough
+
+
+def _count_part(part: str, enough: int) -> int:
+    if is_shard_pattern(part):
+        return len(open_shards(part, "sequential", 1, 1).labels)
+    if os.path.isdir(part):
+        # Not the whole walk: a folder of millions takes minutes.
+        return sum(1 for _ in itertools.islice(image_names(Path(part)), enough))
+    return len(_open_one(part).labels)
 
 
 def is_shard_pattern(data: str) -> bool:

@@ -128,6 +128,8 @@ def other_value(leaf, samples: dict[type, str]) -> str:
         return "true"
     if typing.get_origin(leaf.annotation) is tuple:
         return "0.5,0.25"
+    if leaf.name == "micro_batch":
+        return "auto"
     return samples[leaf.annotation]
 
 

@@ -1,6 +1,7 @@
-"""Say what is wrong, and what to do: with this machine, a packed file or a run.
+"""Say what is wrong, and what to do: with this machine, a packed file, a run, or a run that is to be started.
 
-`python tools/doctor.py`, `python tools/doctor.py photos.beton`, `python tools/doctor.py runs/regioncl-m`.
+`python tools/doctor.py`, `python tools/doctor.py photos.beton`, `python tools/doctor.py runs/regioncl-m`,
+`python tools/doctor.py --method regioncl-m --data photos.beton`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ if not __package__:
     # Python puts the script's folder on the path, not the checkout.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import json
 from collections.abc import Iterable, Sequence
 
+from tools.preflight.examination import examine_run, plain
 from tools.support.cli import call, make_parser, parse, run_main
 from tools.support.machine import check_environment
 from train.errors import EXIT_BAD_IMAGES, EXIT_USER_MISTAKE, UserMistake
@@ -21,6 +24,8 @@ from train.record.diagnosis import Finding, diagnose
 from train.record.run import CONFIG, read_run
 
 _MARKS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
+_INTENDED = ("--", "--method", "--data", "--recipe", "--config")
+"""Words by which the arguments are those of a run that is to be started."""
 
 
 def examine(target: str, decode: int) -> Iterable[Finding]:
@@ -53,9 +58,39 @@ def show(findings: Iterable[Finding]) -> int:
     return faults
 
 
+def show_in_lines(findings: Iterable[Finding], as_json: bool) -> int:
+    """Print each finding and its remedy on one line as it comes, or all as JSON; the number of faults."""
+    kept = []
+    for finding in findings:
+        kept.append(finding)
+        if not as_json:
+            remedy = f"; {finding.remedy}" if finding.remedy else ""
+            print(f"{_MARKS[finding.level]}  {finding.text}{remedy}", flush=True)
+    if as_json:
+        print(json.dumps([plain(finding) for finding in kept], indent=1))
+    return sum(finding.level == "fault" for finding in kept)
+
+
+def is_intended_run(argv: Sequence[str]) -> bool:
+    """Whether the arguments are those of `train/main.py`."""
+    return any(argument.partition("=")[0] in _INTENDED for argument in argv)
+
+
+def look_ahead(argv: Sequence[str]) -> int:
+    """Examine the run that `train/main.py` would make of the arguments; 0 without a fault, 2 with one."""
+    own = ("--", "--json")
+    arguments = [argument for argument in argv if argument not in own]
+    return EXIT_USER_MISTAKE if show_in_lines(examine_run(arguments), "--json" in argv) else 0
+
+
 def run(argv: Sequence[str]) -> int:
     """Examine what the command line names; 0 without a fault, 2 with one, 3 for damaged records."""
-    parser = make_parser("Say what is wrong with this machine, a packed file or a run, and what to do about it.")
+    if is_intended_run(argv):
+        return look_ahead(argv)
+    parser = make_parser(
+        "Say what is wrong with this machine, a packed file or a run, and what to do about it. With the arguments of "
+        "train/main.py: with that run before it starts, within a minute; --json prints that for machines."
+    )
     parser.add_argument(
         "targets", nargs="*", metavar="TARGET", help="packed files or run folders; this machine when none"
     )

@@ -82,7 +82,12 @@ class RunConfig:
     workers: int = option(
         0, "decoding threads of this process; 0 follows from the cores it may use", least=0, free_on_resume=True
     )
-    micro_batch: int = option(0, "images per device and forward pass; 0 is the whole batch per device", least=0)
+    micro_batch: int | Literal["auto"] = option(
+        0,
+        "images per device and forward pass; 0 is the whole batch per device; auto: the largest that fits the device's "
+        "memory with BN groups whole, found before the first step and recorded",
+        least=0,
+    )
     knn_every: int = option(
         10,
         "epochs between online k-NN and health figures; 0 only at the start and the end",

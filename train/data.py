@@ -88,6 +88,21 @@ def _smaller(config: Config, images: int) -> str:
     return "lower it or add images"
 
 
+def check_population(config: Config, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """`training_population`, refused where it has too few images for one batch.
+
+    Raises:
+        UserMistake: with the flag or recipe to choose.
+    """
+    population, held_out = training_population(config, total)
+    if len(population) < config.recipe.global_batch:
+        raise UserMistake(
+            f"--data {config.run.data}: {len(population)} images to train on are fewer than --global-batch "
+            f"{config.recipe.global_batch}; {_smaller(config, len(population))}"
+        )
+    return population, held_out
+
+
 def open_data(config: Config, runtime: Runtime) -> RunData:
     """Open every pipeline that the run needs.
 
@@ -99,12 +114,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
     whole = _build(config, dataclasses.replace(base, views=(center_view(config.recipe.image_size),)))
     total = whole.num_samples
     health_from = config.run.val_data or config.run.data
-    population, held_out = training_population(config, total)
-    if len(population) < config.recipe.global_batch:
-        raise UserMistake(
-            f"--data {config.run.data}: {len(population)} images to train on are fewer than --global-batch "
-            f"{config.recipe.global_batch}; {_smaller(config, len(population))}"
-        )
+    population, held_out = check_population(config, total)
     train = _build(
         config,
         dataclasses.replace(

@@ -117,6 +117,9 @@ def _type_problem(leaf: Leaf) -> str:
     origin = typing.get_origin(leaf.annotation)
     if origin is typing.Literal:
         return Option(choices=arguments).problem(leaf.value)
+    words = [word for each in arguments if typing.get_origin(each) is typing.Literal for word in typing.get_args(each)]
+    if words and isinstance(leaf.value, str) and leaf.value not in words:
+        return f"{leaf.value}: give a number or {', '.join(words)}"
     if origin is tuple and Ellipsis not in arguments and len(leaf.value) != len(arguments):
         count = {2: "two"}.get(len(arguments), str(len(arguments)))
         return f"{','.join(map(str, leaf.value))}: must be {count} numbers, apart by commas"

@@ -210,6 +210,12 @@ class OneLineParser(argparse.ArgumentParser):
             seen.add(id(action))
 
 
+def given_flags(argv: Sequence[str]) -> set[str]:
+    """Names of the flags that a command line gives, without dashes and in the form with hyphens."""
+    words = (_normalise(argument).partition("=")[0] for argument in argv)
+    return {word.removeprefix("--") for word in words if re.fullmatch(r"--[A-Za-z][-\w.]*", word)}
+
+
 def _normalise(argument: str) -> str:
     """Flags may be written with underscores or hyphens; values are left alone."""
     if not argument.startswith("--"):
@@ -228,7 +234,15 @@ def parse_value(text: str, annotation: Any) -> Any:
     if origin in (typing.Union, types.UnionType):
         if type(None) in arguments and text.lower() == "none":
             return None
-        return parse_value(text, next(a for a in arguments if a is not type(None)))
+        kinds = [each for each in arguments if each is not type(None)]
+        # A word beside a number, as in `--micro-batch auto`.
+        words = [word for each in kinds[1:] for word in typing.get_args(each)]
+        if text in words:
+            return text
+        try:
+            return parse_value(text, kinds[0])
+        except ValueError as reason:
+            raise ValueError(" or ".join([str(reason), *words])) from None
     if origin is typing.Literal:
         match = next((choice for choice in arguments if str(choice) == text), None)
         if match is None:

@@ -75,9 +75,20 @@ def batch_per_device(config: Config, world_size: int) -> int:
     return config.recipe.global_batch // world_size
 
 
+def micro_batch(config: Config) -> int:
+    """Images of a micro-batch; 0 for a device's whole part of the batch.
+
+    Raises:
+        UserMistake: `--micro-batch auto` where nobody settles it; `train.micro_batch` does so for training.
+    """
+    if config.run.micro_batch == "auto":
+        raise UserMistake("--micro-batch auto is for train/main.py; give a number of images here")
+    return config.run.micro_batch
+
+
 def images_per_forward(config: Config, world_size: int) -> int:
     """Images of one forward pass on one device: its micro-batch, or its whole part of the batch."""
-    return config.run.micro_batch or batch_per_device(config, world_size)
+    return micro_batch(config) or batch_per_device(config, world_size)
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -182,7 +193,7 @@ class InputBuilder:
     def build(self, batch: Batch, step: int, epoch: int = 0) -> list[StepInputs]:
         """Inputs of optimizer step `step`, from this rank's part of its global batch, whose views are finished."""
         local = batch.index.numel()
-        micro = self.config.run.micro_batch or local
+        micro = micro_batch(self.config) or local
         count = local // micro
         return [
             self.step_inputs(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 
 from .config import Config
 from .errors import UserMistake
-from .inputs import batch_per_device, check_batch, images_per_forward
+from .inputs import images_per_forward
+from .memory_estimate import capacity_bytes
+from .micro_batch import largest_that_fits, micro_batches
 from .runtime import Runtime, choose_dtype
 
 # cuBLAS, cuDNN and the driver take memory past PyTorch's allocator, and tell the lack of it in errors of their own.
@@ -36,30 +37,30 @@ def naming_remedy(remedy: Callable[[], str]) -> Iterator[None]:
 
 def training_remedy(config: Config, runtime: Runtime) -> str:
     """The flag and value by which a training step takes less memory."""
-    micro = _smaller_micro_batch(config, runtime.world_size)
+    micro = _smaller_micro_batch(config, runtime)
     if micro:
         # A graph takes each step as a whole, so the two flags exclude each other.
         return f"--micro-batch {micro}" + (" without --cuda-graph" if config.run.cuda_graph else "")
     return _less_an_image(runtime, config.recipe.image_size)
 
 
-def _smaller_micro_batch(config: Config, world_size: int) -> int:
-    """The largest micro-batch up to half of the present one that keeps BN groups whole; 0 where there is none."""
-    local, present = batch_per_device(config, world_size), images_per_forward(config, world_size)
-    # From two images on: batch norm has no statistics of a single one.
-    for size in range(present // 2, 1, -1):
-        # Asked before the check, whose refusals name the flag as if the user had given it.
-        if local % size == 0 and _fits(replace(config, run=replace(config.run, micro_batch=size)), world_size):
-            return size
-    return 0
+def _smaller_micro_batch(config: Config, runtime: Runtime) -> int:
+    """The largest micro-batch up to half of the present one that keeps BN groups whole and fits a GPU by the estimate.
 
-
-def _fits(config: Config, world_size: int) -> bool:
+    0 where there is none.
+    """
+    if config.run.micro_batch == "auto":
+        return 0  # memory ran out before one was settled
+    world_size = runtime.world_size
+    # Up to half: the present one has failed, whatever the estimate says of it and its neighbours.
+    sizes = list(micro_batches(config, world_size, images_per_forward(config, world_size) // 2))
+    if not sizes or runtime.device.type != "cuda":
+        return sizes[0] if sizes else 0
     try:
-        check_batch(config, world_size)
-    except UserMistake:
-        return False
-    return True
+        capacity = capacity_bytes(runtime.device)
+        return largest_that_fits(config, sizes, world_size, runtime.device, runtime.dtype, capacity)
+    except Exception:  # of any kind: an estimate that fails must not take the place of the line about memory
+        return sizes[0]
 
 
 def evaluation_remedy(runtime: Runtime, batch: int, image_size: int) -> str:

@@ -19,13 +19,19 @@ from .config import Config
 from .data import RunData, open_data
 from .describe import describe
 from .errors import UserMistake
+from .few_images import fitted
 from .loop import Job, save, train
 from .measure.online import health_figures, knn_figures
 from .memory import naming_remedy, training_remedy
+from .micro_batch import settle_micro_batch
 from .proving.choose import Choice, apply, settle, told
 from .record.run import CONFIG, has_ended
+<<<<<<< HEAD
 from .rehearsal import rehearse
 from .resolve import changed_fields, continued
+=======
+from .resolve import changed_fields, continued, resolve
+>>>>>>> 18e43a7 (Memory of a step estimated from shapes; --micro-batch auto; doctor of an intended run; defaults for few images; tables of mistakes)
 from .retry import persistently
 from .runtime import Runtime, SignalWatch, start
 from .schedules import lr_at
@@ -36,20 +42,24 @@ _NAMED = 20
 """Damaged records that the last row names."""
 
 
-def run(config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, Any] | None = None) -> int:
+def run(
+    config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, Any] | None = None, advice: str = ""
+) -> int:
     """One run from resolved configuration to exit code.
 
     Args:
         config: resolved configuration.
         taken_over: values that the run's folder has recorded and that the recipe would have otherwise, to be told.
         recorded: configuration in the checkpoint that the run goes on from; None for a new run.
+        advice: a line about defaults that follow from the data, to be told.
     """
     started = time.monotonic()
     with start(config.run) as runtime, naming_remedy(lambda: training_remedy(config, runtime)):
+        config, about_micro_batch = settle_micro_batch(config, runtime, recorded)
         method = build_method(config, runtime)
         check_fit(config, runtime, method)
         if runtime.is_main:
-            print(describe(config, runtime, method), flush=True)
+            print("\n".join(filter(None, (advice, describe(config, runtime, method), about_micro_batch))), flush=True)
             if taken_over:
                 print(f"goes on as recorded, not as asked for by the recipe: {'; '.join(taken_over)}", flush=True)
             if config.run.dry_run:
@@ -221,5 +231,7 @@ def go_on_or_start(config: Config, arguments: Sequence[str]) -> int:
         The exit code.
     """
     recorded = recorded_config(Path(config.run.run_dir) / "checkpoints") if config.run.resume == "auto" else None
+    arguments, advice = fitted(arguments, config, recorded)
+    config = resolve(arguments)
     kept = config if recorded is None else continued(arguments, config, recorded)
-    return run(kept, taken_over=changed_fields(config.to_json(), kept.to_json()), recorded=recorded)
+    return run(kept, taken_over=changed_fields(config.to_json(), kept.to_json()), recorded=recorded, advice=advice)

@@ -23,7 +23,7 @@ def check_environment() -> Iterator[Finding]:
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         _torch,
-        _gpu,
+        check_gpu,
         _optional,
         _compiler,
         _native,
@@ -59,7 +59,8 @@ def _torch() -> Iterator[Finding]:
         yield Finding("ok", text)
 
 
-def _gpu() -> Iterator[Finding]:
+def check_gpu() -> Iterator[Finding]:
+    """Each card against this build of PyTorch; a card that PyTorch cannot use; that there is none."""
     try:
         import torch
     except ImportError:

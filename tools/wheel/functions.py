@@ -13,8 +13,8 @@ from typing import Any
 
 from train.errors import EXIT_REQUEUE, Stopped
 from train.keywords import arguments_of
-from train.measure.embedding import embed as embed
-from train.measure.embedding import own_image_size
+from train.measure.embedding import Embedding, check_out, own_image_size
+from train.measure.embedding import embed as measure
 from train.record.run import Run, read_run
 
 
@@ -60,6 +60,45 @@ def train(*, data: str | Path, out: str | Path, method: str, arch: str | None = 
     if code:
         raise RuntimeError(f"the processes of the run ended with code {code}; what they said stands above")
     return read_run(Path(out))
+
+
+def embed(
+    data: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    out: str | Path | None = None,
+    method: str = "regioncl-m",
+    **options: Any,
+) -> Embedding:
+    """The features of every image, from a backbone that is there or from one that is first pre-trained on these images.
+
+    Args:
+        data: a packed file, folder, list of files or shard pattern.
+        checkpoint: a run's folder, our backbone file, or torchvision or timm weights. None pre-trains with `method` and
+            the defaults that follow from the number of images, in the folder OUT.run, where a stopped call goes on.
+        out: file to write, .npz or .npy; None writes none and keeps no run.
+        method: name of the method, where there is no `checkpoint`.
+        options: every other keyword of `train.measure.embedding.embed`: `arch`, `image_size`, `batch_size`, `device`,
+            `workers`, `loader`. The last three, and `arch`, hold for the pre-training too.
+
+    Returns:
+        The features with labels and names.
+
+    Raises:
+        ValueError: checkpoint or data cannot be used; the message names the remedy.
+    """
+    # Before the work of hours, not after it.
+    path = None if out is None else check_out(out)
+    if checkpoint is not None:
+        return measure(data, checkpoint=checkpoint, out=path, **options)
+    shared = {name: options[name] for name in ("arch", "device", "workers", "loader") if options.get(name)}
+    with contextlib.ExitStack() as kept:
+        if path is None:
+            run = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="regatta-embed-")), "run")
+        else:
+            run = path.with_suffix(".run")
+        train(data=data, out=run, method=method, **shared)
+        return measure(data, checkpoint=run, out=path, **options)
 
 
 def evaluate(

@@ -21,7 +21,11 @@ from pipeline.regions import Region, make_mixed
 from train.config import Config
 from train.data import training_population
 from train.errors import UserMistake
+<<<<<<< HEAD
 from train.inputs import VIEWS, grid_cells, large_views, region_sampler
+=======
+from train.inputs import VIEWS, grid_cells, micro_batch, region_sampler, train_views
+>>>>>>> 18e43a7 (Memory of a step estimated from shapes; --micro-batch auto; doctor of an intended run; defaults for few images; tables of mistakes)
 
 _BLOCK = 8  # images that are decoded at a time
 
@@ -84,7 +88,7 @@ def _mixed_step(config: Config, pipeline: Pipeline, world_size: int, count: int,
     sampler = region_sampler(config, grid_cells(stride, config.recipe.image_size))
     batch = config.recipe.global_batch
     local = batch // world_size
-    rows = config.run.micro_batch or local  # of one forward pass
+    rows = micro_batch(config) or local  # of one forward pass
     drawn = sampler.draw(step, 0, rows, 0, world_size, step * (local // rows))
     partner = drawn.partner[:count].astype(np.int64)
     # A partner on another rank stands in that rank's part of the batch, at the same place of its first forward pass.

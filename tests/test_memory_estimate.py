@@ -73,7 +73,9 @@ def test_a_step_of_every_method_takes_what_was_estimated(method: str) -> None:
     check_against_the_allocator(method)
 
 
-@pytest.mark.parametrize("method", ["regioncl-m", "byol", pytest.param("moby", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["regioncl-m", *(pytest.param(name, marks=pytest.mark.slow) for name in ("byol", "moby", "lewel-b"))]
+)
 def test_what_is_kept_is_what_autograd_saves(method: str) -> None:
     """Counted by hooks on saved tensors, which know nothing of when memory is taken and given back."""
     config = small(method)
@@ -98,7 +100,7 @@ def test_what_is_kept_is_what_autograd_saves(method: str) -> None:
     assert counted <= found * 1.001 and found == pytest.approx(counted, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("kind", ["adamw", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sgd", "lars"))])
 def test_what_lasts_is_what_the_state_holds(kind: str) -> None:
     config = small("regioncl-m", 16, "--optim.kind", kind)
     method = build_method(config, ALONE)

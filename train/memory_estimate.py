@@ -6,6 +6,7 @@ that it would take is counted from its first to its last use. So a new method or
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import weakref
@@ -141,6 +142,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+@functools.lru_cache(maxsize=64)
 def estimate(config: Config, world_size: int, device: torch.device, dtype: torch.dtype) -> Footprint:
     """What one process of a run takes on its device.
 

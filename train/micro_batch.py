@@ -22,6 +22,8 @@ TRIED = {"cuda"}
 """Kinds of devices on which a step is tried. The host's own memory is not: where it runs out, the system ends the
 process, or another one."""
 
+_NEAR = 1.03
+
 
 def micro_batches(config: Config, world_size: int, most: int) -> Iterator[int]:
     """Micro-batches of at most `most` images that keep BN groups and pairs whole, the largest first."""
@@ -54,16 +56,26 @@ def bytes_of(config: Config, world_size: int, size: int, device: torch.device, d
 def largest_that_fits(
     config: Config, sizes: list[int], world_size: int, device: torch.device, dtype: torch.dtype, free: int
 ) -> int:
-    """The largest of `sizes`, which are in descending order, whose estimate stays within `free` bytes; 0 for none."""
-    low, high = 0, len(sizes)
-    # By halving: an estimate takes seconds, and there may be dozens of divisors.
-    while low < high:
-        middle = (low + high) // 2
-        if bytes_of(config, world_size, sizes[middle], device, dtype) <= free:
-            high = middle
-        else:
-            low = middle + 1
-    return sizes[low] if low < len(sizes) else 0
+    """The largest of `sizes`, which are in descending order, whose estimate stays within `free` bytes; 0 for none.
+
+    An estimate takes seconds and there may be dozens of divisors. So the largest is looked at, and then what the two
+    smallest take tells where to look: between micro-batches memory grows by the same amount with every image.
+    """
+
+    def needs(size: int) -> int:
+        return bytes_of(config, world_size, size, device, dtype)
+
+    if not sizes or needs(sizes[0]) <= free:
+        return sizes[0] if sizes else 0
+    small = sizes[1:][-2:]
+    known = {size: needs(size) for size in small}
+    if len(small) == 2:
+        slope = (known[small[0]] - known[small[1]]) / (small[0] - small[1])
+        likely = [each for each in sizes[1:] if known[small[1]] + slope * (each - small[1]) <= free * _NEAR]
+    else:
+        likely = small
+    # Near the limit the line is too coarse: there each one is looked at.
+    return next((each for each in likely if (known[each] if each in known else needs(each)) <= free), 0)
 
 
 def settle_micro_batch(config: Config, runtime: Runtime, recorded: Mapping[str, Any] | None) -> tuple[Config, str]:

@@ -1,4 +1,4 @@
-"""Few images and no recipe: a run takes sizes that fit and says so, what was given is kept; an embedding in one call."""
+"""Few images and no recipe: a run takes sizes that fit, says so, and keeps what was given; an embedding in one call."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from train.build import build_state
 from train.config import Config
-from train.inputs import batch_per_device, finished_views
+from train.inputs import batch_per_device, finished_views, images_per_forward
 from train.memory import training_remedy
 from train.micro_batch import micro_batches, with_micro_batch
 from train.proving.setting import method_and_inputs, setting_of
@@ -86,18 +86,20 @@ def step(examination: Examination) -> Iterator[Finding]:
     config, runtime = examination.config, examination.runtime
     # The weights of the method that was built for the checks before would take memory beside those of the steps.
     examination.method = None
-    measured = on_cpu(config) if runtime.device.type == "cpu" else on_gpu(config, examination.world_size)
+    gpu = runtime.device.type == "cuda"
+    count = examination.world_size if gpu else 1  # processes on a CPU share what one of them has alone
+    measured = on_gpu(config, count) if gpu else on_cpu(config)
     try:
-        rate, examination.host_share = step_rate(measured, runtime)
+        rate, examination.host_share = step_rate(measured, replace(runtime, world_size=count))
     except torch.OutOfMemoryError:
         yield Finding("fault", "a step ran out of memory", f"give {training_remedy(measured, runtime)}")
         return
-    examination.step_rate = rate * examination.world_size
-    at = measured.recipe.global_batch
+    examination.step_rate = rate * count
+    at = images_per_forward(measured, count)
     yield Finding(
         "ok",
         f"steps: {rate:,.3g} images/s a process, measured at {at} images of {measured.recipe.image_size} px"
-        + (f", {examination.host_share:.0%} of the time launching" if runtime.device.type == "cuda" else ""),
+        + (f", {examination.host_share:.0%} of the time launching" if gpu else ""),
     )
 
 

@@ -78,7 +78,7 @@ def existing(folder: Path) -> Path:
     return next(each for each in (folder, *folder.parents) if each.exists())
 
 
-def time_limits(_: Examination) -> Iterator[Finding]:
+def time_limits(examination: Examination) -> Iterator[Finding]:
     """A limit on processor time, which ends a run without a word."""
     soft, _ = resource.getrlimit(resource.RLIMIT_CPU)
     if soft != _UNLIMITED:

@@ -319,7 +319,7 @@ def rates(loading: float, stepping: float, busy: float, packed: bool = False) ->
 
     def seed(bench: Bench) -> list[str]:
         bench.patch.setattr(speed, "loader_rate", lambda pipeline: (loading, busy))
-        bench.patch.setattr(speed, "step_rate", lambda config, runtime: (stepping, 0.0))
+        bench.patch.setattr(speed, "step_rate", lambda config, runtime, local: (stepping, 0.0))
         return ["--data", str(bench.packed() if packed else bench.photos)]
 
     return seed

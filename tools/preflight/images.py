@@ -23,7 +23,7 @@ from train.record.diagnosis import Finding, Level
 from .examination import Examination
 
 SAMPLE = 2000
-BUDGET_S = 12.0
+BUDGET_S = 8.0
 _AT_A_TIME = 32
 _MANY_BAD = 0.05
 

@@ -23,7 +23,7 @@ from train.runtime import Runtime
 
 from .examination import Examination
 
-LOADER_S = 5.0
+LOADER_S = 4.0
 STEP_S = 8.0
 _BATCH = 64
 _CPU_IMAGES = 4
@@ -90,7 +90,8 @@ def step(examination: Examination) -> Iterator[Finding]:
     count = examination.world_size if gpu else 1  # processes on a CPU share what one of them has alone
     measured = on_gpu(config, count) if gpu else on_cpu(config)
     try:
-        rate, examination.host_share = step_rate(measured, replace(runtime, world_size=count))
+        local = batch_per_device(config, count)
+        rate, examination.host_share = step_rate(measured, replace(runtime, world_size=count), local)
     except torch.OutOfMemoryError:
         yield Finding("fault", "a step ran out of memory", f"give {training_remedy(measured, runtime)}")
         return
@@ -120,21 +121,28 @@ def on_gpu(config: Config, world_size: int) -> Config:
     return with_micro_batch(whole, next(sizes, 0))
 
 
-def step_rate(config: Config, runtime: Runtime) -> tuple[float, float]:
-    """(images a second of one process, share of the time that the host takes to launch) of steps on noise."""
+def step_rate(config: Config, runtime: Runtime, local: int) -> tuple[float, float]:
+    """(images a second of one process, share of the time that the host takes to launch) of steps on noise.
+
+    Args:
+        config: whose micro-batch is measured.
+        runtime: this process, among as many as the run has.
+        local: images of a whole step on this device; the optimizer's part is spread over them.
+    """
     setting = setting_of(config, runtime)
     method, inputs = method_and_inputs(setting)
     optimizer = build_state(setting.config, setting.runtime, method).optimizer
 
-    def take() -> None:
+    def passes() -> None:
         with setting.runtime.autocast():
             loss = method(inputs).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    seconds, host = _timed(take, runtime.device)
-    return len(inputs.view1) / seconds, host / seconds if runtime.device.type == "cuda" else 0.0
+    seconds, host = _timed(passes, runtime.device)
+    update, _ = _timed(optimizer.step, runtime.device)
+    images = len(inputs.view1)
+    rate = local / (local / images * seconds + update)
+    return rate, host / seconds if runtime.device.type == "cuda" else 0.0
 
 
 def _timed(take: Callable[[], None], device: torch.device) -> tuple[float, float]:

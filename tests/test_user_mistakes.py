@@ -169,7 +169,7 @@ CASES = [
     train(f"{MOCO} --order random", r"choose from global, sharded", f"{MOCO} --order global"),
     train(f"{MOCO} --loader torch", r"choose from auto, ffcv", f"{MOCO} --loader auto"),
     train(f"{MOCO} --temperature 0", r"--temperature 0", f"{MOCO} --temperature 0.1"),
-    train(f"{MOCO} --ema.momentum 2", r"--ema.momentum 2 is outside 0..1", f"{MOCO} --ema.momentum 1"),
+    train(f"{MOCO} --ema.momentum 2", r"--ema.momentum 2.0 is outside 0..1", f"{MOCO} --ema.momentum 1"),
     train(f"{MOCO} --optim.betas 0.9", r"--optim.betas 0.9: must be two numbers", f"{MOCO} --optim.betas 0.9,0.99"),
     train(
         f"{MOCO} --schedule.decay steps",

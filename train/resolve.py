@@ -48,8 +48,10 @@ def _read_config_file(path: str) -> dict[str, Any]:
         raise UserMistake(f"--config {path} is a folder; give the config.json in it")
     try:
         loaded = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as reason:
-        raise UserMistake(f"--config {path}: {reason}; give the config.json of a run") from None
+    except OSError as reason:
+        raise UserMistake(f"--config {path}: {reason.strerror}; give the config.json of a run") from None
+    except ValueError as reason:
+        raise UserMistake(f"--config {path} is no JSON ({reason}); give the config.json of a run") from None
     if not isinstance(loaded, dict) or not set(PARTS) <= set(loaded):
         raise UserMistake(f"--config {path}: not a run's config.json (needs run, recipe and model)")
     return loaded

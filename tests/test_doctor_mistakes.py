@@ -148,10 +148,14 @@ def port_in_use(bench: Bench) -> list[str]:
 
 
 def card_without_code(bench: Bench) -> list[str]:
-    properties = SimpleNamespace(name="Tesla V100-SXM2-32GB", major=7, minor=0, total_memory=32 << 30)
-    bench.patch.setattr(torch.cuda, "is_available", lambda: True)
-    bench.patch.setattr(torch.cuda, "device_count", lambda: 1)
-    bench.patch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "set_device": None,
+        "get_device_name": "Tesla V100-SXM2-32GB",
+        "get_device_capability": (7, 0),
+    }.items():
+        bench.patch.setattr(torch.cuda, name, lambda *_, found=value: found)
     bench.patch.setattr("train.cards.architectures", lambda: ["sm_80", "sm_90"])
     return ["--device", "auto"]
 
@@ -341,7 +345,7 @@ MISTAKES = [
     Mistake("no such config", flags("--config /nowhere.json"), r"/nowhere.json.*give the config.json of a run"),
     # Cards, processes, ports.
     Mistake("no GPU here", flags("--device cuda"), r"PyTorch sees no CUDA device.*use --device cpu"),
-    Mistake("a V100, faked", card_without_code, r"V100.*no code for this card.*CUDA 12.6", (devices.cards,)),
+    Mistake("a V100, faked", card_without_code, r"V100.*no code for this card.*CUDA 12.6"),
     Mistake("torch without CUDA", driver_without_torch, r"GPU that torch cannot use.*install", (devices.cards,)),
     Mistake("too few GPUs, faked", too_few_gpus, r"--processes 4, but 2 GPUs.*--processes 2", (devices.processes,)),
     Mistake("idle GPUs, faked", one_of_eight, r"one of 8 GPUs.*give --processes 8", (devices.processes,)),
@@ -411,14 +415,14 @@ MISTAKES = [
     Mistake(
         "few images", data(lambda b: b.photos, "--global-batch 64"), r"16 images.*fewer than --global-batch 64", DATA
     ),
-    Mistake("a missing loader", data(lambda b: b.photos, "--loader dali"), r"--loader dali|dali", DATA),
+    Mistake("the wrong loader", data(lambda b: b.photos, "--loader webdataset"), r"index.json.*make_webdataset", DATA),
     Mistake("a cut photo", data(cut_photo), r"1 of all 16 .*00.jpg.*mend or remove", LOOK),
     Mistake("a thumbnail", data(tiny_photo), r"smaller than 32 px.*icon.jpg.*16 x 12", LOOK),
     Mistake("a copy", data(repeated_photo), r"copies of another.*00.*remove the copies", LOOK),
     Mistake("a blank image", data(blank_photo), r"one colour alone.*blank.png.*remove them", LOOK),
     Mistake("a flipped byte", data(flipped_byte), r"other bytes than were packed.*pack again", LOOK),
     Mistake("unlabelled", validated(flat_folder), r"--val-data.*needs labels.*one sub-folder a class", VALIDATION),
-    Mistake("other classes", validated(other_classes), r"zebra", VALIDATION),
+    Mistake("other classes", validated(other_classes), r"(zebra|differ)", VALIDATION),
     Mistake("the same images", validated(lambda b: b.photos), r"is --data itself.*not trained on", VALIDATION),
     # Speed; the rates are faked, what follows from them is not.
     Mistake("unpacked", rates(10, 100, 0.9), r"decoding is the limit; pack once.*make_ffcv_dataset", SPEED),

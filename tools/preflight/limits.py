@@ -58,7 +58,7 @@ def scratch(_: Examination) -> Iterator[Finding]:
         ("compiled kernels", cache_folder(), "XDG_CACHE_HOME"),
     ):
         there = existing(folder)
-        if not os.access(there, os.W_OK):
+        if not (there.is_dir() and os.access(there, os.W_OK)):
             yield Finding("fault", f"the folder of {what}, {folder}, cannot be written", f"export {variable}=FOLDER")
         elif shutil.disk_usage(there).free < _SCRATCH:
             free = shown(shutil.disk_usage(there).free)

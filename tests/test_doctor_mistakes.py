@@ -341,7 +341,7 @@ MISTAKES = [
     Mistake("no such method", flags("--method regionclm"), r"--method regionclm.*choose from moco-v2"),
     Mistake("another method's recipe", flags("--recipe byol"), r"--recipe byol belongs to --method byol"),
     Mistake("no number", flags("--epochs many"), r"--epochs many.*give a whole number"),
-    Mistake("out of bounds", flags("--optim.lr -1"), r"--optim.lr -1 is negative.*give 0 or more"),
+    Mistake("out of bounds", flags("--optim.lr -1"), r"--optim.lr -1.0 is negative; give 0 or more"),
     Mistake("no such config", flags("--config /nowhere.json"), r"/nowhere.json.*give the config.json of a run"),
     # Cards, processes, ports.
     Mistake("no GPU here", flags("--device cuda"), r"PyTorch sees no CUDA device.*use --device cpu"),
@@ -501,7 +501,9 @@ def test_the_limits_of_a_gpu(dtype: torch.dtype, host: float, line: str) -> None
 
 def test_a_good_run_has_no_fault(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """All checks, measured: rates, finish and memory are told; nothing is written."""
-    assert doctor.main([*TINY, "--data", str(bench.packed()), "--json"]) == 0
+    packed = bench.packed()
+    capsys.readouterr()
+    assert doctor.main([*TINY, "--data", str(packed), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {each["level"] for each in found} <= {"ok", "note"}
     text = "\n".join(each["text"] for each in found)

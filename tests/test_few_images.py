@@ -101,8 +101,8 @@ def test_images_are_counted_in_every_store(photos: Path, tmp_path: Path) -> None
 NARROW = ["--arch", "resnet10-w16", "--image-size", "64", "--device", "cpu", "--no-report"]
 
 
-def test_a_run_says_what_it_chose_and_goes_on_with_more_images(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_run_says_what_it_chose_and_goes_on_with_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photos_in(tmp_path / "photos", 24)
     argv = ["--method", "moco-v2", "--data", str(folder), "--run-dir", str(tmp_path / "run"), *NARROW]
@@ -113,8 +113,7 @@ def test_a_run_says_what_it_chose_and_goes_on_with_more_images(
     )
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["run"]["recipe"] == "moco-v2-small" and recorded["recipe"]["global_batch"] == 8
-    for number in range(24, 30):
-        (folder / f"{number:03}.jpg").write_bytes((folder / "000.jpg").read_bytes())
+    monkeypatch.setattr(few_images, "_LEAST_STEPS", 5000)  # the rules of another version
     assert main([*argv, "--max-steps", "2"]) == 0
     now = json.loads((tmp_path / "run" / "config.json").read_text())
     assert now["recipe"] == recorded["recipe"] and now["model"] == recorded["model"]

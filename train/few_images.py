@@ -42,7 +42,7 @@ def fitted(
     if {"recipe", "config"} & given or small not in RECIPES or config.run.loader == "synthetic":
         return arguments, ""
     if recorded is not None:
-        # However many images there are by now: sizes that were recorded are taken over with the recipe.
+        # Sizes that were recorded are taken over with the recipe, whatever this version would choose.
         return [*arguments, *([f"--recipe={small}"] if recorded["run"]["recipe"] == small else [])], ""
     batch = config.recipe.global_batch
     images = count_images(config.run.data, _FEW_STEPS * batch)

@@ -221,7 +221,7 @@ CASES = [
     train(swapped("{beton}", "{photos},/nowhere", READY), r"/nowhere of .*does not exist"),
     train(
         swapped("{beton}", "{shards}/p-{{000000..000009}}.tar", READY),
-        r"is not in the index.*name shards that are there",
+        r"is not in the index.*name shards that are in it",
     ),
     train(
         f"{READY.replace('global-batch 4', 'global-batch 16').replace('queue-size 8', 'queue-size 16')}",

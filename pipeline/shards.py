@@ -67,7 +67,8 @@ class ShardIndex:
         missing = [name for name in names if name not in self.names]
         if missing:
             raise ValueError(
-                f"shard {missing[0]} is not in the index ({self.names[0]} to {self.names[-1]}); name shards that are in it"
+                f"shard {missing[0]} is not in the index ({self.names[0]} to {self.names[-1]}); "
+                "name shards that are in it"
             )
         kept = np.array([name in set(names) for name in self.names])
         if kept.all():

@@ -16,7 +16,7 @@ if not __package__:
 import json
 from collections.abc import Iterable, Sequence
 
-from tools.preflight.examination import examine_run, plain
+from tools.preflight.examine import examine_run, plain
 from tools.support.cli import call, make_parser, parse, run_main
 from tools.support.machine import check_environment
 from train.errors import EXIT_BAD_IMAGES, EXIT_USER_MISTAKE, UserMistake

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from train.errors import UserMistake, is_refusal
-from train.few_images import fitted
 from train.record.diagnosis import Finding
 from train.resolve import resolve
 
@@ -19,19 +18,20 @@ def examine_run(arguments: Sequence[str]) -> Iterator[Finding]:
     """The findings about the run that `train/main.py` would make of these arguments; it neither starts nor writes."""
     try:
         config = resolve(arguments)
-        # As training does, for a new run.
-        arguments, advice = fitted(arguments, config)
-        config = resolve(arguments)
     except UserMistake as mistake:
         yield refused(mistake)
         return
-    if advice:
-        yield Finding("note", advice, "give a --recipe to choose another")
     # Here and not above: PyTorch takes seconds, which a mistyped flag should not cost.
+    from train.few_images import fitted
     from train.runtime import start
 
     from .checks import CHECKS
 
+    # As training does, for a new run.
+    arguments, advice = fitted(arguments, config)
+    config = resolve(arguments)
+    if advice:
+        yield Finding("note", advice, "give a --recipe to choose another")
     alone = replace(config.run, processes=1, compile=False, hang_timeout=0)
     with contextlib.ExitStack() as open_things:
         try:

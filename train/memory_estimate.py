@@ -30,7 +30,7 @@ from pipeline.read_ahead import memory_bytes
 
 from .build import build_method, feature_grid
 from .config import Config
-from .inputs import VIEWS, InputBuilder, batch_per_device, images_per_forward
+from .inputs import InputBuilder, batch_per_device, images_per_forward, train_views
 from .runtime import Runtime
 
 _GIB = 2**30
@@ -188,7 +188,7 @@ def estimate(config: Config, world_size: int, device: torch.device, dtype: torch
         inputs = _inputs(config, method, counted, images)
         live.leave_out([*_tensors(inputs), *_held(method)])
         mixed = sum(view.nbytes for view in inputs.mixed.values())
-        view = inputs.view1.nbytes
+        views, largest = sum(view.nbytes for view in _views(inputs)), inputs.view1.nbytes
         if several:
             _add_gradients(method)
         with live:
@@ -198,11 +198,11 @@ def estimate(config: Config, world_size: int, device: torch.device, dtype: torch
     return Footprint(
         **lasting,
         gradients=gradients,
-        inputs=_inputs_held(device, view * rounds, mixed * rounds, dtype),
+        inputs=_inputs_held(device, views * rounds, largest * rounds, mixed * rounds, dtype),
         activations=kept,
         # At its peak the backward pass has made a part of the gradients and freed a part of the activations.
         passing=live.peak - kept - (0 if several else gradients),
-        loader=_HOST_SETS * len(VIEWS) * view * rounds // (1 if device.type == "cpu" else dtype.itemsize),
+        loader=_HOST_SETS * views * rounds // (1 if device.type == "cpu" else dtype.itemsize),
     )
 
 
@@ -269,16 +269,22 @@ def _inputs(config: Config, method: Method, runtime: Runtime, images: int) -> St
     size = config.recipe.image_size
     alone = replace(config, recipe=replace(config.recipe, global_batch=images), run=replace(config.run, micro_batch=0))
     views = {
-        name: torch.empty(images, 3, size, size, dtype=runtime.dtype).to(memory_format=torch.channels_last)
-        for name in VIEWS
+        spec.name: torch.empty(images, 3, spec.size, spec.size, dtype=runtime.dtype).to(
+            memory_format=torch.channels_last
+        )
+        for spec in train_views(config)
     }
     index = torch.arange(images)
     builder = InputBuilder(alone, method, runtime, feature_grid(method, size))
     return builder.build(Batch(views, index, index), 0)[0]
 
 
+def _views(inputs: StepInputs) -> list[Tensor]:
+    return [inputs.view1, inputs.view2, *inputs.small_views]
+
+
 def _tensors(inputs: StepInputs) -> list[Tensor]:
-    return [inputs.view1, inputs.view2, *inputs.mixed.values(), *inputs.box_cells.values(), *inputs.partner.values()]
+    return [*_views(inputs), *inputs.mixed.values(), *inputs.box_cells.values(), *inputs.partner.values()]
 
 
 def _step(method: Method, inputs: StepInputs, runtime: Runtime, live: LiveBytes) -> int:
@@ -290,15 +296,14 @@ def _step(method: Method, inputs: StepInputs, runtime: Runtime, live: LiveBytes)
     return kept
 
 
-def _inputs_held(device: torch.device, view: int, mixed: int, dtype: torch.dtype) -> int:
-    """Bytes of the views on a device, where `view` and `mixed` are those of a step's view and of its composites."""
+def _inputs_held(device: torch.device, views: int, largest: int, mixed: int, dtype: torch.dtype) -> int:
+    """Bytes of the views on a device, from those of a step's views, of the largest of them and of its composites."""
     if device.type == "cpu":
         return mixed  # the views lie where the loader has put them
-    step = len(VIEWS) * view + mixed
-    crops = len(VIEWS) * view // dtype.itemsize
+    step, crops = views + mixed, views // dtype.itemsize
     # This step's and the next one's, made beside it from one of three sets of crops; the augmentation works in float32
     # on one view at a time, with a copy of it before and behind each of its operations.
-    return 2 * step + 3 * crops + 3 * (view // dtype.itemsize * 4)
+    return 2 * step + 3 * crops + 3 * (largest // dtype.itemsize * 4)
 
 
 def free_bytes(device: torch.device, sharing: int = 1) -> int:

@@ -26,12 +26,8 @@ from .memory import naming_remedy, training_remedy
 from .micro_batch import settle_micro_batch
 from .proving.choose import Choice, apply, settle, told
 from .record.run import CONFIG, has_ended
-<<<<<<< HEAD
 from .rehearsal import rehearse
-from .resolve import changed_fields, continued
-=======
 from .resolve import changed_fields, continued, resolve
->>>>>>> 18e43a7 (Memory of a step estimated from shapes; --micro-batch auto; doctor of an intended run; defaults for few images; tables of mistakes)
 from .retry import persistently
 from .runtime import Runtime, SignalWatch, start
 from .schedules import lr_at

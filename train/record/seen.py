@@ -21,11 +21,7 @@ from pipeline.regions import Region, make_mixed
 from train.config import Config
 from train.data import training_population
 from train.errors import UserMistake
-<<<<<<< HEAD
-from train.inputs import VIEWS, grid_cells, large_views, region_sampler
-=======
-from train.inputs import VIEWS, grid_cells, micro_batch, region_sampler, train_views
->>>>>>> 18e43a7 (Memory of a step estimated from shapes; --micro-batch auto; doctor of an intended run; defaults for few images; tables of mistakes)
+from train.inputs import VIEWS, grid_cells, large_views, micro_batch, region_sampler
 
 _BLOCK = 8  # images that are decoded at a time
 

@@ -142,6 +142,9 @@ def _protocol_flags(cell: Cell, training: Training, plan: Plan) -> list[str]:
         # A hundredth of the few drawn pictures would leave classes without any.
         share = 0.5 if plan.scale == "tiny" else float(cell.task.rstrip("%")) / 100
         flags += ["--fraction", f"{share:g}"]
+    if cell.protocol == "linear" and training.arch in ("vit-s", "vit-b"):
+        # A class token wants another rate than the pooled map of a ResNet.
+        flags += ["--recipe", "moco-v3-vit"]
     if cell.protocol in ("linear", "knn") and plan.sources.real_labels and plan.scale == "full":
         flags += ["--real-labels", plan.sources.real_labels]
     return flags

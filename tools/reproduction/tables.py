@@ -239,6 +239,7 @@ TABLES: dict[str, Table] = {
             Pick("linear", (("care", 100), ("care", 200)), ("resnet50-2x", "resnet101", "resnet152"), source="CARE"),
         ),
         recipes=_CARE_BYOL,
+        note="The paper states no settings of BYOL on ViTs; here they are MoCo v3's.",
         costs=True,
     ),
     "care-table2": Table(

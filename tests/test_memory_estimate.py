@@ -13,6 +13,7 @@ from tests.runs import last_wins
 from train import memory, memory_estimate
 from train.build import build_method, build_state
 from train.config import Config
+from train.errors import UserMistake
 from train.inputs import check_batch
 from train.memory_estimate import LiveBytes, _inputs, _step, _tensors, _without_init, _without_values, estimate
 from train.resolve import resolve
@@ -140,6 +141,28 @@ def test_nothing_is_drawn_from_the_run_s_generator() -> None:
     torch.manual_seed(3)
     estimate(config, 1, CPU, torch.float32)
     assert torch.equal(torch.rand(4), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["torchvision:efficientnet_b0", "timm:vit_small_patch16_224", "timm:convnext_tiny"])
+def test_backbones_of_other_libraries_take_what_was_estimated(arch: str) -> None:
+    pytest.importorskip("timm")
+    size = "224" if "vit" in arch else "64"
+    flags = ["--method", "moco-v2", "--recipe", "moco-v2-small", "--global-batch", "4", "--bn.group-size", "4"]
+    config = resolve([*flags, "--arch", arch, "--image-size", size])
+    between, _ = real_peak(config)
+    assert estimate(config, 1, CPU, torch.float32).activations == pytest.approx(between, rel=0.02)
+
+
+def test_values_that_decide_shapes_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(self: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return images[images.sum(dim=(1, 2, 3)) > 0]
+
+    memory_estimate.estimate.cache_clear()
+    monkeypatch.setattr("models.resnet.ResNetTrunk.forward", chosen)
+    with pytest.raises(UserMistake, match="--arch resnet10-w16: its memory cannot be estimated.*give --micro-batch"):
+        estimate(small("simsiam"), 1, CPU, torch.float32)
+    memory_estimate.estimate.cache_clear()
 
 
 def test_memory_that_is_given_back_is_not_counted() -> None:

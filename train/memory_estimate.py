@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +35,7 @@ from pipeline.read_ahead import memory_bytes
 
 from .build import build_method, feature_grid
 from .config import Config
+from .errors import UserMistake
 from .inputs import InputBuilder, batch_per_device, images_per_forward, train_views
 from .runtime import Runtime
 
@@ -177,6 +183,9 @@ def estimate(config: Config, world_size: int, device: torch.device, dtype: torch
         world_size: number of processes.
         device: its type tells how many steps' views are there at a time.
         dtype: that autocast computes in; float32 means no autocast.
+
+    Raises:
+        UserMistake: a backbone of another library whose shapes follow from values.
     """
     images, local = images_per_forward(config, world_size), batch_per_device(config, world_size)
     # Gradients that are there when the forward pass begins: of the micro-batch before, or in the buckets of DDP.
@@ -191,8 +200,14 @@ def estimate(config: Config, world_size: int, device: torch.device, dtype: torch
         views, largest = sum(view.nbytes for view in _views(inputs)), inputs.view1.nbytes
         if several:
             _add_gradients(method)
-        with live:
-            kept = _step(method, inputs, counted, live)
+        try:
+            with live:
+                kept = _step(method, inputs, counted, live)
+        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as reason:
+            raise UserMistake(
+                f"--arch {config.recipe.arch}: its memory cannot be estimated from shapes alone ({reason}); give "
+                "--micro-batch as a number"
+            ) from None
     gradients = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     rounds = local // images
     return Footprint(

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import models.methods.simsiam
+import train.measure.collapse
 from models.losses import row_dots, unit
 from models.methods import METHODS
 from models.methods.base import Method, StepInputs
+from tests.distributed import run_ranks
 from tests.method_cases import build, make_inputs, online_parameters, small_config
 from tests.runs import TINY, last_wins, rows
 from train.main import main
@@ -192,6 +194,8 @@ def test_certain_collapse_without_a_known_cause_says_so() -> None:
     announced = collapse(replace(HEALTHY, embedding_std=0.001, embedding_rank=1.0))
     assert announced is not None and announced.cause.startswith("none of the known ones")
     assert collapse(replace(HEALTHY, embedding_std=0.15)) is None, "low for a while is no collapse"
+    young = replace(HEALTHY, embedding_std=0.03, queue_std=0.015)
+    assert collapse(young) is None, "keys of a young network are as alike as its embeddings"
     assert collapse(HEALTHY) is None
 
 
@@ -211,7 +215,25 @@ def test_a_collapse_is_a_line_a_row_a_finding_and_a_box(tmp_path: Path, capfd: p
     assert row["step"] == 40 and "steps are far too large" in row["cause"] and "--optim.lr" in row["look_at"]
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[collapse]")]
     assert row["cause"] in line
-    run = read_run(run_dir)
-    (finding,) = [found for found in diagnose(run) if "collapsed at step 40" in found.text]
+    recorded = read_run(run_dir)
+    (finding,) = [found for found in diagnose(recorded) if "collapsed at step 40" in found.text]
     assert finding.level == "fault" and "--optim.lr" in finding.remedy
-    assert "has collapsed" in alarms([run]) and "steps are far too large" in alarms([run])
+    assert "has collapsed" in alarms([recorded]) and "steps are far too large" in alarms([recorded])
+
+
+def _look_on_a_rank(rank: int, world: int) -> tuple[float, float | None, bool]:
+    method = build("byol", bn_mode="sync", bn_group_size=0)
+    inputs = make_inputs(method, 0, rank, world)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    # One rank alone would not look a second time; what rank 0 has measured decides for all.
+    mine = replace(HEALTHY, embedding_std=0.0 if rank == 0 else 0.9)
+    train.measure.collapse._measured = lambda *_: mine
+    runtime = Runtime(rank, world, torch.device("cpu"), torch.float32, False, torch.distributed.group.WORLD)
+    found = signs(method, inputs, runtime, None, None)
+    untouched = all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+    return found.embedding_std, found.around_predictor, untouched
+
+
+def test_ranks_look_together(tmp_path: Path) -> None:
+    """Both passes of a look exchange statistics between ranks, as synchronised batch norms do."""
+    assert run_ranks(_look_on_a_rank, 2, tmp_path) == [(0.0, 0.0, True)] * 2

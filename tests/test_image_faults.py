@@ -8,5 +8,5 @@ def test_every_reader_survives_damaged_photos_and_they_agree():
     tally = images.attack(count)
     assert sum(tally.values()) == count
     outcomes = {outcome for _, outcome in tally}
-    assert outcomes == {"read", "refused"}, "whole and damaged ones must both be among them"
+    assert outcomes == {"read", "refused"}, "whole and damaged ones must both be among them, and none may differ"
     assert tally["empty", "refused"] and not tally["empty", "read"]

@@ -96,7 +96,7 @@ def test_a_lost_machine_ends_the_job_and_the_same_command_goes_on(tmp_path, mach
     assert run([*common, str(whole)], 2) == [0, 0]
     port = free_port()
     launchers = start(machines, port, [*common, str(struck)], tmp_path)
-    until(lambda: (struck / "metrics.jsonl").exists() and bool(rows(struck, "train")), 200, "the first row")
+    until(lambda: (struck / "metrics.jsonl").exists() and bool(rows(struck, "checkpoint")), 200, "a checkpoint")
     lose(machines, launchers, how)
     # torchrun looks after its processes every few seconds and gives them some more to end.
     until(lambda: launchers[0].poll() is not None, LIMIT_S + 60, "the job of the machine that is left has ended")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,6 @@ from pipeline.manifest import manifest_path, read_manifest
 from tests.test_data_sources import folder
 from tools import make_ffcv_dataset, make_webdataset
 from tools.support.cli import call
-
-BUCKET = "photos-of-mine"
 
 
 @pytest.fixture
@@ -36,11 +35,13 @@ def bucket(monkeypatch, tmp_path):
 
     s3fs.S3FileSystem.clear_instance_cache()
     store = s3fs.S3FileSystem()
-    store.mkdir(BUCKET)
+    # The server keeps its buckets for as long as the process lives.
+    name_of_bucket = f"photos-{secrets.token_hex(4)}"
+    store.mkdir(name_of_bucket)
 
     def upload(local: Path, name: str) -> str:
-        store.put(str(local), f"{BUCKET}/{name}", recursive=True)
-        return f"s3://{BUCKET}/{name}"
+        store.put(str(local), f"{name_of_bucket}/{name}", recursive=True)
+        return f"s3://{name_of_bucket}/{name}"
 
     yield upload
     s3fs.S3FileSystem.clear_instance_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.runs import last_wins
 from tools.support.drawn_sets import COLOURS, coco_document, write_coco
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import NonFinite, UserMistake
+from train.eval import detect as detect_command
 from train.eval.detect import check, headline, plan_of
 from train.eval.detection.data import read_data
 from train.eval.detection.feed import TrainingFeed
@@ -355,18 +357,17 @@ def command(backbone: Path, data: Path, *more: str) -> list[str]:
     )
 
 
-class Asked:
-    """A watch that has been asked to stop from the start."""
-
-    asked = "SIGTERM"
-
-
 def test_the_command_stops_continues_and_measures(
     backbone: Path, synthetic: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--detector", "mask-rcnn-fpn", "--regions", "4", "--steps", "2", "--log-every", "1")
     with monkeypatch.context() as patched:
-        patched.setattr("train.eval.detect.SignalWatch", Asked)
+
+        def asked(*arguments: Any) -> Any:
+            signal.raise_signal(signal.SIGTERM)
+            return train(*arguments)
+
+        patched.setattr(detect_command, "train", asked)
         assert main(command(backbone, synthetic, *flags)) == 75
     assert "stopped by SIGTERM after step 1, saved" in capsys.readouterr().err
     assert main(command(backbone, synthetic, *flags, "--lr", "0.5")) == 2

@@ -15,7 +15,7 @@ from tests.faults.kills import Blow, Whole, attack, differences, run_whole, stri
 from tests.faults.traps import Trap
 from train.eval.session import Session
 from train.record.run import read_results
-from train.runtime import STOP_SIGNALS, SignalWatch
+from train.stop import STOP_SIGNALS, SignalWatch
 
 JOBS = {job.name: job for job in jobs()}
 

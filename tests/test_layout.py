@@ -33,6 +33,9 @@ OPTIONAL = (
     "matplotlib",
     "onnxruntime",
     "ray",
+    "wandb",
+    "mlflow",
+    "trackio",
 )
 
 

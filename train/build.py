@@ -5,6 +5,7 @@ Benchmarks, analyses and tests make theirs here too, so that what they measure i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from pipeline.augment import choose_implementation
 from pipeline.interface import Pipeline
 
 from .backbone_io import load_into
+from .callbacks import Callback
 from .checkpoint import Checkpoints
 from .config import Config
 from .cuda_graph import GraphedForwardBackward
@@ -90,6 +92,8 @@ def check_fit(config: Config, runtime: Runtime, method: Method) -> None:
         ValueError: batch, ranks, micro-batches, BN groups, queue, regions or augmentation do not fit together.
     """
     check_batch(config, runtime.world_size)
+    if config.run.probe and not config.run.val_data:
+        raise UserMistake("--probe needs --val-data, labelled images; without them there is nothing to classify")
     try:
         choose_implementation(runtime.device, runtime.dtype, config.recipe.augment.implementation)
     except ValueError as reason:  # it knows no flags
@@ -149,6 +153,7 @@ def build_job(
     pipeline: Pipeline,
     checkpoints: Checkpoints,
     run_dir: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Job:
     """What the steps of a run need beside its state; without a folder a job that writes and evaluates nothing.
 
@@ -159,6 +164,7 @@ def build_job(
         pipeline: delivers the batches of the training images.
         checkpoints: where the state is kept.
         run_dir: folder that rows are written to; None on ranks that write nothing.
+        callbacks: told every row.
 
     Raises:
         UserMistake: `--cuda-graph` where a graph cannot serve.
@@ -173,7 +179,7 @@ def build_job(
         # A graph averages gradients itself, and DDP's hooks on the parameters would do it a second time.
         wrapped=method if graphed else wrap_distributed(method, runtime, config.run.deterministic),
         stream=InputStream(builder, pipeline),
-        metrics=Metrics(run_dir, end, state.metrics_bytes, state.step),
+        metrics=Metrics(run_dir, end, state.metrics_bytes, state.step, steps, config.recipe.global_batch, callbacks),
         run_dir=run_dir,
         total_steps=steps * config.recipe.epochs,
         last_step=end,

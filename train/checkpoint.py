@@ -28,7 +28,7 @@ from .config import Config
 from .errors import Stopped, UserMistake
 from .resolve import changed_fields, lengthened
 from .retry import persistently
-from .runtime import Runtime, SignalWatch
+from .runtime import Runtime
 from .state import (
     DOCUMENT_FILE,
     MODEL_FILE,
@@ -41,6 +41,7 @@ from .state import (
     state_bytes,
     to_files,
 )
+from .stop import SignalWatch
 
 _NAME = re.compile(r"step_(\d{8,})")
 _MANIFEST = "manifest.json"

@@ -94,6 +94,11 @@ class RunConfig:
         least=0,
         free_on_resume=True,
     )
+    probe: bool = option(
+        False,
+        "with each online k-NN train a linear classifier on the same frozen features, beside the run and its result",
+        free_on_resume=True,
+    )
     checkpoint_every: int = option(
         1000, "steps between checkpoints; the end of the run always has one", least=1, free_on_resume=True
     )
@@ -124,6 +129,25 @@ class RunConfig:
         least=0,
     )
     report: bool = option(True, "write report.html into the run's folder at the end", free_on_resume=True)
+    log: tuple[Literal["wandb", "mlflow", "trackio"], ...] = option(
+        (),
+        "services that get the rows as well, comma-separated, through their own libraries and settings: wandb, mlflow, "
+        "trackio",
+        free_on_resume=True,
+    )
+    callbacks: tuple[str, ...] = option(
+        (),
+        "code of your own that is told the rows, as module:factory, comma-separated; the factory gives a "
+        "regatta.Callback",
+        free_on_resume=True,
+    )
+    live_report: int = option(
+        0,
+        "seconds between pages while the run goes: report.html with the curves, which a browser loads again by itself; "
+        "0: only at the end, because drawing takes up to 2 percent of the host's time from the steps",
+        least=0,
+        free_on_resume=True,
+    )
     dry_run: bool = option(
         False,
         "print what would run, take a few steps and stop: speed, memory, disk, finish; the run's folder stays as it is",

@@ -18,6 +18,7 @@ from train.errors import EXIT_CHECKPOINT, UserMistake, run_to_exit_code
 from train.eval.options import PROTOCOLS, parse
 from train.eval.trials import run_trials, take_trials
 from train.flags import nearest
+from train.stop import watched
 
 
 def usage() -> str:
@@ -86,7 +87,9 @@ def run(arguments: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_to_exit_code(lambda: run(arguments), disk_full=EXIT_CHECKPOINT)
+    # From here on, so that a signal while PyTorch is imported gets the project's exit code as well.
+    with watched(leave=True):
+        return run_to_exit_code(lambda: run(arguments), disk_full=EXIT_CHECKPOINT)
 
 
 if __name__ == "__main__":

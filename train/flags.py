@@ -109,7 +109,8 @@ INSTEAD: dict[str, str] = {
         "processes are started by torchrun --nproc_per_node=N",
     ),
     **dict.fromkeys(
-        ("wandb", "tensorboard", "logger", "log"), "metrics are always written to metrics.jsonl and tensorboard/"
+        ("wandb", "mlflow", "tensorboard", "logger"),
+        "metrics are always written to metrics.jsonl and tensorboard/, and with --log wandb|mlflow|trackio there",
     ),
 }
 

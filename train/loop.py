@@ -31,10 +31,11 @@ from .record.collapse import KIND, collapse
 from .record.collapse import row as collapse_row
 from .record.metrics import Metrics
 from .retry import persistently
-from .runtime import Runtime, SignalWatch
+from .runtime import Runtime
 from .schedules import ema_at, lr_at
 from .skipped import Skipped, keep
 from .state import TrainState
+from .stop import SignalWatch
 
 _TAKEN = "steps_taken"
 PATIENCE = 25
@@ -137,6 +138,7 @@ def _train(job: Job, state: TrainState, watch: SignalWatch) -> None:
             state.step = step + 1
             take_step(job, state, step, inputs)
             clock.steps += 1
+            job.metrics.at_step(state.step)
             if state.step % run.log_every == 0 or state.step == job.last_step:
                 loss = _write_row(job, state, epoch, clock)
                 if is_due(state.step, run.log_every):

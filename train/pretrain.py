@@ -14,24 +14,28 @@ from models.methods.base import Method
 from pipeline.atomic import write_atomically
 
 from .build import build_job, build_method, build_state, check_fit, compile_heads, last_step
+from .callbacks import Callback, made
 from .checkpoint import recorded_config, run_checkpoints
 from .config import Config
 from .data import RunData, open_data
 from .describe import describe
-from .errors import UserMistake
+from .errors import Stopped, UserMistake
 from .few_images import fitted
 from .loop import Job, save, train
-from .measure.online import health_figures, knn_figures
+from .measure.online import health_figures, knn_figures, labelled_features, probe_figures
 from .memory import naming_remedy, training_remedy
 from .micro_batch import settle_micro_batch
 from .proving.choose import Choice, apply, settle, told
+from .record.live import LivePage
+from .record.loggers import LOGGERS, Background
 from .record.run import CONFIG, has_ended
 from .rehearsal import rehearse
 from .resolve import changed_fields, continued, resolve
 from .retry import persistently
-from .runtime import Runtime, SignalWatch, start
+from .runtime import Runtime, start
 from .schedules import lr_at
 from .state import TrainState
+from .stop import SignalWatch
 from .versions import machine, versions
 
 _NAMED = 20
@@ -39,7 +43,11 @@ _NAMED = 20
 
 
 def run(
-    config: Config, taken_over: Sequence[str] = (), recorded: Mapping[str, Any] | None = None, advice: str = ""
+    config: Config,
+    taken_over: Sequence[str] = (),
+    recorded: Mapping[str, Any] | None = None,
+    advice: str = "",
+    callbacks: Sequence[Callback] = (),
 ) -> int:
     """One run from resolved configuration to exit code.
 
@@ -48,6 +56,7 @@ def run(
         taken_over: values that the run's folder has recorded and that the recipe would have otherwise, to be told.
         recorded: configuration in the checkpoint that the run goes on from; None for a new run.
         advice: a line about defaults that follow from the data, to be told.
+        callbacks: told first of all.
     """
     started = time.monotonic()
     with start(config.run) as runtime, naming_remedy(lambda: training_remedy(config, runtime)):
@@ -63,6 +72,7 @@ def run(
         # From here on a signal saves before it stops; opening the data may take minutes. A dry run has nothing to save.
         watch = None if config.run.dry_run else SignalWatch()
         run_dir = _prepare_run_dir(config) if runtime.is_main and watch is not None else None
+        listeners = _listeners(config, callbacks) if run_dir is not None else []
         choice = settle(config, runtime, recorded)
         if runtime.is_main and told(choice):
             print(told(choice), flush=True)
@@ -71,7 +81,7 @@ def run(
         method = build_method(settled, runtime) if settled.model != config.model else method
         data = open_data(config, runtime)
         try:
-            return _train_on(config, choice, runtime, method, data, run_dir, watch, recorded, started)
+            return _train_on(config, choice, runtime, method, data, run_dir, watch, recorded, started, listeners)
         finally:
             data.close()
 
@@ -100,6 +110,7 @@ def _train_on(
     watch: SignalWatch | None,
     recorded: Mapping[str, Any] | None,
     started: float,
+    callbacks: Sequence[Callback],
 ) -> int:
     facts = {
         **config.to_json(),
@@ -129,7 +140,7 @@ def _train_on(
         persistently(CONFIG, lambda: write_atomically(run_dir / CONFIG, document))
     if runtime.compile:
         compile_heads(method)
-    job = build_job(apply(config, choice), runtime, state, data.train, checkpoints, run_dir)
+    job = build_job(apply(config, choice), runtime, state, data.train, checkpoints, run_dir, callbacks)
     if watch is None:
         forecast = rehearse(job, state, data, started)
         if runtime.is_main:
@@ -138,7 +149,7 @@ def _train_on(
     job.evaluate = _evaluator(job, method, data)
     if complete:
         save(job, state, state.step // job.steps_per_epoch)
-    _run_job(job, state, watch, resumed)
+    _run_job(job, state, watch, resumed, facts)
     return 0
 
 
@@ -172,14 +183,21 @@ def _evaluator(job: Job, method: Method, data: RunData) -> Callable[[int, int], 
             job.metrics.row("health", step, epoch, **health_figures(method, data, job.runtime))
         if data.queries is None:
             return None
-        figures = knn_figures(method, data, job.runtime)
+        if job.config.run.probe:
+            tables = labelled_features(method, data, job.runtime)
+            # Before k-NN, in whose exchange the other ranks wait for this one.
+            if job.runtime.is_main:
+                job.metrics.row("probe", step, epoch, **probe_figures(tables, job.config.run.seed))
+            figures = knn_figures(method, data, job.runtime, tables)
+        else:
+            figures = knn_figures(method, data, job.runtime)
         job.metrics.row("knn", step, epoch, **figures)
         return figures["top1"]
 
     return evaluate
 
 
-def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool) -> None:
+def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool, document: dict[str, Any]) -> None:
     facts = {
         "world_size": job.runtime.world_size,
         "steps_per_epoch": job.steps_per_epoch,
@@ -187,6 +205,8 @@ def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool) -> 
         "machine": machine(job.runtime.device),
     }
     epoch = state.step // job.steps_per_epoch
+    outcome = "failed"
+    job.metrics.start(document)
     job.metrics.row("resume" if resumed else "start", state.step, epoch, **facts)
     try:
         train(job, state, watch)
@@ -194,8 +214,12 @@ def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool) -> 
         # By name, so that the page can list them; a few tell the kind, and a row must stay a line that can be read.
         named = {"bad": dict(itertools.islice(bad.items(), _NAMED))} if bad else {}
         job.metrics.row("end", state.step, state.step // job.steps_per_epoch, bad_records=len(bad), **named)
+        outcome = "done"
+    except Stopped:
+        outcome = "stopped"
+        raise
     finally:
-        job.metrics.close()
+        job.metrics.close(outcome)
     if job.runtime.is_main:
         print(
             f"done: {job.run_dir}, backbone in {job.run_dir}/backbone.safetensors"
@@ -216,12 +240,21 @@ def _write_report(job: Job) -> None:
         print(f"report.html could not be written: {reason}; run python tools/report.py {job.run_dir}", file=sys.stderr)
 
 
-def go_on_or_start(config: Config, arguments: Sequence[str]) -> int:
+def _listeners(config: Config, given: Sequence[Callback]) -> list[Callback]:
+    """The callbacks of a run: the caller's, then those of `--callbacks`, `--log` and `--live-report`."""
+    # One name given twice is one logger.
+    loggers = [Background(LOGGERS[name]()) for name in dict.fromkeys(config.run.log)]
+    page = [LivePage(config.run.live_report)] if config.run.live_report else []
+    return [*given, *made(config.run.callbacks), *loggers, *page]
+
+
+def go_on_or_start(config: Config, arguments: Sequence[str], callbacks: Sequence[Callback] = ()) -> int:
     """Run a configuration; a run that goes on keeps its recorded values where no argument says otherwise.
 
     Args:
         config: what `resolve` made of the arguments.
         arguments: the command line, which tells what was asked for and what is a default.
+        callbacks: told what happens in the run.
 
     Returns:
         The exit code.
@@ -230,4 +263,4 @@ def go_on_or_start(config: Config, arguments: Sequence[str]) -> int:
     arguments, advice = fitted(arguments, config, recorded)
     config = resolve(arguments)
     kept = config if recorded is None else continued(arguments, config, recorded)
-    return run(kept, taken_over=changed_fields(config.to_json(), kept.to_json()), recorded=recorded, advice=advice)
+    return run(kept, changed_fields(config.to_json(), kept.to_json()), recorded, advice, callbacks)

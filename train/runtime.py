@@ -1,4 +1,4 @@
-"""The machine under a run: process group, device, precision, compilation, signals."""
+"""The machine under a run: process group, device, precision, compilation."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import importlib.util
 import inspect
 import os
 import shutil
-import signal
 import socket
 import sys
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.fetch import stop_waiting
 from pipeline.prefetch import set_sharing_processes
 
 from .cards import refuse_without_code
@@ -30,9 +26,6 @@ from .config import RunConfig
 from .errors import RunEnd, UserMistake
 from .slurm import meeting_place, step_ranks
 from .together import Together
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""Signals after which a run saves and ends: of schedulers, of a keyboard, of a terminal or connection that closes."""
 
 
 @dataclass(frozen=True)
@@ -340,36 +333,3 @@ def changing_shapes() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = chosen
-
-
-ECHO_S = 2.0
-"""Seconds in which one request may arrive again under a launcher: from the scheduler or terminal, and from torchrun."""
-
-
-class SignalWatch:
-    """Remembers that the process was asked to stop; a second request stops it at once.
-
-    A scheduler or a terminal signals every process of a job, and torchrun passes on to its processes what it was sent
-    itself. So one request reaches a process twice, and the second must not end it before it has saved.
-    """
-
-    def __init__(self) -> None:
-        self.asked: str = ""
-        self._asked_at = 0.0
-        launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
-        self._echo_s = ECHO_S if launched else 0.0
-        for number in STOP_SIGNALS:
-            # Started under nohup: a terminal that closes must not stop the run.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() - self._asked_at < self._echo_s:
-            return
-        if self.asked:
-            signal.signal(number, signal.SIG_DFL)
-            # The default action, not `exit`: the parent then sees which signal ended the process.
-            os.kill(os.getpid(), number)
-        # A wait for a busy server must not outlast the time that a scheduler leaves for saving.
-        stop_waiting()
-        self.asked, self._asked_at = signal.Signals(number).name, time.monotonic()

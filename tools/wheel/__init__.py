@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.methods import METHODS as methods
-    from tools.wheel.functions import embed, evaluate, export, train
+    from tools.wheel.functions import Callback, embed, evaluate, export, train
     from tools.wheel.loader import Loader
     from tools.wheel.pretraining import Pretraining
 
@@ -23,7 +23,7 @@ try:
 except importlib.metadata.PackageNotFoundError:  # a folder on the path that was never installed
     __version__ = "unknown"
 
-__all__ = ["Loader", "Pretraining", "__version__", "embed", "evaluate", "export", "methods", "train"]
+__all__ = ["Callback", "Loader", "Pretraining", "__version__", "embed", "evaluate", "export", "methods", "train"]
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 if __name__ == "regatta" and (_CHECKOUT / "pyproject.toml").is_file():
@@ -31,6 +31,7 @@ if __name__ == "regatta" and (_CHECKOUT / "pyproject.toml").is_file():
     sys.path.append(str(_CHECKOUT))
 
 _HOMES = {
+    "Callback": ".functions",
     "train": ".functions",
     "embed": ".functions",
     "evaluate": ".functions",

@@ -7,10 +7,11 @@ import json
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.callbacks import Callback as Callback
 from train.errors import EXIT_REQUEUE, Stopped
 from train.keywords import arguments_of
 from train.measure.embedding import Embedding, check_out, own_image_size
@@ -33,7 +34,15 @@ def _handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def train(*, data: str | Path, out: str | Path, method: str, arch: str | None = None, **options: Any) -> Run:
+def train(
+    *,
+    data: str | Path,
+    out: str | Path,
+    method: str,
+    arch: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Run:
     """Pre-train a backbone without labels; a run in `out` that was stopped goes on.
 
     Args:
@@ -41,6 +50,7 @@ def train(*, data: str | Path, out: str | Path, method: str, arch: str | None = 
         out: folder of the run: `backbone.safetensors`, `metrics.jsonl`, `report.html`, `checkpoints/`.
         method: name of the method, a key of `regatta.methods`.
         arch: backbone; None takes the recipe's.
+        callbacks: told what happens in the run, derived from `regatta.Callback`.
         options: every other flag of `regatta train`, with underscores; nested ones as a dict, `optim={"lr": 0.1}`.
 
     Returns:
@@ -54,7 +64,7 @@ def train(*, data: str | Path, out: str | Path, method: str, arch: str | None = 
 
     more = options if arch is None else {"arch": arch, **options}
     with _handlers_kept():
-        code = run(arguments_of({"method": method, "data": data, "run_dir": out, **more}))
+        code = run(arguments_of({"method": method, "data": data, "run_dir": out, **more}), callbacks)
     if code == EXIT_REQUEUE:
         raise Stopped(f"stopped and saved in {out}; the same call goes on from here")
     if code:

@@ -14,7 +14,7 @@ from pipeline.prefetch import decoding_threads
 
 from ..errors import UserMistake
 from ..fields import check as check_fields
-from ..runtime import SignalWatch, changing_shapes, wrap_distributed
+from ..runtime import changing_shapes, wrap_distributed
 from ..state import TuningState
 from .detection.cityscapes_ap import cityscapes_ap
 from .detection.coco_ap import METRICS, coco_ap, coco_results
@@ -132,7 +132,9 @@ def read_both(session: ProtocolSession, config: DetectConfig) -> tuple[Detection
         session.say(f"{config.data}: {note}")
     # Before training: an image that is missing or damaged would end the run at the step that draws it.
     for part in data:
-        decoded = prove_images(part.records, session.runtime, threads)
+        total = session.share(len(part.records))
+        with session.progress(f"images of {part.origin}", total, "images") as progress:
+            decoded = prove_images(part.records, session.runtime, threads, progress.step)
         session.say(f"{part.origin}: {len(part.records)} images are there, {decoded} were decoded")
     return data
 
@@ -226,13 +228,18 @@ def fine_tune(
         state: TuningState = build_state(detector, course, runtime)
         settings = _settings(config, plan, data, backbone)
         folder = state_folder(result_path(session))
-        checkpoints = TuningCheckpoints(folder, settings, runtime, config.resume == "auto")
+        checkpoints = TuningCheckpoints(folder, settings, runtime, config.resume == "auto", watch=session.watch)
         # Before DDP is built, which sends rank 0's weights to the others.
         checkpoints.restore(state)
         wrapped = wrap_distributed(detector, runtime, config.deterministic)
-        history = train(state, wrapped, feed, course, runtime, checkpoints, SignalWatch(), session.say)
+        watch, say = session.watch, session.say
+        with session.progress("training", plan.schedule.steps, "steps", done=state.step) as progress:
+            history = train(state, wrapped, feed, course, runtime, checkpoints, watch, say, progress.advance)
         # After the last step and after the checkpoints, so that a continued run measures them anew.
-        layers = precise_statistics(detector, feed, plan.schedule.steps, config.precise_bn_steps, runtime)
+        with session.progress("norm statistics", config.precise_bn_steps, "batches") as progress:
+            layers = precise_statistics(
+                detector, feed, plan.schedule.steps, config.precise_bn_steps, runtime, progress.step
+            )
         if layers:
             session.say(f"statistics of {layers} norm layers measured over {config.precise_bn_steps} batches")
         return detector, history
@@ -256,7 +263,8 @@ def run(config: DetectConfig) -> int:
         detector, history = fine_tune(session, config, plan, data)
         threads = decoding_threads(config.workers)
         # All ranks take part, although only the first one computes the figures.
-        detections = detect(detector, val.records, plan.sizes, session.runtime, threads)
+        with session.progress("validation", session.share(len(val.records)), "images") as progress:
+            detections = detect(detector, val.records, plan.sizes, session.runtime, threads, progress.step)
         if not session.runtime.is_main:
             return 0  # the figures and the file are the first rank's
         found = precisions(val, detections, config.detector.startswith("mask"))

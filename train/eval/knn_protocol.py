@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..errors import UserMistake
 from ..measure.knn import predict_over_ranks
 from .accuracy import read_real_labels, real_accuracy
 from .options import KnnConfig
 from .session import class_count, open_session, percent, table
 from .splits import source_names
+
+_BLOCKS = 8
 
 
 def run(config: KnnConfig) -> int:
@@ -28,9 +32,16 @@ def run(config: KnnConfig) -> int:
             real = [every[sample] for sample in queries.samples.tolist()]
         runtime = session.runtime
         predict = predict_over_ranks(runtime.rank, runtime.world_size, runtime.gather_objects)
-        predictions = predict(
-            bank.features, bank.labels, queries.features, config.k, config.temperature, classes, config.block
-        )
+        # In pieces whose borders are those of the blocks that `predict` makes of a rank's share: the same sums.
+        pieces = queries.features.split(_BLOCKS * config.block * runtime.world_size)
+        found = []
+        with session.progress("search", len(pieces), "pieces") as progress:
+            for piece in pieces:
+                found.append(
+                    predict(bank.features, bank.labels, piece, config.k, config.temperature, classes, config.block)
+                )
+                progress.step()
+        predictions = {k: tuple(map(torch.cat, zip(*(each[k] for each in found), strict=True))) for k in config.k}
         rows = []
         for k, (weighted, majority) in predictions.items():
             row = {"k": k, "top1": _share(weighted, queries.labels), "top1_majority": _share(majority, queries.labels)}

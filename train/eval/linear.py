@@ -111,6 +111,7 @@ def train_heads(
     after_epoch: Callable[[int], None] = lambda epoch: None,
     optimizer: torch.optim.Optimizer | None = None,
     first_epoch: int = 0,
+    after_step: Callable[[], object] = lambda: None,
 ) -> None:
     """Train every head with cross-entropy at its own learning rate.
 
@@ -124,6 +125,7 @@ def train_heads(
         after_epoch: called with the number of epochs done, `first_epoch` + 1 to `epochs`.
         optimizer: that of a run which goes on, from `head_optimizer`; None makes a fresh one.
         first_epoch: epochs already done.
+        after_step: called after each step; what it raises ends the training.
     """
     # A run that goes on brings an optimizer whose momentum has been restored; a fresh one would change its next steps.
     optimizer = optimizer or head_optimizer(heads, recipe, lrs)
@@ -142,6 +144,7 @@ def train_heads(
             average_buffers([p.grad for p in heads.parameters() if p.grad is not None])
             optimizer.step()
             step += 1
+            after_step()
         after_epoch(epoch + 1)
 
 
@@ -160,12 +163,18 @@ def _lbfgs(parameters: list[Tensor], iterations: int) -> torch.optim.LBFGS:
 
 
 def fit_logistic(
-    features: Tensor, labels: Tensor, classes: int, l2: float, iterations: int = 500
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    l2: float,
+    iterations: int = 500,
+    after_pass: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """Exact multinomial logistic regression: (weight (classes, C), bias (classes,)), both fp64.
 
     Minimises mean cross-entropy + l2 / 2 * |weight|^2 with the bias left free, by L-BFGS in fp64. scikit-learn's
-    `LogisticRegression(C=1 / (l2 * N))` has the same optimum.
+    `LogisticRegression(C=1 / (l2 * N))` has the same optimum. `after_pass` is called after each pass over the features,
+    at most 2 * `iterations` times; what it raises ends the search.
     """
     # fp32 has too few digits for a gradient tolerance of 1e-7: the line search would stall before it.
     x, y = features.double(), labels.to(features.device)
@@ -178,6 +187,7 @@ def fit_logistic(
         solver.zero_grad()
         loss = F.cross_entropy(x @ weight.T + bias, y) + 0.5 * l2 * weight.square().sum()
         loss.backward()
+        after_pass()
         return loss
 
     solver.step(objective)
@@ -350,7 +360,11 @@ def _solve_exactly(
     mean, std = train.features.mean(dim=0), train.features.std(dim=0).clamp_min(1e-6)
     records = []
     for l2 in config.lrs or (recipe.lr,):
-        weight, bias = fit_logistic((train.features - mean) / std, train.labels, classes, l2)
+        # The solver ends by itself where it has converged, so the total is the most that it may take.
+        with session.progress(f"logistic regression, l2 {l2:g}", 1000, "passes at most") as progress:
+            weight, bias = fit_logistic(
+                (train.features - mean) / std, train.labels, classes, l2, after_pass=progress.step
+            )
         logits = ((val.features - mean) / std).double() @ weight.T + bias
         records.append(HeadRecord(l2, [(0, accuracy(logits, val.labels, real))]))
     return records, {"data_hash": train_hash, "train_images": len(train.labels), "classes": classes}
@@ -402,7 +416,9 @@ def _train_by_steps(
             "data": pipeline.data_hash,
             **common_settings(session, population, val_hash),
         }
-        checkpoints = TuningCheckpoints(state_folder(result_path(session)), settings, runtime, config.resume == "auto")
+        checkpoints = TuningCheckpoints(
+            state_folder(result_path(session)), settings, runtime, config.resume == "auto", watch=session.watch
+        )
         checkpoints.restore(state)
 
         def validate(done: int) -> None:
@@ -420,17 +436,19 @@ def _train_by_steps(
             state.step = done * len(pipeline)
             checkpoints.save(state)
 
-        train_heads(
-            heads,
-            epoch_features(session, pipeline, drop_path),
-            len(pipeline),
-            epochs,
-            recipe,
-            lrs,
-            validate,
-            state.optimizer,
-            state.step // len(pipeline),
-        )
+        with session.progress("training", epochs * len(pipeline), "steps", done=state.step) as progress:
+            train_heads(
+                heads,
+                epoch_features(session, pipeline, drop_path),
+                len(pipeline),
+                epochs,
+                recipe,
+                lrs,
+                validate,
+                state.optimizer,
+                state.step // len(pipeline),
+                progress.step,
+            )
         records = head_records(lrs, state)
         # After training, because a damaged record is found when it is decoded.
         session.count_bad(pipeline, "were replaced by others with their labels")

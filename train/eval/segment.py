@@ -11,7 +11,6 @@ import torch
 from pipeline.prefetch import decoding_threads
 
 from ..errors import UserMistake
-from ..runtime import SignalWatch
 from ..state import TuningState
 from .options import SegmentConfig
 from .segmentation.feed import TrainingFeed
@@ -77,7 +76,10 @@ def open_data(session: ProtocolSession, config: SegmentConfig) -> Data:
     val = read_layout(config.val_data, "val", config.val_split)
     threads = decoding_threads(config.workers)
     # Every file of both parts before the first step: a bad one would end the run hours later.
-    found = [inspect_all(part.pairs, session.runtime, threads) for part in (train, val)]
+    found = []
+    for part in (train, val):
+        with session.progress(f"files of {part.split}", session.share(len(part.pairs)), "images") as progress:
+            found.append(inspect_all(part.pairs, session.runtime, threads, progress.step))
     labels = _names(config, train, val, found[0].present)
     for part, inspection in zip((train, val), found, strict=True):
         check_values(part.pairs, inspection, labels)
@@ -126,7 +128,9 @@ def fine_tune(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
     network = build_segmenter(trunk, config.model, data.labels.classes, plan.channels, config.seed, config.bn)
     scaler = torch.amp.GradScaler("cuda") if runtime.dtype is torch.float16 else None
     state = TuningState(network, make_optimizer(network, config), scaler)
-    checkpoints = TuningCheckpoints(state_folder(result_path(session)), settings, runtime, config.resume == "auto")
+    checkpoints = TuningCheckpoints(
+        state_folder(result_path(session)), settings, runtime, config.resume == "auto", watch=session.watch
+    )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     session.say(
         f"segment: {config.model} ({parameters:,} parameters), {data.train.layout} data, {len(data.train.pairs)} "
@@ -135,7 +139,10 @@ def fine_tune(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
     )
 
     def score(step: int) -> dict[str, Any]:
-        found = validate(network, data.val.pairs, data.labels, plan, runtime, threads).as_dict(data.labels.names)
+        pairs = data.val.pairs
+        with session.progress("validation", session.share(len(pairs)), "images") as progress:
+            scored = validate(network, pairs, data.labels, plan, runtime, threads, progress.step)
+        found = scored.as_dict(data.labels.names)
         session.say(f"step {step}: mIoU {percent(found['miou'])}, pixel accuracy {percent(found['pixel_accuracy'])}")
         return found
 
@@ -152,7 +159,9 @@ def fine_tune(session: ProtocolSession, config: SegmentConfig, plan: Plan, data:
     try:
         # Before the first batch is drawn: the state says at which step to begin.
         checkpoints.restore(state)
-        train(Trainer(config, plan, runtime, feed, checkpoints, SignalWatch(), score, session.say), state)
+        watch, say = session.watch, session.say
+        with session.progress("training", plan.steps, "steps", done=state.step) as progress:
+            train(Trainer(config, plan, runtime, feed, checkpoints, watch, score, say, progress.advance), state)
     finally:
         feed.close()
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,15 @@ class Classifier(nn.Module):
 
 
 def fine_tune_epoch(
-    session: Session, model: Classifier, optimizer: torch.optim.Optimizer, scaler: Any, pipeline: Pipeline, epoch: int
+    session: Session,
+    model: Classifier,
+    optimizer: torch.optim.Optimizer,
+    scaler: Any,
+    pipeline: Pipeline,
+    epoch: int,
+    after_step: Callable[[], object] = lambda: None,
 ) -> None:
-    """One pass over the labelled images, all parameters moving."""
+    """One pass over the labelled images, all parameters moving; what `after_step` raises ends it."""
     device = session.runtime.device
     # A loaded encoder is in eval mode.
     model.train()
@@ -91,6 +98,7 @@ def fine_tune_epoch(
             scaler.update()
         # With --bn plain each rank has statistics of its own images; all must validate with, and rank 0 save, the same.
         average_buffers(running_buffers(model))
+        after_step()
 
 
 def _validate(session: Session, model: Classifier, val: Pipeline) -> Accuracy:
@@ -142,7 +150,7 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
             f"{batch}, lr {lrs[0]:g} backbone, {lrs[1]:g} classifier"
         )
         checkpoints = TuningCheckpoints(
-            state_folder(result_path(session)), settings, session.runtime, config.resume == "auto"
+            state_folder(result_path(session)), settings, session.runtime, config.resume == "auto", watch=session.watch
         )
         # The figures so far are part of the state, so that a continued run still knows its best epoch.
         state = TuningState(model, optimizer, scaler, record={"history": [[]]})
@@ -152,7 +160,8 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
             factor = 0.1 ** sum(epoch >= milestone * config.epochs / EPOCHS for milestone in MILESTONES)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            fine_tune_epoch(session, model, optimizer, scaler, train, epoch)
+            with session.progress(f"epoch {epoch + 1}/{config.epochs}", len(train), "steps") as progress:
+                fine_tune_epoch(session, model, optimizer, scaler, train, epoch, progress.step)
             # The last epoch always counts: it is the published figure.
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
                 found = _validate(session, model, val)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pipeline import augment
 from pipeline.atomic import remove_leftovers, write_atomically
@@ -29,8 +31,10 @@ from ..measure.features import Features, center_view, extract_features
 from ..memory import evaluation_remedy, naming_remedy
 from ..record.run import read_config
 from ..runtime import Runtime, start
+from ..stop import EvaluationWatch, watched
 from ..versions import versions
 from .options import EvalConfig, ProtocolConfig
+from .progress import Progress
 from .splits import check_classes, class_names
 
 FEATURE_BATCH = 256
@@ -49,6 +53,7 @@ class ProtocolSession:
         arch: its architecture.
         source: what was loaded.
         run: the run's `config.json`, empty for a file.
+        watch: hears the signals that end an evaluation.
         variant: part of the result file's name, for a protocol with several models; may be empty.
         batch: images of a training step over all ranks, once the protocol knows it; 0 before and without training.
     """
@@ -60,6 +65,7 @@ class ProtocolSession:
     arch: str
     source: BackboneSource
     run: dict[str, Any]
+    watch: EvaluationWatch
     variant: str = ""
     batch: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -77,7 +83,16 @@ class ProtocolSession:
     def say(self, text: str) -> None:
         """Print on the first rank."""
         if self.runtime.is_main:
-            print(text, flush=True)
+            tqdm.write(text, file=sys.stdout)  # above a bar that moves
+            sys.stdout.flush()
+
+    def progress(self, what: str, total: int, unit: str, done: int = 0) -> Progress:
+        """Of a loop of `total` pieces on this rank, told on the first rank; a signal ends it between two pieces."""
+        return Progress(what, total, unit, self.runtime.is_main, self.watch.check, done)
+
+    def share(self, count: int) -> int:
+        """How many of `count` pieces this rank has where the ranks take every n-th."""
+        return len(range(self.runtime.rank, count, self.runtime.world_size))
 
     def facts(self) -> dict[str, Any]:
         """Facts about the run that every result file contains."""
@@ -210,7 +225,17 @@ class Session(ProtocolSession):
             TooManyBad: more than `--max-bad` of them cannot be read.
         """
         device, dtype = self.runtime.device, self.autocast_dtype
-        features = extract_features(encoder, pipeline, device, dtype, max_bad=self.config.max_bad, compact=compact)
+        data = Path(pipeline.config.data).name  # type: ignore[attr-defined]
+        with self.progress(f"features of {data}", len(pipeline), "batches") as progress:
+            features = extract_features(
+                encoder,
+                pipeline,
+                device,
+                dtype,
+                max_bad=self.config.max_bad,
+                compact=compact,
+                after_batch=progress.step,
+            )
         self.count_bad(pipeline, "are left out")
         return features
 
@@ -269,7 +294,7 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
         deterministic=config.deterministic,
         compile=False,
     )
-    with start(process) as runtime:
+    with watched() as watch, start(process) as runtime:
         # With --untrained too: the checkpoint says which architecture is the baseline.
         loaded = load(config.checkpoint, config.arch, print if runtime.is_main else lambda _: None)
         encoder = loaded.encoder
@@ -281,8 +306,9 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
                 print(f"--untrained: a fresh {loaded.arch} takes its place")
         # The pipelines deliver channels-last images; weights in the plain layout would be converted at each call.
         encoder = encoder.to(runtime.device).to(memory_format=torch.channels_last)
+        watch.check()
         run = {} if loaded.source.folder is None else read_config(loaded.source.folder)
-        session = ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run, variant)
+        session = ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run, watch, variant)
         with naming_remedy(lambda: evaluation_remedy(runtime, session.batch, 0)):
             yield session
 
@@ -310,6 +336,7 @@ def open_session(protocol: str, config: EvalConfig) -> Iterator[Session]:
             opened.arch,
             opened.source,
             opened.run,
+            opened.watch,
             started=opened.started,
             image_size=size,
         )

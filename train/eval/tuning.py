@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pipeline.rng import SLOT_STEP_SEED, philox
 from ..checkpoint import Checkpoints
 from ..runtime import Runtime
 from ..state import State, digest
+from ..stop import EvaluationWatch
 
 
 class TuningCheckpoints(Checkpoints):
@@ -46,10 +48,17 @@ class TuningCheckpoints(Checkpoints):
         runtime: this process.
         resume: continue from the newest good checkpoint; otherwise what is there is overwritten.
         keep: newest checkpoints that stay on disk.
+        watch: is told what is saved, on which the exit code of a stopped evaluation depends.
     """
 
     def __init__(
-        self, root: Path, settings: Mapping[str, Any], runtime: Runtime, resume: bool = True, keep: int = 2
+        self,
+        root: Path,
+        settings: Mapping[str, Any],
+        runtime: Runtime,
+        resume: bool = True,
+        keep: int = 2,
+        watch: EvaluationWatch | None = None,
     ) -> None:
         # As JSON gives them back: tuples become lists.
         current: dict[str, Any] = json.loads(json.dumps(dict(settings)))
@@ -63,11 +72,24 @@ class TuningCheckpoints(Checkpoints):
             resume=resume,
             keep=keep,
         )
+        self._watch = watch
+
+    def save(self, state: State, also: Callable[[Path], None] | None = None, best: int | None = None) -> None:
+        """`Checkpoints.save`, which a signal lets come to its end."""
+        with self._watch.whole_writing() if self._watch else nullcontext():
+            super().save(state, also, best)
+        self._note(state)
+
+    def _note(self, state: State) -> None:
+        if self._watch is not None:
+            self._watch.saved = f"step {state.step}"
 
     def restore(self, state: State, before: int | None = None) -> bool:
         """`Checkpoints.restore`, a line on the first rank that says where the run goes on, and a look at the disk."""
         found = super().restore(state, before)
         self.check_space(state)
+        if found:
+            self._note(state)
         if found and self.runtime.is_main:
             print(f"continued after step {state.step} from {self.root / f'step_{state.step:08d}'}", flush=True)
         return found

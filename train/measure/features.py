@@ -87,6 +87,7 @@ def extract_features(
     transform: Callable[[Batch, Tensor], Tensor] | None = None,
     max_bad: float = MAX_BAD,
     compact: bool = False,
+    after_batch: Callable[[], object] = lambda: None,
 ) -> Features:
     """Globally average-pooled features of every image of a pipeline, the encoder in eval mode.
 
@@ -103,6 +104,7 @@ def extract_features(
             are left out, since they would count a picture under another one's label.
         compact: keep directions alone, as L2-normalised rows in float16: for nearest neighbours, whose table of
             ImageNet would otherwise take 31 GB of a GPU while it is put together, beside the training.
+        after_batch: called after each batch; what it raises ends the pass.
 
     Returns:
         Features sorted by sample index, of the images that can be read.
@@ -116,6 +118,7 @@ def extract_features(
     indices: list[Tensor] = []
     with evaluation_mode(encoder):
         for batch in pipeline:
+            after_batch()
             if len(batch.index) == 0:  # more ranks than images were left for the last batch
                 continue
             if view is None and len(batch.views) != 1:

@@ -1,4 +1,4 @@
-"""The figures of a run's `health` and `knn` rows: the backbone measured on the run's own pipelines."""
+"""The figures of a run's `health`, `knn` and `probe` rows: the backbone measured on the run's own pipelines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ..data import RunData
 from ..errors import NonFinite
 from ..inputs import VIEWS
 from ..runtime import Runtime
-from .features import evaluation_mode, extract_features
+from .features import Features, evaluation_mode, extract_features
 from .health import health
 from .knn import knn_classify, predict_over_ranks
+from .probe import epochs_for, probe_top1
 
 KNN_NEIGHBOURS = 20
 
@@ -48,11 +49,8 @@ def health_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str,
     return {**health(first, second), "source": data.health_source}
 
 
-def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, float | int]:
-    """20-NN top-1 of the backbone, all training images as bank and `--val-data` as queries.
-
-    Images that cannot be read are left out and counted as `train_bad` and `val_bad`.
-    """
+def labelled_features(method: Method, data: RunData, runtime: Runtime) -> tuple[Features, Features]:
+    """Features of all training images, and of `--val-data`, on every rank."""
     assert data.bank is not None and data.queries is not None
     autocast_dtype = None if runtime.dtype is torch.float32 else runtime.dtype
     bank, queries = (
@@ -60,6 +58,26 @@ def knn_figures(method: Method, data: RunData, runtime: Runtime) -> dict[str, fl
         extract_features(method.encoder, pipeline, runtime.device, autocast_dtype, compact=runtime.device.type != "cpu")
         for pipeline in (data.bank, data.queries)
     )
+    return bank, queries
+
+
+def probe_figures(tables: tuple[Features, Features], seed: int) -> dict[str, float | int]:
+    """Top-1 on the second table of a linear classifier trained on the first; see `measure/probe.py`."""
+    bank, queries = tables
+    top1 = probe_top1(bank.features, bank.labels, queries.features, queries.labels, seed)
+    counts = {"train_images": len(bank.features), "val_images": len(queries.features)}
+    return {"top1": top1, "epochs": epochs_for(len(bank.features)), **counts}
+
+
+def knn_figures(
+    method: Method, data: RunData, runtime: Runtime, tables: tuple[Features, Features] | None = None
+) -> dict[str, float | int]:
+    """20-NN top-1 of the backbone, all training images as bank and `--val-data` as queries.
+
+    Images that cannot be read are left out and counted as `train_bad` and `val_bad`. `tables` are what
+    `labelled_features` gives, where they are known already.
+    """
+    bank, queries = tables or labelled_features(method, data, runtime)
     predict = predict_over_ranks(runtime.rank, runtime.world_size, runtime.gather_objects)
     k = min(KNN_NEIGHBOURS, len(bank.features))
     weighted, majority = knn_classify(

@@ -101,6 +101,11 @@ def _learning(groups: Sequence[Group], draw: _Draw, at: Callable[[Run, Row], flo
             [_accuracy(group, at) for group in groups],
         ),
         draw(
+            "Linear probe top-1, percent",
+            "The same images told apart by a linear classifier on the frozen features, with --probe.",
+            _per_group(groups, "probe", "top1", at, _PERCENT),
+        ),
+        draw(
             "Loss",
             "The sum of all terms, as the method weighs them; losses of different methods do not compare.",
             _per_group(groups, "train", "loss", at),

@@ -1,4 +1,4 @@
-"""Rows of `metrics.jsonl`, TensorBoard scalars and one plain console line every few seconds."""
+"""Rows of `metrics.jsonl`, TensorBoard scalars, callbacks, and on the console a bar or a line every few seconds."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from train.callbacks import Callback, Listeners, Started
 from train.record.run import METRICS
 from train.retry import persistently
 
 _CONSOLE_EVERY_S = 5.0
-CURVES = ("train", "health", "knn")
+CURVES = ("train", "health", "knn", "probe")
 """Kinds of rows whose figures TensorBoard draws."""
 
 
@@ -29,19 +31,37 @@ class Metrics:
         total_steps: length of the progress bar.
         keep_bytes: `metrics.jsonl` is cut to this length first, so that a continued run repeats no row.
         first_step: where the progress bar and TensorBoard go on.
+        steps_per_epoch: steps that the bar counts an epoch by; 0 where it shows none.
+        global_batch: images of a step, by which the bar tells images per second.
+        callbacks: told every row after it is on the disk.
     """
 
-    def __init__(self, run_dir: Path | None, total_steps: int, keep_bytes: int = 0, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path | None,
+        total_steps: int,
+        keep_bytes: int = 0,
+        first_step: int = 0,
+        steps_per_epoch: int = 0,
+        global_batch: int = 1,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         self._start = time.monotonic()
         self._stream = None
         self._board: Any = None
         self._bar: tqdm | None = None
         self._last_console = 0.0
         self._first_step, self._total_steps = first_step, total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._run_dir = run_dir
+        self._listeners = Listeners(callbacks)
+        self._told: dict[str, int] = {}
         if run_dir is None:
             return
         path = run_dir / METRICS
         path.touch()
+        # Rows past the checkpoint are cut off here; whoever was told them must not take them for new ones.
+        self._told = _last_steps(path, keep_bytes) if keep_bytes else {}
         with path.open("r+b") as stream:
             stream.truncate(min(keep_bytes, path.stat().st_size))
         self._stream = path.open("ab", buffering=0)
@@ -52,7 +72,32 @@ class Metrics:
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            # Steps counted as images: the bar's own rate then is what the rows call `images_per_s`.
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                unit=" images",
+                unit_scale=global_batch,
+                dynamic_ncols=True,
+            )
+            self.at_step(first_step)
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Tell the callbacks that the run starts; `config` is the content of `config.json`."""
+        if self._run_dir is not None:
+            first, last, per_epoch = self._first_step, self._total_steps, self._steps_per_epoch
+            self._listeners.start(Started(self._run_dir, config, first, last, per_epoch, self._told))
+
+    def at_step(self, step: int) -> None:
+        """Move the bar to a step that has been taken (on a GPU: queued); called after each, and waits for nothing."""
+        if self._bar is None:
+            return
+        if self._steps_per_epoch and (step - 1) % self._steps_per_epoch == 0 or step == self._first_step:
+            last = -(-self._total_steps // self._steps_per_epoch) if self._steps_per_epoch else 0
+            epoch = min(step // self._steps_per_epoch + 1, last) if last else 0
+            self._bar.set_description_str(f"epoch {epoch}/{last}" if last else "", refresh=False)
+        # Drawn ten times a second at most, whatever is counted in between.
+        self._bar.update(step - self._bar.n)
 
     def position(self) -> int:
         """Bytes written to `metrics.jsonl` so far."""
@@ -69,6 +114,7 @@ class Metrics:
             if isinstance(value, int | float) and kind in CURVES:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
         self._show(kind, row)
+        self._listeners.row(row)
 
     def _append(self, line: str) -> None:
         assert self._stream is not None
@@ -88,8 +134,8 @@ class Metrics:
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
         )
         if self._bar is not None and kind == "train":
-            self._bar.update(row["step"] - self._bar.n)
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f} {row['images_per_s']:.0f} images/s")
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
+            self.at_step(row["step"])
         elif kind != "train" or time.monotonic() - self._last_console > _CONSOLE_EVERY_S:
             if kind == "train":
                 self._last_console = time.monotonic()
@@ -103,11 +149,24 @@ class Metrics:
         left = datetime.timedelta(seconds=round(pace * (self._total_steps - step)))
         return f"({step / self._total_steps:.0%}, {left} left at {time.strftime('%H:%M:%S')}) "
 
-    def close(self) -> None:
-        """Flush and release files."""
+    def close(self, outcome: str = "done") -> None:
+        """Flush and release files, and tell the callbacks how the run ended: "done", "stopped" or "failed"."""
         if self._bar is not None:
             self._bar.close()
         if self._stream is not None:
             self._stream.close()
             self._stream = None
             self._board.close()
+            self._listeners.end(outcome)
+
+
+def _last_steps(path: Path, first_byte: int) -> dict[str, int]:
+    """Kind -> last step of the rows behind `first_byte`."""
+    last: dict[str, int] = {}
+    for line in path.read_bytes()[first_byte:].splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last one, which a kill cut short
+        last[row["kind"]] = max(row["step"], last.get(row["kind"], -1))
+    return last

@@ -5,6 +5,7 @@ A page is a function of the folders of its runs alone (`render`), so it can be w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def _events(groups: Sequence[Group]) -> str:
     rows = []
     for colour, run in ((group.colour, run) for group in groups for run in group.runs):
         # These are in the curves or in parts of their own; what is left are starts, stops and accidents.
-        shown = ("train", "health", "knn", "checkpoint", KIND)
+        shown = ("train", "health", "knn", "probe", "checkpoint", KIND)
         found = [each for each in zip(run.rows, run.elapsed(), strict=True) if each[0]["kind"] not in shown]
         half = MOST_EVENTS // 2
         # A run of weeks may have skipped thousands of steps.
@@ -193,8 +194,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(folder.resolve().parts[-2:]) for folder in folders]
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The whole page about these runs, as HTML that loads nothing from anywhere."""
+def render(runs: Sequence[Run], curves_alone: bool = False, reload_s: int = 0) -> str:
+    """The whole page about these runs, as HTML that loads nothing from anywhere.
+
+    Args:
+        runs: what it is about.
+        curves_alone: leave out what needs images, published figures or the doctor: a page that is drawn often.
+        reload_s: seconds after which a browser loads the page again; 0: never.
+    """
     groups, room = grouped(runs), _Room()
     sections: list[tuple[str, Callable[[], str]]] = [
         ("Curves", lambda: curves(groups)),
@@ -207,13 +214,21 @@ def render(runs: Sequence[Run]) -> str:
         ("Events", lambda: _events(groups)),
         ("Configuration", lambda: _configuration(runs)),
     ]
+    if curves_alone:
+        kept = ("Curves", "Where the time goes", "Skipped steps and replaced files", "Events", "Configuration")
+        sections = [section for section in sections if section[0] in kept]
+    again, written = "", ""
+    if reload_s:
+        again = f'<meta http-equiv="refresh" content="{reload_s}">'
+        written = f'<p class="note">Written at {time.strftime("%H:%M:%S")} while the run goes on.</p>'
     body = "".join(f"<section><h2>{text(name)}</h2>{make()}</section>" for name, make in sections)
     heading = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{again}"
         f"<title>{text(heading)}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head>"
-        f"<body><main><h1>{text(heading)}</h1>{alarms(runs)}{_top(groups)}{body}</main></body></html>\n"
+        f"<body><main><h1>{text(heading)}</h1>{written}{alarms(runs)}{_top(groups)}{body}</main></body></html>\n"
     )
 
 
@@ -224,15 +239,16 @@ def _top(groups: Sequence[Group]) -> str:
     return f"<section>{comparison(groups)}</section>"
 
 
-def build_report(runs: Sequence[Path], out: Path) -> None:
-    """Write the page about the runs in these folders to `out`, whole or not at all.
+def build_report(runs: Sequence[Path], out: Path, curves_alone: bool = False, reload_s: int = 0) -> None:
+    """Write the page about the runs in these folders to `out`, whole or not at all; the rest is as for `render`.
 
     Raises:
         UserMistake: when a folder holds no run, or `out` cannot be written.
     """
     if not runs:
         raise UserMistake("no run was named; give one or more run folders")
-    page = render([read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)])
+    read = [read_run(folder, name) for folder, name in zip(runs, _names(runs), strict=True)]
+    page = render(read, curves_alone, reload_s)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, page.encode())

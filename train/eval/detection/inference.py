@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +102,12 @@ def _ahead(records: Sequence[ImageRecord], sizes: Sizes, workers: int) -> Iterat
 
 @torch.no_grad()
 def detect(
-    model: nn.Module, records: Sequence[ImageRecord], sizes: Sizes, runtime: Runtime, workers: int
+    model: nn.Module,
+    records: Sequence[ImageRecord],
+    sizes: Sizes,
+    runtime: Runtime,
+    workers: int,
+    after_image: Callable[[], object] = lambda: None,
 ) -> list[Detections]:
     """Run a detector over images one by one, each rank over its share; all ranks get all detections in order.
 
@@ -112,6 +117,7 @@ def detect(
         sizes: short and long edge at test.
         runtime: device, precision and rank.
         workers: decoding threads.
+        after_image: called after each image of this rank; what it raises ends the pass.
     """
     model.eval()
     found = []
@@ -119,6 +125,7 @@ def detect(
         with runtime.autocast():
             detections = model([image.to(runtime.device)])[0]
         found.append(to_original(detections, record, (image.shape[1], image.shape[2])))
+        after_image()
     # Rank r had every n-th image from r on, so the shares are dealt back in turn.
     shares = runtime.gather_objects(found)
     return [shares[number % runtime.world_size][number // runtime.world_size] for number in range(len(records))]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ...errors import UserMistake
 from ...runtime import Runtime
+from ..progress import in_threads
 from .feed import read_image
 from .records import ImageRecord
 
@@ -16,13 +16,16 @@ MOST_DECODED = 5_000
 """Images of a part that are decoded whole, spread evenly over a larger part. COCO's validation part has as many."""
 
 
-def prove_images(records: Sequence[ImageRecord], runtime: Runtime, threads: int) -> int:
+def prove_images(
+    records: Sequence[ImageRecord], runtime: Runtime, threads: int, after_image: Callable[[], object] = lambda: None
+) -> int:
     """Look at every image file, and decode up to `MOST_DECODED` of them; ranks share the work.
 
     Args:
         records: images of one part.
         runtime: this process and the others.
         threads: decoding threads.
+        after_image: called after each image of this rank; what it raises ends the proof.
 
     Returns:
         How many images were decoded.
@@ -32,8 +35,7 @@ def prove_images(records: Sequence[ImageRecord], runtime: Runtime, threads: int)
     """
     decoded = _spread(len(records), MOST_DECODED)
     own = range(runtime.rank, len(records), runtime.world_size)
-    with ThreadPoolExecutor(threads) as pool:
-        problems = list(pool.map(lambda number: _problem(records[number], number in decoded), own))
+    problems = in_threads(lambda number: _problem(records[number], number in decoded), own, threads, after_image)
     # Every rank must leave together, so each learns what the others found.
     found = [problem for part in runtime.gather_objects(problems) for problem in part if problem]
     if found:

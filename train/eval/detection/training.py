@@ -16,8 +16,9 @@ from models.norm import running_buffers
 
 from ...errors import NonFinite
 from ...optim import with_momentum_buffers
-from ...runtime import Runtime, SignalWatch
+from ...runtime import Runtime
 from ...state import TuningState
+from ...stop import EvaluationWatch
 from ..tuning import TuningCheckpoints, seed_step
 from .feed import Sample, TrainingFeed
 from .losses import mean_over_ranks
@@ -116,8 +117,9 @@ def train(
     course: Course,
     runtime: Runtime,
     checkpoints: TuningCheckpoints,
-    watch: SignalWatch | None,
+    watch: EvaluationWatch | None,
     say: Callable[[str], None],
+    after_step: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Train from where `state` is to the last step; returns the rows of losses of the whole run.
 
@@ -134,6 +136,7 @@ def train(
         samples = to_device(feed.samples(step), runtime.device)
         lr = course.schedule.lr_at(step, course.peak)
         losses = train_step(state, wrapped, samples, lr, runtime)
+        after_step()
         if state.step % course.log_every == 0 or state.step == steps:
             # Only at these steps: reading a loss waits for the device.
             row = {name: mean_over_ranks(value).item() for name, value in losses.items()}
@@ -149,7 +152,14 @@ def train(
 
 
 @torch.no_grad()
-def precise_statistics(model: nn.Module, feed: TrainingFeed, first: int, steps: int, runtime: Runtime) -> int:
+def precise_statistics(
+    model: nn.Module,
+    feed: TrainingFeed,
+    first: int,
+    steps: int,
+    runtime: Runtime,
+    after_batch: Callable[[], object] = lambda: None,
+) -> int:
     """Replace running statistics by their mean over training batches, with the weights as they are.
 
     Args:
@@ -158,6 +168,7 @@ def precise_statistics(model: nn.Module, feed: TrainingFeed, first: int, steps: 
         first: step whose samples are the first.
         steps: batches.
         runtime: device, precision and rank.
+        after_batch: called after each batch; what it raises ends the pass.
 
     Returns:
         How many layers were measured; 0 where all norms are frozen, and then nothing is done.
@@ -178,6 +189,7 @@ def precise_statistics(model: nn.Module, feed: TrainingFeed, first: int, steps: 
         with runtime.autocast():
             # With targets, since the heads' layers see the regions of training.
             model(to_device(feed.samples(step), runtime.device))
+        after_batch()
     if runtime.world_size > 1:
         average_buffers(running_buffers(model))
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pipeline.images import ImageRefused, open_rgb
 
 from ...errors import UserMistake
 from ...runtime import Runtime
+from ..progress import in_threads
 
 IGNORED = 255
 """Class of pixels that count neither for the loss nor for the metrics."""
@@ -164,16 +164,17 @@ class Inspection:
     findings: tuple[Finding, ...]
 
 
-def inspect_all(pairs: Sequence[Pair], runtime: Runtime, threads: int) -> Inspection:
-    """Look at every pair before anything is trained; ranks share the work.
+def inspect_all(
+    pairs: Sequence[Pair], runtime: Runtime, threads: int, after_pair: Callable[[], object] = lambda: None
+) -> Inspection:
+    """Look at every pair before anything is trained; ranks share the work, and `after_pair` may end it by raising.
 
     Raises:
         UserMistake: a pair cannot be used; the first of them is named.
     """
     # Decoding every file takes long, so the ranks share it.
     own = pairs[runtime.rank :: runtime.world_size]
-    with ThreadPoolExecutor(threads) as pool:
-        parts = runtime.gather_objects(list(pool.map(inspect, own)))
+    parts = runtime.gather_objects(in_threads(inspect, own, threads, after_pair))
     findings = [parts[position % len(parts)][position // len(parts)] for position in range(len(pairs))]
     problems = [finding.problem for finding in findings if finding.problem]
     # The first in the order of the data, so that the message does not depend on the number of ranks.

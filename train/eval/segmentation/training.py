@@ -16,8 +16,9 @@ from models.norm import running_buffers
 
 from ...errors import NonFinite
 from ...measure.features import evaluation_mode
-from ...runtime import Runtime, SignalWatch, changing_shapes
+from ...runtime import Runtime, changing_shapes
 from ...state import TuningState
+from ...stop import EvaluationWatch
 from ..tuning import TuningCheckpoints, seed_step
 from .feed import TrainBatch, TrainingFeed, validation_pairs
 from .inference import predict
@@ -47,6 +48,7 @@ class Trainer:
         watch: signals.
         validate: called with the number of steps done; gives plain values for the record.
         say: prints on the first rank.
+        after_step: called after each step.
     """
 
     config: SegmentConfig
@@ -54,9 +56,10 @@ class Trainer:
     runtime: Runtime
     feed: TrainingFeed
     checkpoints: TuningCheckpoints
-    watch: SignalWatch
+    watch: EvaluationWatch
     validate: Callable[[int], dict[str, Any]]
     say: Say
+    after_step: Callable[[], object] = lambda: None
 
 
 def train(trainer: Trainer, state: TuningState) -> None:
@@ -72,6 +75,7 @@ def train(trainer: Trainer, state: TuningState) -> None:
     state.model.train()
     for batch in trainer.feed.batches(state.step, last):
         loss = take_step(trainer, state, batch)
+        trainer.after_step()
         state.step += 1
         counted += config.global_batch
         if state.step % config.log_every == 0 or state.step == last:
@@ -127,9 +131,18 @@ def _mean_over_ranks(runtime: Runtime, loss: Tensor) -> float:
 
 
 def validate(
-    network: Segmenter, pairs: Sequence[Pair], labels: LabelMap, plan: Plan, runtime: Runtime, threads: int
+    network: Segmenter,
+    pairs: Sequence[Pair],
+    labels: LabelMap,
+    plan: Plan,
+    runtime: Runtime,
+    threads: int,
+    after_image: Callable[[], object] = lambda: None,
 ) -> Scores:
-    """Scores over all pairs, which the ranks share; the confusion matrix is summed over them."""
+    """Scores over all pairs, which the ranks share; the confusion matrix is summed over them.
+
+    `after_image` is called after each image of this rank; what it raises ends the pass.
+    """
 
     def logits_of(images: Tensor) -> Tensor:
         with runtime.autocast():
@@ -143,5 +156,6 @@ def validate(
         for image, label in validation_pairs(pairs, labels, runtime.rank, runtime.world_size, threads):
             predicted = predict(logits_of, image, device, plan.geometry.scale, plan.window, plan.stride)
             confusion += confusion_matrix(predicted, torch.from_numpy(label).to(device), labels.classes)
+            after_image()
     total = np.sum(runtime.gather_objects(confusion.cpu().numpy()), axis=0)
     return scores(total)

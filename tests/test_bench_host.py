@@ -5,10 +5,17 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
+
+from models.ops.batch_norm_act_kernels import BatchNormActKernels
+from tools.bench import traffic as traffic_module
+from tools.bench.traffic import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,9 +30,54 @@ def rows(tmp_path: Path, *flags: str) -> dict[tuple[str, str], float]:
         return {(row["contender"], row["metric"]): float(row["median"]) for row in csv.DictReader(file)}
 
 
-@pytest.mark.skipif(not torch.version.cuda, reason="this PyTorch has no CUDA code")
+needs_cuda_code = pytest.mark.skipif(not torch.version.cuda, reason="this PyTorch has no CUDA code")
+
+
+@needs_cuda_code
 def test_a_step_on_the_idle_device(tmp_path: Path) -> None:
     found = rows(tmp_path, "--methods", "moco-v2", "--arch", "resnet18", "--batch", "64", "--rounds", "2")
     launches = {name: found[name, "launches of a step"] for name in ("plain", "ours", "ours + kernels")}
     assert launches["ours + kernels"] < launches["plain"] < launches["ours"]
     assert all(found[name, "host time of a step"] > 0 for name in launches)
+    # Two kernels for each of two views, and the table of each; and what follows a graph: optimizer, EMA and queue.
+    assert found["augmentation + kernel", "launches of a step"] == 6
+    assert found["ours + kernels + graph", "launches of a step"] <= 80
+    moved = {name: found[name, "bytes of a step"] for name in ("plain", "ours", "ours + kernels")}
+    assert moved["ours + kernels"] < 0.9 * moved["plain"] < moved["ours"]
+    assert found["augmentation + kernel", "bytes of a step"] < 0.01 * found["augmentation", "bytes of a step"]
+
+
+def moved(call: Callable[[], Any]) -> int:
+    with counted() as traffic:
+        call()
+    return traffic.moved
+
+
+def test_bytes_of_operations_are_those_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor once, those read twice twice; views and allocations nothing."""
+    monkeypatch.setattr(
+        traffic_module, "tensors_of", lambda value: [t for t in tree_leaves(value) if torch.is_tensor(t)]
+    )
+    x, y = torch.ones(4, 8, 5, 5), torch.ones(4, 8, 5, 5)
+    size = x.numel() * 4
+    assert moved(lambda: x + y) == 3 * size
+    assert moved(lambda: x.view(-1)[3:]) == moved(lambda: torch.empty(9)) == 0
+    assert moved(lambda: x.add_(y)) == 3 * size and moved(lambda: x.copy_(y)) == 2 * size
+    assert moved(lambda: torch.add(x, y, out=y)) == 3 * size
+    assert moved(lambda: torch._foreach_add_([x, y], 1)) == 4 * size
+    assert moved(lambda: x + torch.ones(()).expand(4, 8, 5, 5)) == 2 * size + 4 + 4  # the one, made and read
+    # Statistics come first: x twice, y once, and four vectors of eight.
+    norm = moved(lambda: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5))
+    assert norm == 3 * size + 2 * 8 * 4
+
+
+def test_bytes_of_our_kernels_count_where_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        traffic_module, "tensors_of", lambda value: [t for t in tree_leaves(value) if torch.is_tensor(t)]
+    )
+    kernels = BatchNormActKernels(lambda options: lambda *launch: None)
+    x = torch.ones(4, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    size, vector = x.numel() * 4, 8 * 4
+    assert moved(lambda: kernels.forward(x, None, None, None, 1, 1e-5, True, True)) == 3 * size + 2 * vector
+    mask = x.numel() // 4
+    assert moved(lambda: kernels.forward(x, x, None, None, 1, 1e-5, True, True)) == 4 * size + 2 * vector + mask

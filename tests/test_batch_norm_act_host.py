@@ -18,6 +18,7 @@ from models.ops.batch_norm_act_kernels import SOURCE, Arguments, BatchNormActKer
 from models.ops.choice import NORM
 from models.ops.host_library import HostLibrary, batch_norm_library
 from models.ops.launcher import Addresses
+from models.ops.nvrtc import cache_folder
 from tests.cuda_host import HostModule
 from tests.test_batch_norm_act import CASES, DTYPES, EPS, FORMS, make_map, normal, parameters
 
@@ -270,6 +271,7 @@ def test_a_library_is_built_behind_the_run_and_found_again(tmp_path, monkeypatch
         pytest.skip("no C++ compiler")
     text = 'extern "C" __attribute__((visibility("default"))) int one() { return 1; }'
     library = library_of(text, tmp_path, monkeypatch)
+    (cache_folder() / ".tiny-of-a-run-that-ended").mkdir(parents=True)
     assert library.loaded() is None and library.why_not() == "", "asking waits for no compiler"
     path = library.wait()
     assert path is not None and ctypes.CDLL(str(path)).one() == 1

@@ -73,8 +73,10 @@ def build(source: Path) -> Path:
         raise HostLibraryUnavailable("no C++ compiler was found; install one (Debian: apt install g++)")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent / f"{source.stem}.lock"):
+        with _locked(target.parent / f"{source.stem}.lock") as alone:
             if not target.exists():  # another rank may have built it while we waited
+                if alone:
+                    _remove_leftovers(source, target.parent)
                 _compile(_command(cxx, source), target)
     except OSError as error:
         raise HostLibraryUnavailable(f"{target.parent} cannot be written ({error}); set XDG_CACHE_HOME") from None
@@ -82,12 +84,20 @@ def build(source: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that ranks that start together do not all compile; without locks they may."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock file, so that ranks that start together do not all compile; false where there are no locks."""
     with path.open("w") as file:
+        alone = False
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone
+
+
+def _remove_leftovers(source: Path, folder: Path) -> None:
+    """Remove what compilers have left whose process ended before them, as that of a short run does."""
+    for left in folder.glob(f".{source.stem}-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _compile(command: list[str], target: Path) -> None:

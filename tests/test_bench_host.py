@@ -44,6 +44,10 @@ def test_a_step_on_the_idle_device(tmp_path: Path) -> None:
     assert found["ours + kernels + graph", "launches of a step"] <= 80
     moved = {name: found[name, "bytes of a step"] for name in ("plain", "ours", "ours + kernels")}
     assert moved["ours + kernels"] < 0.9 * moved["plain"] < moved["ours"]
+    # Another version of PyTorch launches other kernels; with this one a step that launches or moves more is our doing.
+    if torch.__version__.startswith("2.15."):
+        assert launches == {"plain": 602, "ours": 937, "ours + kernels": 522}
+        assert moved == pytest.approx({"plain": 10.9, "ours": 11.59, "ours + kernels": 8.618}, rel=1e-3)
     assert found["augmentation + kernel", "bytes of a step"] < 0.01 * found["augmentation", "bytes of a step"]
 
 

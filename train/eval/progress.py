@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 EVERY_S = 10.0
 
 

@@ -36,7 +36,7 @@ def test_the_bar_of_a_terminal_moves_at_each_step(
     metrics.close()
     drawn = capsys.readouterr().err
     # No row has come yet: share, epoch, images and their rate are there all the same.
-    assert re.search(r"epoch 1/2: +25%\S*.* 32\.0/128 \[", drawn) and re.search(r"epoch 2/2: +62%", drawn)
+    assert re.search(r"epoch 1/2: +25%\S* +\| 32/128 \[", drawn) and re.search(r"epoch 2/2: +62%", drawn)
     assert " images/s" in drawn and "loss 1.250" in drawn
 
 

@@ -368,6 +368,8 @@ def test_the_command_stops_continues_and_measures(
             return train(*arguments)
 
         patched.setattr(detect_command, "train", asked)
+        # The command runs in the tests' own process, which a slow step must not end.
+        patched.setattr("train.stop.GRACE_S", 600.0)
         assert main(command(backbone, synthetic, *flags)) == 75
     assert "stopped by SIGTERM after step 1, saved" in capsys.readouterr().err
     assert main(command(backbone, synthetic, *flags, "--lr", "0.5")) == 2

@@ -24,6 +24,7 @@ import train.eval.progress
 import train.eval.segment
 import train.eval.semi
 import train.measure.features
+import train.stop
 from tools.support.drawn_sets import coco_document, write_coco
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import Stopped
@@ -51,6 +52,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in the tests' own process, which a slow machine must not end; programs of their own set theirs."""
+    monkeypatch.setattr(train.stop, "GRACE_S", 600.0)
 
 
 def command(protocol: str, backbone: Path, photos: Path, out: Path, *more: str) -> list[str]:

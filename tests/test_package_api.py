@@ -141,6 +141,18 @@ def test_features_of_a_folder(photos: Path, backbone: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(made.features, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_images_of_a_list_and_of_a_table_keep_their_names(photos: Path, backbone: Path, tmp_path: Path) -> None:
+    paths = sorted(photos.rglob("*.png"))
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths))
+    settings = {"checkpoint": backbone, "image_size": 32, "device": "cpu"}
+    assert embed(tmp_path / "list.txt", **settings).names.tolist() == [str(path) for path in paths]
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    cells = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "t.parquet")
+    assert embed(tmp_path / "t.parquet", **settings).names.tolist() == [path.name for path in paths]
+
+
 def test_the_embed_command(photos: Path, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "features.npy"
     flags = ["--image-size", "32", "--device", "cpu", "--batch", "7"]

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from pipeline.atomic import write_atomically
-from pipeline.interface import PipelineConfig
+from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
+from pipeline.stores import FileStore, TableStore
 
 from ..backbone_io import LoadedBackbone, load
 from ..cards import refuse_without_code
@@ -69,6 +70,16 @@ def own_image_size(loaded: LoadedBackbone, wanted: int) -> int:
     return int(read_config(loaded.source.folder).get("recipe", {}).get("image_size", 224))
 
 
+def _names(data: str, pipeline: Pipeline, loader: str) -> list[str]:
+    """What each image is called: by the packer's manifest, by its path or cell, by its number where nobody knows."""
+    store = getattr(pipeline, "store", None)
+    # Parquet files and lists of files: the store alone knows their names.
+    if isinstance(store, FileStore | TableStore) and not Path(data).is_dir():
+        return [store.name(number) for number in range(pipeline.num_samples)]
+    names = None if loader == "synthetic" else source_names(data)
+    return names if names is not None else [str(number) for number in range(pipeline.num_samples)]
+
+
 def embed(
     data: str | Path,
     *,
@@ -120,8 +131,7 @@ def embed(
         found = extract_features(encoder, pipeline, where)
     finally:
         pipeline.close()
-    names = None if loader == "synthetic" else source_names(str(data))
-    every = np.array(names if names is not None else [str(number) for number in range(pipeline.num_samples)])
+    every = np.array(_names(str(data), pipeline, loader))
     samples = found.samples.numpy()
     embedding = Embedding(found.features.cpu().numpy(), found.labels.numpy(), every[samples], found.bad)
     if path is not None:

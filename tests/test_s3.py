@@ -18,7 +18,7 @@ from tools.support.cli import call
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
     """A function that uploads a folder into a bucket and gives its s3:// address."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed (pip install s3fs)")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (pip install s3fs)")
     server_of = pytest.importorskip("moto.server", reason="moto is not installed (pip install 'moto[server,s3]')")
     server = server_of.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -31,8 +31,6 @@ def bucket(monkeypatch, tmp_path):
         "HOME": str(tmp_path),  # no credentials of whoever runs the tests
     }.items():
         monkeypatch.setenv(name, value)
-    import s3fs
-
     s3fs.S3FileSystem.clear_instance_cache()
     store = s3fs.S3FileSystem()
     # The server keeps its buckets for as long as the process lives.

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train.main
+import train.pretrain
 from models.methods import METHODS
 from pipeline.prefetch import decoding_threads, set_sharing_processes
 from tests.runs import last_wins

@@ -633,6 +633,7 @@ def test_a_stop_is_heard_at_checkpoints_too(tmp_path: Path, monkeypatch: pytest.
         watch=SimpleNamespace(asked="SIGTERM"),
         validate=lambda step: {},
         say=lambda line: None,
+        after_step=lambda: None,
     )
     with pytest.raises(Stopped, match="after step 4, saved"):
         training.train(trainer, state)  # type: ignore[arg-type]

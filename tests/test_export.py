@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from models.hyperparameters import ARCHITECTURES
 from pipeline import augment
 from tests.export_reader import ArraysOnly, load_detectron2
 from tools.export_backbone import main
+from tools.support.cli import call
 from tools.support.exports import TARGETS
+from tools.support.foreign_exports import OWN_FORMATS
 from train.backbone_io import build_encoder, save_backbone
 
 GOLDEN = Path(__file__).parent / "golden" / "detectron2_shapes.json"
@@ -145,6 +148,21 @@ def test_detectron2_keys_and_shapes(tmp_path: Path, arch: str) -> None:
         assert torch.equal(
             arrays["layers.1.downsample.reduction.weight"], encoder.state_dict()["features.4.reduction.weight"]
         )
+
+
+LARGE = ("resnet34", "resnet50", "swin-t", "resnet101", "resnet152", "resnet50-2x", "vit-b")
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.slow if arch in LARGE else ()) for arch in ARCHITECTURES]
+)
+def test_each_backbone_is_exported_or_refused_with_what_fits(tmp_path: Path, arch: str) -> None:
+    random_backbone(arch, tmp_path / "backbone.safetensors")
+    fitting = OWN_FORMATS.get(arch, ("torchvision", "timm", "detectron2", "hf"))
+    for target in set(TARGETS) - {"onnx"}:
+        arguments = [str(tmp_path / "backbone.safetensors"), str(tmp_path / f"{target}{TARGETS[target].ending}")]
+        code = call(main, [*arguments, "--format", target])
+        assert code == (0 if target in fitting else 2), target
 
 
 def test_detectron2_reads_it(tmp_path: Path) -> None:

@@ -6,8 +6,14 @@ from models.foreign import ForeignTrunk, chain_of, is_densenet
 from train.errors import UserMistake
 
 _FORMATS = {"timm": ("timm", "hf", "onnx"), "torchvision": ("torchvision", "onnx")}
-OWN_FORMATS = {"vit-s": ("timm", "onnx"), "vit-b": ("timm", "onnx")}
-"""Backbones of our own that only some formats have: torchvision and transformers compute their ViTs otherwise."""
+OWN_FORMATS = {
+    "vit-s": ("timm", "onnx"),
+    "vit-b": ("timm", "onnx"),
+    "resnet10-w16": ("onnx",),
+    "resnet10-w32": ("onnx",),
+}
+"""Backbones of our own that only some formats have: torchvision and transformers compute their ViTs otherwise, and no
+library has the narrow ResNets."""
 
 
 def check_format(arch: str, target: str) -> None:

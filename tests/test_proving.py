@@ -14,6 +14,7 @@ import torch
 from models.methods import METHODS
 from models.ops import batch_norm_act, box_pool, masked_pool
 from models.ops.choice import CHOICES
+from models.ops.host_library import HostLibrary, batch_norm_library
 from tests.method_cases import SWIN_METHODS, small_backbones
 from tests.planted_kernels import plant
 from tests.runs import TINY, last_wins, rows
@@ -206,8 +207,8 @@ def provable(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return proofs
 
 
-def test_a_verdict_is_made_once_on_a_card(provable: list[int]) -> None:
-    config = of("--deterministic", "false")
+def test_a_verdict_is_made_once_on_a_card(provable: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, built = of("--deterministic", "false"), batch_norm_library().is_built()
     choice = choose.settle(config, ALONE, None)
     assert choice.source == "proved now" and choice.uses("batch_norm_act") and not choice.uses("box_pool")
     # The unfinished verdict alone is made again.
@@ -215,6 +216,9 @@ def test_a_verdict_is_made_once_on_a_card(provable: list[int]) -> None:
     assert choose.settle(config, ALONE, None).source == "proved before on this card" and len(provable) == 2
     choose.settle(of("--deterministic", "false", "--image-size", "96"), ALONE, None)
     assert len(provable) == 3, "other shapes were not proved"
+    # Compiled meanwhile: kernels that looked slow when Python launched them get another look.
+    monkeypatch.setattr(HostLibrary, "is_built", lambda self: not built)
+    assert choose.settle(config, ALONE, None).source == "proved now"
     line = choose.told(choice)
     assert "batch_norm_act 2.00x (2e+03 -> 1e+03 ms a step)" in line
     assert "left out: box_pool (wrong at (3, 7): y is off by 2)" in line

@@ -49,8 +49,10 @@ def _command(cxx: str, source: Path) -> list[str]:
     return [cxx, *FLAGS, abi, f"-I{torch_folder / 'include'}", str(source), f"-L{torch_folder / 'lib'}", *LIBRARIES]
 
 
-def _target(source: Path, command: list[str]) -> Path:
+def _target(source: Path, cxx: str | None) -> Path:
     """Where the library lies: its name is a hash of all that it is made from."""
+    # A library that was built before is used on a machine without a compiler, too.
+    command = _command(Path(cxx or "g++").name, source)
     # PyTorch's headers are those of its version; a home folder may be shared by machines of different age.
     made_from = [*command, torch.__version__, platform.machine(), *platform.libc_ver()]
     digest = hashlib.sha256(" ".join(made_from).encode())
@@ -66,7 +68,7 @@ def build(source: Path) -> Path:
         HostLibraryUnavailable: there is no compiler, it failed, or the cache cannot be written.
     """
     cxx = compiler()
-    target = _target(source, _command(Path(cxx or "g++").name, source))
+    target = _target(source, cxx)
     if target.exists():
         return target
     if cxx is None:
@@ -127,6 +129,10 @@ class HostLibrary:
         self._built: Path | None = None
         self._failure = ""
         self._loaded: Path | None = None
+
+    def is_built(self) -> bool:
+        """Whether the library is there already, so that a process which starts now has it from its first step on."""
+        return _target(self._source, compiler()).exists()
 
     def loaded(self) -> Path | None:
         """The library, its operators registered; None while it is compiled and where it cannot be."""

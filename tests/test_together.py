@@ -119,7 +119,7 @@ def test_torchrun_starts_the_ranks_again_and_nothing_is_left(tmp_path: Path) -> 
         launcher = subprocess.Popen(
             [*command, str(ROOT / "train" / "main.py"), *argv(struck, 30)], env=environment, stdout=log, stderr=log
         )
-        wait_for_row(struck, "train")
+        wait_for_row(struck, "checkpoint")
         first = ranks_of(launcher.pid)
         os.kill(first[1], signal.SIGKILL)
         assert launcher.wait(300) == 0, (tmp_path / "log").read_text()[-2000:]

@@ -233,7 +233,7 @@ def _join(backend: str, rank: int, world_size: int) -> None:
         RunEnd: another process was there and has left.
     """
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=_own_store(rank, world_size), rank=rank, world_size=world_size)
     except dist.DistNetworkError as reason:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(reason):
@@ -250,6 +250,20 @@ def _join(backend: str, rank: int, world_size: int) -> None:
         raise UserMistake(
             f"the processes cannot meet at {place} ({first_line}); check MASTER_ADDR, MASTER_PORT and the network"
         ) from None
+
+
+def _own_store(rank: int, world_size: int) -> dist.Store | None:
+    """The part of torchrun's store that belongs to this start of its processes; None where PyTorch's choice is right.
+
+    torchrun of one machine keeps its store when it starts its processes again. Addresses and last words of the
+    processes that have gone still stand there, and would be taken for those of the new ones. The launchers of several
+    machines count their restarts apart, so that the numbers say nothing in common there.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -106,6 +107,9 @@ def test_the_second_time_nothing_is_done(checkout: Checkout) -> None:
     assert (checkout.root / ".venv" / "bin" / "python").exists()
     calls = checkout.calls()
     assert len(installs(calls)) == 2, "one call for all groups, one for FFCV"
+    groups = re.findall(r"^# \[([a-z-]+)\]", (ROOT / "tools" / "requirements.txt").read_text(), re.MULTILINE)
+    # A group that is in no call is a package that users are told they have.
+    assert len(groups) > 7 and all(f"/{group}.txt" in " ".join(installs(calls)) for group in groups)
     assert "-m pipeline.native_build" in calls
 
     began = time.monotonic()

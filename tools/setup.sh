@@ -175,7 +175,8 @@ install() {
 }
 reason() { grep -v '^[[:space:]]*$' "$log" | tail -n 1 | tr -s ' ' | cut -c 1-200; }
 
-optional=(quickstart ffcv dali webdataset eval dev)
+# Every group of the file but [core], which is needed, and FFCV's source, which is built last.
+read -r -d '' -a optional < <(awk '/^# \[/ && !/\[(core|ffcv-source)\]/ { gsub(/[][]/, "", $2); print $2 }' "$requirements") || true
 all=(-r "$(group core)")
 for name in "${optional[@]}"; do all+=(-r "$(group "$name")"); done
 say "Python packages (the first time takes minutes)"

@@ -86,10 +86,10 @@ def test_a_newer_card_is_not_sent_to_an_older_build() -> None:
 def test_the_doctor_names_the_build(card: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(name=V100, major=7, minor=0, total_memory=2**34)
     card.setattr("torch.cuda.get_device_properties", lambda number: properties)
-    (finding,) = machine._gpu()
+    (finding,) = machine.check_gpu()
     assert finding.level == "fault" and V100 in finding.text and BUILD in finding.remedy
     card.setattr("torch.cuda.get_arch_list", lambda: ["sm_70"])
-    (finding,) = machine._gpu()
+    (finding,) = machine.check_gpu()
     assert finding.level == "ok" and "fp16" in finding.text
 
 

@@ -128,7 +128,8 @@ def other_value(leaf, samples: dict[type, str]) -> str:
     if leaf.annotation == bool | None:
         return "true"
     if typing.get_origin(leaf.annotation) is tuple:
-        return "0.5,0.25"
+        # Names to choose from, or numbers.
+        return ",".join(typing.get_args(arguments[0])) or "0.5,0.25"
     if leaf.name == "micro_batch":
         return "auto"
     return samples[leaf.annotation]

@@ -71,8 +71,8 @@ def test_each_precision_learns_what_fp32_learns(tmp_path: Path, reference: Path,
 def test_a_batch_that_is_not_finite_is_lost_alone(tmp_path: Path, monkeypatch, device: str) -> None:
     build = InputBuilder.build
 
-    def spoilt(builder, batch, step):
-        inputs = build(builder, batch, step)
+    def spoilt(builder, batch, step, epoch):
+        inputs = build(builder, batch, step, epoch)
         if step == 7:
             inputs[0].view1[0, 0, 0, 0] = math.nan
         return inputs

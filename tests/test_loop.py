@@ -36,8 +36,8 @@ def test_one_bad_batch_is_skipped_told_and_replayed(
     torch.set_num_threads(1)
     build = train.inputs.InputBuilder.build
 
-    def poisoned(self, batch, step):
-        inputs = build(self, batch, step)
+    def poisoned(self, batch, step, epoch):
+        inputs = build(self, batch, step, epoch)
         if step == 4:
             inputs[0].view1[0, 0, 0, 0] = torch.nan
         return inputs
@@ -77,8 +77,8 @@ def test_a_rollback_goes_on_behind_the_bad_batches(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("train.loop.PATIENCE", 4)
     build = train.inputs.InputBuilder.build
 
-    def poisoned(self, batch, step):
-        inputs = build(self, batch, step)
+    def poisoned(self, batch, step, epoch):
+        inputs = build(self, batch, step, epoch)
         if 5 <= step < 9:
             inputs[0].view1[0, 0, 0, 0] = torch.nan
         return inputs

@@ -114,7 +114,17 @@ def test_too_few_images_name_the_small_recipe(tmp_path, capsys):
         coded = io.BytesIO()
         Image.new("RGB", (32, 32), (number, 0, 0)).save(coded, "PNG")
         (tmp_path / f"{number}.png").write_bytes(coded.getvalue())
-    arguments = ["--method", "regioncl-m", "--data", str(tmp_path), "--run-dir", str(tmp_path / "run")]
+    # Without --recipe the run would take the small one by itself.
+    arguments = [
+        "--method",
+        "regioncl-m",
+        "--recipe",
+        "regioncl-m",
+        "--data",
+        str(tmp_path),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     assert train(arguments) == 2
     assert "choose --recipe regioncl-m-small" in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "0.png").rename(tmp_path / "0.txt")

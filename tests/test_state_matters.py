@@ -102,8 +102,8 @@ def test_the_count_of_bad_steps_in_a_row_outlasts_a_stop(
     monkeypatch.setattr("train.loop.PATIENCE", 4)
     build = train.inputs.InputBuilder.build
 
-    def poisoned(self: Any, batch: Any, step: int) -> Any:
-        inputs = build(self, batch, step)
+    def poisoned(self: Any, batch: Any, step: int, epoch: int) -> Any:
+        inputs = build(self, batch, step, epoch)
         if 3 <= step < 7:
             inputs[0].view1[0, 0, 0, 0] = torch.nan
         return inputs

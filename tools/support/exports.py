@@ -434,12 +434,12 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
         UserMistake: the ending does not fit, or something is there already.
     """
     kind = TARGETS[target]
+    if out.exists() and not overwrite:
+        raise UserMistake(f"OUT {out} exists; choose another name or give --overwrite")
     if is_foreign(loaded.arch) or loaded.arch in OWN_FORMATS:
         check_format(loaded.arch, target)
     if kind.ending and out.suffix != kind.ending:
         raise UserMistake(f"OUT {out}: a {target} export ends in {kind.ending}; for example {out.stem}{kind.ending}")
-    if out.exists() and not overwrite:
-        raise UserMistake(f"OUT {out} exists; choose another name or give --overwrite")
     if image_size < 32:
         raise UserMistake(f"--image-size {image_size}: at least 32, the stride of the backbone")
     # transformers' hub shows the README of a folder; a single file has its card beside it.

@@ -119,6 +119,7 @@ def test_a_run_is_the_same_as_with_the_number_by_hand_and_keeps_it(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_what_does_not_depend_on_micro_batches_does_not_depend_on_auto(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

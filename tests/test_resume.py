@@ -63,7 +63,7 @@ def test_twenty_kills_end_byte_identical(whole: Path, tmp_path: Path) -> None:
     assert_same(whole, tmp_path / "killed")
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_resume_byte_identical(tmp_path: Path, world_size: int) -> None:
     assert set(run(argv(tmp_path / "whole"), world_size)) == {0}
     # Stopping by --max-steps between two checkpoint steps makes the continuation start from a step of its own.

@@ -28,16 +28,19 @@ def at_most(name: str) -> Iterator[None]:
     Raises:
         ValueError: this processor does not have it, or nothing could be compiled.
     """
-    _force(LEVELS.index(name))
+    before = level()
+    _force(name)
     try:
         if level() != name:
             raise ValueError(f"{name} cannot be used here; the most there is: {level()}")
         yield
     finally:
-        _force(-1)
+        # Not to the processor's best: this may be a block within another's limit.
+        _force(before)
 
 
-def _force(number: int) -> None:
+def _force(name: str) -> None:
+    number = LEVELS.index(name)
     decoder, augmenter = native_library(), augment_native.library()
     if decoder is not None:
         decoder.rg_force_level(number)

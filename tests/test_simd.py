@@ -33,6 +33,13 @@ def test_a_level_is_used_in_its_block_and_given_back(name: str) -> None:
     assert simd.level() == best and torch.equal(augmented(), free)
 
 
+def test_a_limit_within_a_limit_gives_back_the_outer_one() -> None:
+    with simd.at_most("plain"):
+        with simd.at_most("plain"):
+            pass
+        assert simd.level() == "plain" and torch.equal(augmented(), augmented(LANES["plain"]))
+
+
 def test_the_levels_of_the_augmentation_can_be_told_apart() -> None:
     if simd.level() == "plain":
         pytest.skip("this processor has no vector kernels to compare")

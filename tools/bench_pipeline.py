@@ -330,8 +330,8 @@ def make_contenders(
     return made
 
 
-def measure(report: Report, options: argparse.Namespace, data: Path, config: PipelineConfig, setting: str) -> None:
-    """Rows of the contenders, which take turns with the decoder alone."""
+def measure(report: Report, options: argparse.Namespace, data: Path, config: PipelineConfig, setting: str) -> str:
+    """Rows of the contenders, which take turns with the decoder alone; returns the conclusion."""
     opened: list[Pipeline] = []
     contenders = make_contenders(options, data, config, opened)
     check(data, config, [name for name in ("ffcv", "folder", "dali") if name in contenders])
@@ -361,7 +361,7 @@ def measure(report: Report, options: argparse.Namespace, data: Path, config: Pip
         decoder.close()
     for pipeline in opened:
         pipeline.close()
-    report.finish(conclusion(rates, alone, config.workers), options.output, write=not options.no_csv)
+    return conclusion(rates, alone, config.workers)
 
 
 def describe(options: argparse.Namespace, data: Path, workers: int) -> str:
@@ -407,17 +407,17 @@ def measure_asked(report: Report, options: argparse.Namespace, data: Path) -> No
     setting = describe(options, data, workers)
     views = MULTI_CROP if options.multi_crop else augment.view_specs("mocov2", options.size)
     config = PipelineConfig(str(data), views, options.batch, workers=workers, device=report.device)
-    if not (options.levers or options.memory_share):
-        return measure(report, options, data, config, setting)
-    check(data, config, ["folder"])
     if options.levers:
+        check(data, config, ["folder"])
         line = measure_levers(report, data, config, options.rounds, options.max_seconds, setting)
-    else:
+    elif options.memory_share:
+        check(data, config, ["folder"])
         count, cold = len(BetonReader(data)), setting.removesuffix("; warm cache")
         share = options.memory_share
         line = bounded_conclusion(measure_bounded(report, data.resolve(), config, count, share, options.rounds, cold))
+    else:
+        line = measure(report, options, data, config, setting)
     report.finish(line, options.output, write=not options.no_csv)
-    return None
 
 
 def main(argv: Sequence[str]) -> int:

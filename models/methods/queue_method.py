@@ -1,4 +1,4 @@
-"""What methods with a momentum network and key queues share: the events after an optimizer step, and their state."""
+"""What methods with queues share, most with a momentum network: the events after an optimizer step, and their state."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import all_gather_rows, world
+from ..collectives import world
 from ..heads import global_pool, mlp_head
 from ..hyperparameters import SwAVConfig
 from ..key_queue import KeyQueue
@@ -16,10 +16,11 @@ from ..losses import swapped_prediction, unit
 from ..norm import convert_batch_norm
 from ..resnet import Trunk, build_backbone
 from ..sinkhorn import balanced_assignments
-from .base import Method, StepInputs, StepOutput
+from .base import StepInputs, StepOutput
+from .queue_method import QueueMethod
 
 
-class SwAV(Method):
+class SwAV(QueueMethod):
     """Online clustering with swapped assignments over two large and any number of small crops.
 
     With z_v the unit embedding of crop v, C the unit prototypes and tau the temperature: q_1 and q_2 are the
@@ -118,9 +119,7 @@ class SwAV(Method):
     @torch.no_grad()
     def after_step(self, output: StepOutput, ema_momentum: float) -> None:
         """Enqueue the embeddings of all ranks and put the prototypes back to unit length; nothing is averaged."""
-        queues = self.queues()
-        for name, rows in output.keys.items():
-            queues[name.partition("/")[0]].enqueue(all_gather_rows(rows))
+        super().after_step(output, ema_momentum)
         if output.keys:
             total = len(output.keys["queue1/view1"]) * world()
             self.queued = min(self.queued + total, self.config.queue_size)
@@ -133,10 +132,9 @@ class SwAV(Method):
 
     def host_state(self) -> dict[str, Any]:
         """Write positions of the queues, and how many embeddings they hold."""
-        return {name: queue.pointer for name, queue in self.queues().items()} | {"queued": self.queued}
+        return super().host_state() | {"queued": self.queued}
 
     def load_host_state(self, state: dict[str, Any]) -> None:
         """Inverse of `host_state`."""
-        for name, queue in self.queues().items():
-            queue.pointer = state[name]
+        super().load_host_state(state)
         self.queued = state["queued"]

@@ -85,7 +85,10 @@ def _clean(series: Series, points: int) -> tuple[np.ndarray, np.ndarray]:
     return thin(x[kept], y[kept], points)
 
 
-def _band(series: Series, points: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+_Band = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _band(series: Series, points: int) -> _Band | None:
     """Positions, lower and upper ends of a series' band, thinned as its line is; None where it has none."""
     if series.low is None or series.high is None or not len(series.x):
         return None
@@ -133,15 +136,12 @@ class _Frame:
         return parts
 
 
-def _draw_band(frame: _Frame, series: Series, most: int) -> list[str]:
-    found = _band(series, most)
-    if found is None:
-        return []
-    x, low, high = found
+def _draw_band(frame: _Frame, series: Series, band: _Band) -> str:
+    x, low, high = band
     edge = [(frame.x(a), frame.y(b)) for a, b in zip(x, high, strict=True)]
     edge += [(frame.x(a), frame.y(b)) for a, b in zip(x[::-1], low[::-1], strict=True)]
     points = " ".join(f"{a},{b}" for a, b in edge)
-    return [f'<polygon class="band" points="{points}" fill="var(--series-{series.colour % COLOURS})"/>']
+    return f'<polygon class="band" points="{points}" fill="var(--series-{series.colour % COLOURS})"/>'
 
 
 def _draw(frame: _Frame, series: Series, x: np.ndarray, y: np.ndarray) -> list[str]:
@@ -200,7 +200,8 @@ def line_chart(
     if not cleaned:
         return ""
     all_x = np.concatenate([x for _, x, _ in cleaned])
-    ends = [end for s, _, _ in cleaned if (found := _band(s, points)) is not None for end in found[1:]]
+    bands = [(s, band) for s, _, _ in cleaned if (band := _band(s, points)) is not None]
+    ends = [end for _, (_, *both) in bands for end in both]
     all_y = np.concatenate([*(y for _, _, y in cleaned), *ends, np.array([v for _, v in references], dtype=float)])
     frame = _Frame((min(0.0, float(all_x.min())), float(all_x.max())), _limits(all_y, zero))
     body = frame.axes(x_label)
@@ -208,8 +209,7 @@ def line_chart(
         body.append(_rule("reference", frame.y(value)))
         body.append(_text("reference", WIDTH_PX - _RIGHT_PX - 2, frame.y(value) - 5, label, "end"))
     # All bands before all lines: a band must not lie over another run's line.
-    for s, _, _ in cleaned:
-        body.extend(_draw_band(frame, s, points))
+    body.extend(_draw_band(frame, s, band) for s, band in bands)
     for s, x, y in cleaned:
         body.extend(_draw(frame, s, x, y))
     return (

@@ -10,12 +10,6 @@ from train.record.groups import Group
 from train.record.markup import number, swatch, table, text
 from train.record.run import Run
 
-FIGURES = {
-    "loader_busy_share": "The loader's thread reads, decodes, crops and, on a CPU, augments.",
-    "augment_share": "The host augments batches, or queues that work on a GPU.",
-    "data_wait_share": "The step waits for a batch.",
-}
-"""Shares of the time in rows of kind `train`, and what happens in them."""
 QUEUE = 2
 """Batches that may wait for the step in our own loaders (`pipeline/prefetch.py`)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from train.record.comparison import title
-from train.record.evaluations import PROTOCOLS, Measurement, describe, results, unread
+from train.record.evaluations import Measurement, describe, place, results, unread
 from train.record.evaluations import differences as evaluation_differences
 from train.record.groups import Group
 from train.record.markup import folded, items, swatch, table, text
@@ -22,20 +22,12 @@ def beside_published(groups: Sequence[Group]) -> str:
         trained = {(each.protocol, each.task): each for each in found if not each.untrained}
         baseline = {(each.protocol, each.task): each for each in found if each.untrained}
         # A linear probe is what the methods are known by, so its row is there before it is measured.
-        for key in sorted({("linear", ""), *trained, *baseline}, key=_place):
+        for key in sorted({("linear", ""), *trained, *baseline}, key=place):
             row = _result_row(run, colour, key, trained.get(key), baseline.get(key))
             # What was measured comes first: a protocol that was not measured only says what could be.
-            rows.append(((key not in trained, _place(key)), number, row))
+            rows.append(((key not in trained, place(key)), number, row))
     head = ("run", "protocol", "here", "untrained", "published", "difference of protocol")
     return table(head, [row for *_, row in sorted(rows, key=lambda entry: entry[:2])])
-
-
-def _place(key: tuple[str, str]) -> tuple[int, int, str]:
-    """Where a protocol stands in the table; numbers in tasks count as numbers."""
-    protocol, task = key
-    digits = "".join(character for character in task if character.isdigit())
-    known = PROTOCOLS.index(protocol) if protocol in PROTOCOLS else len(PROTOCOLS)
-    return known, int(digits or 0), f"{protocol} {task}"
 
 
 def _result_row(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, median, stdev
 
-from train.record.evaluations import PROTOCOLS, Measurement, describe, results, unread
+from train.record.evaluations import Measurement, describe, place, results, unread
 from train.record.groups import Group, differing
 from train.record.markup import duration, folded, items, number, swatch, table, text
 from train.record.run import Run
@@ -145,8 +145,7 @@ def _others(group: Group) -> list[str]:
         for each in results(run):
             if each.protocol != "knn" and not each.untrained:
                 found.setdefault((each.protocol, each.task), []).append(each)
-    keys = sorted(found, key=lambda key: (PROTOCOLS.index(key[0]) if key[0] in PROTOCOLS else len(PROTOCOLS), key[1]))
-    return [_line(" ".join(key).strip(), found[key]) for key in keys] or ["none"]
+    return [_line(" ".join(key).strip(), found[key]) for key in sorted(found, key=place)] or ["none"]
 
 
 def _line(name: str, measured: Sequence[Measurement]) -> str:

@@ -80,6 +80,14 @@ def results(run: Run) -> list[Measurement]:
     return found
 
 
+def place(key: tuple[str, str]) -> tuple[int, int, str]:
+    """Where a (protocol, task) stands in a table; numbers in tasks count as numbers."""
+    protocol, task = key
+    digits = "".join(character for character in task if character.isdigit())
+    known = PROTOCOLS.index(protocol) if protocol in PROTOCOLS else len(PROTOCOLS)
+    return known, int(digits or 0), f"{protocol} {task}"
+
+
 def _figures(values: dict[str, Any]) -> dict[str, float]:
     return {name: 100 * values[name] for name in NAMES if isinstance(values.get(name), int | float)}
 

@@ -203,25 +203,27 @@ def render(runs: Sequence[Run], curves_alone: bool = False, reload_s: int = 0) -
         reload_s: seconds after which a browser loads the page again; 0: never.
     """
     groups, room = grouped(runs), _Room()
-    sections: list[tuple[str, Callable[[], str]]] = [
-        ("Curves", lambda: curves(groups)),
-        ("Beside the published figures", lambda: beside_published(groups)),
-        ("What the doctor says", lambda: findings(runs)),
-        ("Where the time goes", lambda: stages(groups)),
-        ("Skipped steps and replaced files", lambda: losses_of_data(runs)),
-        ("What the method sees", lambda: _pictures(runs, room)),
-        ("Analyses of the backbone", lambda: _analyses(runs, room)),
-        ("Events", lambda: _events(groups)),
-        ("Configuration", lambda: _configuration(runs)),
+    # Heading, whether a page that is drawn often has it, and what makes it.
+    sections: list[tuple[str, bool, Callable[[], str]]] = [
+        ("Curves", True, lambda: curves(groups)),
+        ("Beside the published figures", False, lambda: beside_published(groups)),
+        ("What the doctor says", False, lambda: findings(runs)),
+        ("Where the time goes", True, lambda: stages(groups)),
+        ("Skipped steps and replaced files", True, lambda: losses_of_data(runs)),
+        ("What the method sees", False, lambda: _pictures(runs, room)),
+        ("Analyses of the backbone", False, lambda: _analyses(runs, room)),
+        ("Events", True, lambda: _events(groups)),
+        ("Configuration", True, lambda: _configuration(runs)),
     ]
-    if curves_alone:
-        kept = ("Curves", "Where the time goes", "Skipped steps and replaced files", "Events", "Configuration")
-        sections = [section for section in sections if section[0] in kept]
     again, written = "", ""
     if reload_s:
         again = f'<meta http-equiv="refresh" content="{reload_s}">'
         written = f'<p class="note">Written at {time.strftime("%H:%M:%S")} while the run goes on.</p>'
-    body = "".join(f"<section><h2>{text(name)}</h2>{make()}</section>" for name, make in sections)
+    body = "".join(
+        f"<section><h2>{text(name)}</h2>{make()}</section>"
+        for name, often, make in sections
+        if often or not curves_alone
+    )
     heading = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

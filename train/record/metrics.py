@@ -15,12 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from train.callbacks import Callback, Listeners, Started
-from train.record.run import METRICS
+from train.record.run import CURVES, METRICS
 from train.retry import persistently
 
 _CONSOLE_EVERY_S = 5.0
-CURVES = ("train", "health", "knn", "probe")
-"""Kinds of rows whose figures TensorBoard draws."""
 
 
 class Metrics:

@@ -30,7 +30,7 @@ from train.record.comparison import (
 from train.record.curves import curves
 from train.record.groups import Group, flatten, grouped
 from train.record.markup import duration, folded, number, swatch, table, text
-from train.record.run import Row, Run, read_run
+from train.record.run import CURVES, Row, Run, read_run
 from train.record.stages import stages
 from train.record.trouble import alarms, findings, losses_of_data
 
@@ -148,9 +148,9 @@ def _picture(picture: Picture, run: Run, runs: Sequence[Run]) -> str:
 
 def _events(groups: Sequence[Group]) -> str:
     rows = []
+    # These are in the curves or in parts of their own; what is left are starts, stops and accidents.
+    shown = (*CURVES, "checkpoint", KIND)
     for colour, run in ((group.colour, run) for group in groups for run in group.runs):
-        # These are in the curves or in parts of their own; what is left are starts, stops and accidents.
-        shown = ("train", "health", "knn", "probe", "checkpoint", KIND)
         found = [each for each in zip(run.rows, run.elapsed(), strict=True) if each[0]["kind"] not in shown]
         half = MOST_EVENTS // 2
         # A run of weeks may have skipped thousands of steps.

@@ -14,6 +14,8 @@ from train.errors import UserMistake
 Row = dict[str, Any]
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 """Names of the files in a run's folder that this module reads."""
+CURVES = ("train", "health", "knn", "probe")
+"""Kinds of rows whose figures are drawn as curves, on the page and by TensorBoard; the others tell events."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from train.config import RunConfig
+from train.fields import flatten
 from train.record.run import Row, Run
 
 _FREE = {field.name for field in dataclasses.fields(RunConfig) if field.metadata.get("free_on_resume")}
@@ -118,19 +119,14 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"run": run, **parts}
 
 
-def flatten(value: Any, path: str = "") -> dict[str, str]:
-    """Leaves of nested objects as `a.b` -> JSON text."""
-    if isinstance(value, dict) and value:
-        flat: dict[str, str] = {}
-        for name, inner in value.items():
-            flat.update(flatten(inner, f"{path}.{name}" if path else name))
-        return flat
-    return {path: json.dumps(value)}
+def fields_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Leaves of a `config.json` as `a.b` -> JSON text."""
+    return {name: json.dumps(leaf.value) for name, leaf in flatten(config).items()}
 
 
 def differing(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Fields of `config.json` in which groups differ -> the value of each group's first run; "–" where it has none."""
-    flat = [flatten(group.first.config) for group in groups]
+    flat = [fields_of(group.first.config) for group in groups]
     names = dict.fromkeys(name for settings in flat for name in settings)
     own = ("run.run_dir", "run.seed", "data_hash")
     found = {name: [settings.get(name, "–") for settings in flat] for name in names if name not in own}

@@ -28,7 +28,7 @@ from train.record.comparison import (
     with_error,
 )
 from train.record.curves import curves
-from train.record.groups import Group, flatten, grouped
+from train.record.groups import Group, fields_of, grouped
 from train.record.markup import duration, folded, number, swatch, table, text
 from train.record.run import CURVES, Row, Run, read_run
 from train.record.stages import stages
@@ -173,7 +173,7 @@ def _event(run: Run, colour: int, row: Row, seconds: float) -> str:
 
 
 def _configuration(runs: Sequence[Run]) -> str:
-    flat = [flatten(run.config) for run in runs]
+    flat = [fields_of(run.config) for run in runs]
     # In the order of the first run that has them; a set would shuffle the table.
     names = list(dict.fromkeys(name for settings in flat for name in settings))
     rows = []

@@ -54,13 +54,13 @@ def _collapse(run: Run) -> list[Finding]:
     ]
 
 
-def _settled(values: Sequence[float]) -> list[float]:
+def settled(values: Sequence[float]) -> list[float]:
     """Values after the start, where compilation and cold files count."""
     return list(values[len(values) // 10 + 1 :]) or list(values)
 
 
 def _speed(run: Run) -> list[Finding]:
-    waits, speeds = (_settled(run.values("train", name)[1]) for name in ("data_wait_share", "images_per_s"))
+    waits, speeds = (settled(run.values("train", name)[1]) for name in ("data_wait_share", "images_per_s"))
     if not waits:
         return [
             Finding("note", "no step has been recorded yet", "let the run go on for --log-every steps, then ask again")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from train.record.comparison import images_per_second
+from train.record.diagnosis import settled
 from train.record.groups import Group
 from train.record.markup import number, swatch, table, text
 from train.record.run import Run
@@ -37,7 +38,7 @@ def stages(groups: Sequence[Group]) -> str:
 def _row(group: Group) -> str:
     run = group.first
     busy, augment, wait, ready = (
-        _settled(run, name) for name in ("loader_busy_share", "augment_share", "data_wait_share", "batches_ready")
+        _median(run, name) for name in ("loader_busy_share", "augment_share", "data_wait_share", "batches_ready")
     )
     step = None if wait is None else max(1.0 - wait - (augment or 0.0), 0.0)
     cells = [
@@ -64,8 +65,6 @@ def limit(wait: float | None, ready: float | None) -> str:
     return "step" if ready is None or ready >= 0.5 * QUEUE else "step, the loader just keeps up"
 
 
-def _settled(run: Run, name: str) -> float | None:
-    """Median of a figure after the first tenth of its rows, in which files are cold and code is compiled."""
-    values = run.values("train", name)[1]
-    values = values[len(values) // 10 :]
+def _median(run: Run, name: str) -> float | None:
+    values = settled(run.values("train", name)[1])
     return median(values) if values else None

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
-from train.build import build_state
+from train.build import build_state, last_step
 from train.config import Config
 from train.inputs import batch_per_device, finished_views, images_per_forward
 from train.memory import training_remedy
@@ -179,8 +179,7 @@ def finish(examination: Examination) -> Iterator[Finding]:
     on_cpu = examination.runtime.device.type == "cpu"
     # On a CPU both take their time from the same cores, one after the other; a GPU works beside the loader.
     rate = 1 / (1 / loading + 1 / stepping) if on_cpu else min(loading, stepping)
-    steps = examination.trained_on // config.recipe.global_batch * config.recipe.epochs
-    steps = min(steps, config.run.max_steps or steps)
+    steps = last_step(config, examination.trained_on // config.recipe.global_batch)
     seconds = steps * config.recipe.global_batch / rate
     yield Finding("ok", f"finish: {steps:,} steps at about {rate:,.3g} images/s take {duration(seconds)}")
     yield limit(examination)

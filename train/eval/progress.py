@@ -86,15 +86,13 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int, after_e
         threads: how many.
         after_each: called here after each result; what it raises ends the work at once.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(work, item) for item in items]
+    pool = ThreadPoolExecutor(threads)
+    try:
         results = []
-        try:
-            for each in waiting:
-                results.append(each.result())
-                after_each()
-        except BaseException:
-            # The end of the block waits for what has been submitted: thousands of images on a slow disk.
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
+        for each in [pool.submit(work, item) for item in items]:
+            results.append(each.result())
+            after_each()
+        return results
+    finally:
+        # Not as a `with` block, which waits for all that has been submitted: thousands of images on a slow disk.
+        pool.shutdown(cancel_futures=True)

@@ -128,6 +128,9 @@ class PipelineStats:
 class Pipeline(Protocol):
     """A loader: iterating yields the rest of one epoch for this rank."""
 
+    config: PipelineConfig
+    """What it was built from."""
+
     num_samples: int
     """Samples in the store, before `population` is applied."""
 

@@ -225,7 +225,7 @@ class Session(ProtocolSession):
             TooManyBad: more than `--max-bad` of them cannot be read.
         """
         device, dtype = self.runtime.device, self.autocast_dtype
-        data = Path(pipeline.config.data).name  # type: ignore[attr-defined]
+        data = Path(pipeline.config.data).name
         with self.progress(f"features of {data}", len(pipeline), "batches") as progress:
             features = extract_features(
                 encoder,
@@ -246,7 +246,7 @@ class Session(ProtocolSession):
             pipeline: over the data set, after its images were read.
             done: what was done about them.
         """
-        data = pipeline.config.data  # type: ignore[attr-defined]
+        data = pipeline.config.data
         flag = "--val-data" if data == self.config.val_data else "--data"
         found: dict[int, str] = {}
         for each in self.runtime.gather_objects(pipeline.stats().bad_records):

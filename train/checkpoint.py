@@ -352,7 +352,7 @@ class Checkpoints:
         # The newest and the best stay while one more is written; a backbone file is at most as large as one.
         count = self.keep + 3
         needed = count * state_bytes(state) - _bytes_below(self.root)
-        return needed, shutil.disk_usage(nearest_folder(self.root)).free
+        return needed, shutil.disk_usage(nearest_existing(self.root)).free
 
     def _check_space(self, state: State) -> None:
         needed, free = self.space(state)
@@ -419,9 +419,13 @@ class Checkpoints:
             raise stopped(state.step, watch)
 
 
-def nearest_folder(path: Path) -> Path:
-    """The folder at `path`, or the one above it that exists: where a disk is looked at before anything is made."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+def nearest_existing(path: Path) -> Path:
+    """What is at `path`, or the nearest above it that exists: where a disk is looked at before anything is made.
+
+    It may be a file in the way of a folder.
+    """
+    whole = path.absolute()
+    return next(each for each in (whole, *whole.parents) if each.exists())
 
 
 def _bytes_below(folder: Path) -> int:

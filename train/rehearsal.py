@@ -18,7 +18,7 @@ import torch
 from pipeline.interface import Batch, Pipeline
 
 from .backbone_io import BACKBONE_FILE, save_backbone
-from .checkpoint import checkpoint_name, write_checkpoint
+from .checkpoint import checkpoint_name, nearest_existing, write_checkpoint
 from .data import RunData
 from .errors import UserMistake
 from .inputs import VIEWS
@@ -348,7 +348,7 @@ def _save_s(job: Job, state: TrainState) -> float:
     """Seconds to write a checkpoint and the backbone on the disk of the run; the files are removed again."""
     run_dir = Path(job.config.run.run_dir)
     # A file in the way counts as well, and is refused below.
-    folder = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    folder = nearest_existing(run_dir)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".regatta-dry-run-") as place:
             begun = time.perf_counter()

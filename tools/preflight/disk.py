@@ -9,19 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.build import build_state
+from train.checkpoint import nearest_existing, recorded_config
 from train.memory_estimate import shown
 from train.record.diagnosis import Finding
 from train.record.run import CONFIG
+from train.resolve import changed_fields, lengthened
 from train.state import state_bytes
 
 from .examination import Examination
-from .limits import existing
 
 
 def run_folder(examination: Examination) -> Iterator[Finding]:
     """Whether the folder can be written, and what is in it already."""
     folder = Path(examination.config.run.run_dir)
-    there = existing(folder)
+    there = nearest_existing(folder)
     if not there.is_dir():
         yield Finding("fault", f"--run-dir {folder}: {there} is a file", "choose another --run-dir")
     elif not os.access(there, os.W_OK):
@@ -31,9 +32,6 @@ def run_folder(examination: Examination) -> Iterator[Finding]:
 
 
 def _continued(examination: Examination, folder: Path) -> Iterator[Finding]:
-    from train.checkpoint import recorded_config
-    from train.resolve import changed_fields, lengthened
-
     if examination.config.run.resume == "never":
         yield Finding("note", f"{folder} holds a run that --resume never overwrites", "choose another --run-dir")
         return
@@ -61,7 +59,7 @@ def space(examination: Examination) -> Iterator[Finding]:
     each = state_bytes(state)
     # As training itself asks for it: the newest and the best stay while one more is written.
     needed = each * (run.keep_checkpoints + 3)
-    folder = existing(Path(run.run_dir))
+    folder = nearest_existing(Path(run.run_dir))
     free = shutil.disk_usage(folder).free
     text = f"checkpoints of {shown(each)} each, {shown(needed)} together, {shown(free)} free at {folder}"
     if free < needed:

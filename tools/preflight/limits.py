@@ -11,6 +11,7 @@ from pathlib import Path
 
 from models.ops.nvrtc import cache_folder
 from pipeline.prefetch import decoding_threads
+from train.checkpoint import nearest_existing
 from train.memory_estimate import estimate, shown
 from train.micro_batch import with_micro_batch
 from train.record.diagnosis import Finding
@@ -57,7 +58,7 @@ def scratch(_: Examination) -> Iterator[Finding]:
         ("temporary files", Path(_temporary()), "TMPDIR"),
         ("compiled kernels", cache_folder(), "XDG_CACHE_HOME"),
     ):
-        there = existing(folder)
+        there = nearest_existing(folder)
         if not (there.is_dir() and os.access(there, os.W_OK)):
             yield Finding("fault", f"the folder of {what}, {folder}, cannot be written", f"export {variable}=FOLDER")
         elif shutil.disk_usage(there).free < _SCRATCH:
@@ -70,12 +71,6 @@ def scratch(_: Examination) -> Iterator[Finding]:
 def _temporary() -> str:
     # Python's own choice passes over a folder that it cannot write to; other libraries take the variable as it is.
     return os.environ.get("TMPDIR") or tempfile.gettempdir()
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    folder = folder.absolute()
-    return next(each for each in (folder, *folder.parents) if each.exists())
 
 
 def time_limits(examination: Examination) -> Iterator[Finding]:

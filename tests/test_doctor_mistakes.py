@@ -30,6 +30,7 @@ from tests.runs import last_wins
 from tools import doctor, make_ffcv_dataset
 from tools.preflight import checks, devices, disk, images, limits, memory, settings, speed
 from tools.preflight.examination import Examination
+from train import checkpoint
 from train.main import main as train
 from train.resolve import resolve
 from train.runtime import Runtime
@@ -193,7 +194,7 @@ def little_shared_memory(bench: Bench) -> list[str]:
 
 
 def full_disk(bench: Bench) -> list[str]:
-    bench.full(disk, 1 << 20)
+    bench.full(checkpoint, 1 << 20)
     return []
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from train.build import build_state
-from train.checkpoint import nearest_existing, recorded_config
+from train.checkpoint import nearest_existing, recorded_config, run_checkpoints
 from train.memory_estimate import shown
 from train.record.diagnosis import Finding
 from train.record.run import CONFIG
@@ -57,11 +56,10 @@ def space(examination: Examination) -> Iterator[Finding]:
     run = examination.config.run
     state = build_state(examination.config, examination.runtime, examination.method)
     each = state_bytes(state)
-    # As training itself asks for it: the newest and the best stay while one more is written.
-    needed = each * (run.keep_checkpoints + 3)
+    # As training itself asks for it: less what is there already of a run that goes on.
+    needed, free = run_checkpoints(examination.config, examination.config.to_json(), examination.runtime).space(state)
     folder = nearest_existing(Path(run.run_dir))
-    free = shutil.disk_usage(folder).free
-    text = f"checkpoints of {shown(each)} each, {shown(needed)} together, {shown(free)} free at {folder}"
+    text = f"checkpoints of {shown(each)} each, {shown(max(needed, 0))} more in all, {shown(free)} free at {folder}"
     if free < needed:
         remedy = "free space, choose a --run-dir on another disk"
         yield Finding("fault", text, remedy + (", or lower --keep-checkpoints" if run.keep_checkpoints > 1 else ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from train.config import Config
@@ -42,6 +42,12 @@ class Examination:
     loader_busy: float = 0.0
     step_rate: float = 0.0
     host_share: float = 0.0
+
+    @property
+    def whole(self) -> Config:
+        """The run's configuration, with the whole batch of a device where `--micro-batch auto` would settle a part."""
+        run = self.config.run
+        return self.config if run.micro_batch != "auto" else replace(self.config, run=replace(run, micro_batch=0))
 
 
 Check = Callable[[Examination], Iterator[Finding]]

@@ -13,7 +13,6 @@ from models.ops.nvrtc import cache_folder
 from pipeline.prefetch import decoding_threads
 from train.checkpoint import nearest_existing
 from train.memory_estimate import estimate, shown
-from train.micro_batch import with_micro_batch
 from train.record.diagnosis import Finding
 
 from .examination import Examination
@@ -120,10 +119,8 @@ def memory_limits(examination: Examination) -> Iterator[Finding]:
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft == _UNLIMITED or examination.method is None:
         return
-    config, runtime = examination.config, examination.runtime
-    if config.run.micro_batch == "auto":
-        config = with_micro_batch(config, 0)
-    needed = estimate(config, examination.world_size, runtime.device, runtime.dtype).total(runtime.device)
+    runtime = examination.runtime
+    needed = estimate(examination.whole, examination.world_size, runtime.device, runtime.dtype).total(runtime.device)
     # A process with PyTorch maps some GiB that it never touches.
     needed += 8 << 30
     if soft < needed:

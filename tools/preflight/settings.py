@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from train.build import build_method, check_fit
 from train.inputs import check_batch
-from train.micro_batch import with_micro_batch
 from train.record.diagnosis import Finding
 from train.schedules import scaled_lr
 
@@ -18,11 +17,8 @@ _SMALL_BATCH = 16
 
 def batch(examination: Examination) -> Iterator[Finding]:
     """Sizes that must divide; batches and groups too small for batch norm; rates and warm-ups that cannot be meant."""
-    config = examination.config
-    if config.run.micro_batch == "auto":
-        config = with_micro_batch(config, 0)
-    check_batch(config, examination.world_size)
-    recipe = config.recipe
+    check_batch(examination.whole, examination.world_size)
+    recipe = examination.config.recipe
     local = recipe.global_batch // examination.world_size
     if recipe.bn.mode == "plain" and local < _SMALL_BATCH:
         yield Finding(
@@ -52,8 +48,7 @@ def batch(examination: Examination) -> Iterator[Finding]:
 
 def built(examination: Examination) -> Iterator[Finding]:
     """The method with its backbone, `--init` and `--freeze`; regions and sizes."""
-    config = examination.config
-    whole = with_micro_batch(config, 0) if config.run.micro_batch == "auto" else config
+    config, whole = examination.config, examination.whole
     # The backbone first: what is wrong with it is said by its own flag.
     method = build_method(whole, examination.runtime)
     planned = replace(examination.runtime, world_size=examination.world_size)

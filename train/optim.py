@@ -290,8 +290,9 @@ def _adapt(
     else:
         gradient_norms = torch.stack(torch._foreach_norm(gradients))
         denominator = gradient_norms + decay * weight_norms
-        ratios = torch.where(denominator > 0, trust * weight_norms / denominator, 1.0)
-        if kind == "larc":
+        if kind == "apart":
+            ratios = torch.where(denominator > 0, trust * weight_norms / denominator, 1.0)
+        else:
             ratios = trust * weight_norms / (denominator + _LARC_EPSILON)
             # Without a gradient nothing moves, decay included; a weight of zeros has none, so its gradient is alone.
             ratios = torch.where(weight_norms > 0, torch.where(gradient_norms > 0, ratios, 0.0), 1.0)

@@ -17,10 +17,10 @@ from pipeline.images import MAX_PIXELS
 
 from ...errors import UserMistake
 
-# A polygon may leave its image a little; COCO's rasteriser takes memory in proportion to how far it does.
 _MOST = 2**62
 _FARTHEST_NUMBER = 1e18
 """Coordinates and areas beyond it are no measurement, and their sums lose every digit or become infinite."""
+# A polygon may leave its image a little; COCO's rasteriser takes memory in proportion to how far it does.
 _FARTHEST = 1.0
 """How many image sides a polygon may lie outside its image."""
 

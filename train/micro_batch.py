@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -154,7 +153,7 @@ def _step_fits(config: Config, runtime: Runtime) -> bool:
 def _take_step(config: Config, runtime: Runtime) -> None:
     """Two passes and an optimizer step of a method that is thrown away, the views of a whole step beside them."""
     setting = setting_of(config, runtime)
-    with _random_state_kept(runtime.device):
+    with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
         method, inputs = method_and_inputs(setting)
         rounds = batch_per_device(config, runtime.world_size) // len(inputs.view1)
         # This step's other micro-batches and the whole next step, which is made while this one runs.
@@ -168,9 +167,3 @@ def _take_step(config: Config, runtime: Runtime) -> None:
             loss.backward()
         state.optimizer.step()
     del held
-
-
-@contextlib.contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

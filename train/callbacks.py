@@ -18,8 +18,6 @@ from typing import Any
 from .errors import UserMistake
 
 Row = dict[str, Any]
-LOGGER_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
-"""`--log` -> the package that it needs, by its name for `import`; pip knows them by the same names."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Callback:
         """Every `--log-every` steps: means of loss and its terms, learning rate, images per second."""
 
     def on_evaluation(self, row: Row) -> None:
-        """After health figures ("health") and online k-NN ("knn")."""
+        """After health figures ("health"), online k-NN ("knn") and the online linear classifier ("probe")."""
 
     def on_checkpoint(self, row: Row) -> None:
         """After a checkpoint is on the disk; its folder's name is `row["path"]`."""
@@ -85,10 +83,9 @@ def check_loggers(names: Sequence[str]) -> None:
     Raises:
         UserMistake: it names the line to type.
     """
-    for name in names:
-        package = LOGGER_PACKAGES[name]
-        if importlib.util.find_spec(package) is None:
-            raise UserMistake(f"--log {name}: the package {package} is not installed; pip install {package}")
+    for name in names:  # that of its package as well, for `import` and for pip
+        if importlib.util.find_spec(name) is None:
+            raise UserMistake(f"--log {name}: the package {name} is not installed; pip install {name}")
 
 
 def made(factories: Sequence[str]) -> list[Callback]:

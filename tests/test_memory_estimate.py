@@ -15,7 +15,7 @@ from train.build import build_method, build_state
 from train.config import Config
 from train.errors import UserMistake
 from train.inputs import check_batch
-from train.memory_estimate import LiveBytes, _inputs, _step, _tensors, _without_init, _without_values, estimate
+from train.memory_estimate import LiveBytes, _inputs, _step, _without_init, _without_values, estimate
 from train.resolve import resolve
 from train.runtime import Runtime
 
@@ -83,7 +83,7 @@ def test_what_is_kept_is_what_autograd_saves(method: str) -> None:
     model = _without_init(config)
     with _without_values(model):
         inputs = _inputs(config, model, ALONE, 16)
-        there = {id(t.untyped_storage()) for t in [*model.parameters(), *model.buffers(), *_tensors(inputs)]}
+        there = {id(t.untyped_storage()) for t in [*model.parameters(), *model.buffers(), *inputs.tensors()]}
         saved: dict[int, torch.UntypedStorage] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -217,7 +217,7 @@ def test_the_step_is_the_methods_own() -> None:
     model = _without_init(small("simsiam"))
     with _without_values(model):
         inputs, live = _inputs(small("simsiam"), model, ALONE, 16), LiveBytes()
-        live.leave_out([*_tensors(inputs), *model.parameters(), *model.buffers()])
+        live.leave_out([*inputs.tensors(), *model.parameters(), *model.buffers()])
         with live:
             first = _step(model, inputs, ALONE, live)
             after = live.now

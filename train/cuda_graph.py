@@ -54,9 +54,7 @@ class _FixedInputs(StepInputs):
 
 def _tensors(inputs: StepInputs) -> list[Tensor]:
     """Every tensor of the inputs in a fixed order."""
-    named = [inputs.mixed, inputs.box_cells, inputs.partner]
-    rest = [group[name] for group in named for name in sorted(group)]
-    return [inputs.view1, inputs.view2, *inputs.small_views, *rest, *inputs.key_permutation]
+    return [*inputs.tensors(), *inputs.key_permutation]
 
 
 class GradientExchange:

@@ -343,7 +343,5 @@ class InputStream:
 def _record(inputs: list[StepInputs], stream: torch.cuda.Stream) -> None:
     """Tell the allocator that tensors made on the side stream are used on `stream`."""
     for each in inputs:
-        held = [each.view1, each.view2, *each.small_views, *each.mixed.values()]
-        held += [*each.box_cells.values(), *each.partner.values()]
-        for tensor in held:
+        for tensor in each.tensors():
             tensor.record_stream(stream)

@@ -195,9 +195,9 @@ def estimate(config: Config, world_size: int, device: torch.device, dtype: torch
     live, counted = LiveBytes(), Runtime(0, 1, torch.device("cpu"), dtype, compile=False)
     with _without_values(method):
         inputs = _inputs(config, method, counted, images)
-        live.leave_out([*_tensors(inputs), *_held(method)])
+        live.leave_out([*inputs.tensors(), *_held(method)])
         mixed = sum(view.nbytes for view in inputs.mixed.values())
-        views, largest = sum(view.nbytes for view in _views(inputs)), inputs.view1.nbytes
+        views, largest = sum(view.nbytes for view in inputs.views()), inputs.view1.nbytes
         if several:
             _add_gradients(method)
         try:
@@ -292,14 +292,6 @@ def _inputs(config: Config, method: Method, runtime: Runtime, images: int) -> St
     index = torch.arange(images)
     builder = InputBuilder(alone, method, runtime, feature_grid(method, size))
     return builder.build(Batch(views, index, index), 0)[0]
-
-
-def _views(inputs: StepInputs) -> list[Tensor]:
-    return [inputs.view1, inputs.view2, *inputs.small_views]
-
-
-def _tensors(inputs: StepInputs) -> list[Tensor]:
-    return [*_views(inputs), *inputs.mixed.values(), *inputs.box_cells.values(), *inputs.partner.values()]
 
 
 def _step(method: Method, inputs: StepInputs, runtime: Runtime, live: LiveBytes) -> int:

@@ -157,7 +157,7 @@ def _take_step(config: Config, runtime: Runtime) -> None:
         method, inputs = method_and_inputs(setting)
         rounds = batch_per_device(config, runtime.world_size) // len(inputs.view1)
         # This step's other micro-batches and the whole next step, which is made while this one runs.
-        views = [inputs.view1, inputs.view2, *inputs.small_views, *inputs.mixed.values()]
+        views = [*inputs.views(), *inputs.mixed.values()]
         held = [torch.empty_like(view) for _ in range(2 * rounds - 1) for view in views]
         state = build_state(setting.config, setting.runtime, method)
         # The second pass adds to gradients that are there, and so takes the most.

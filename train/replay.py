@@ -115,8 +115,6 @@ def _watched(method: nn.Module, micro_batches: list[StepInputs]) -> Iterator[lis
 
 
 def _bad_inputs(inputs: StepInputs) -> Iterator[tuple[str, int]]:
-    views = {"view1": inputs.view1, "view2": inputs.view2}
-    views |= {f"view{number}": view for number, view in enumerate(inputs.small_views, 3)}
-    for name, images in views.items():
+    for number, images in enumerate(inputs.views(), 1):
         bad = ~torch.isfinite(images.flatten(1)).all(dim=1)
-        yield from ((name, row) for row in bad.nonzero().flatten().tolist())
+        yield from ((f"view{number}", row) for row in bad.nonzero().flatten().tolist())

@@ -51,6 +51,15 @@ class StepInputs:
     epoch: int = 0
     small_views: tuple[Tensor, ...] = ()
 
+    def views(self) -> list[Tensor]:
+        """The views of the images, the two large ones first."""
+        return [self.view1, self.view2, *self.small_views]
+
+    def tensors(self) -> list[Tensor]:
+        """All that lies on the device, the views first, in a fixed order; permutations stay on the host."""
+        named = [self.mixed, self.box_cells, self.partner]
+        return [*self.views(), *(group[name] for group in named for name in sorted(group))]
+
 
 @dataclass
 class StepOutput:

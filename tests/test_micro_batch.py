@@ -67,8 +67,17 @@ def test_none_that_fits_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         settle_micro_batch(configured("--micro-batch", "auto"), ALONE, None)
 
 
-def test_a_trial_that_runs_out_of_memory_leads_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU stands in for a GPU here; what a GPU's allocator raises is raised in its place."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_trial_that_runs_out_of_memory_leads_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """The CPU stands in for a GPU here; what a GPU's allocator or library raises is raised in its place."""
     free(monkeypatch, 16)
     monkeypatch.setattr(micro_batch, "TRIED", {"cpu"})
     taken, step = [], micro_batch._take_step
@@ -76,7 +85,7 @@ def test_a_trial_that_runs_out_of_memory_leads_to_the_next(monkeypatch: pytest.M
     def limited(config, runtime):
         taken.append(config.run.micro_batch)
         if config.run.micro_batch > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
         step(config, runtime)
 
     monkeypatch.setattr(micro_batch, "_take_step", limited)

@@ -10,12 +10,9 @@ import torch
 from .config import Config
 from .errors import UserMistake
 from .inputs import images_per_forward
-from .memory_estimate import capacity_bytes
+from .memory_estimate import capacity_bytes, is_lack_of_memory
 from .micro_batch import largest_that_fits, micro_batches
 from .runtime import Runtime, choose_dtype
-
-# cuBLAS, cuDNN and the driver take memory past PyTorch's allocator, and tell the lack of it in errors of their own.
-_SIGNS = ("_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY")
 
 
 @contextlib.contextmanager
@@ -28,7 +25,7 @@ def naming_remedy(remedy: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)):
+        if not is_lack_of_memory(error):
             raise
         # The allocator's first sentences say how much was asked for; the rest is about its own settings.
         cause = ". ".join(str(error).partition("\n")[0].split(". ")[:2]).rstrip(".")

@@ -102,6 +102,15 @@ class Footprint:
         return ", ".join(f"{name} {shown(size)}" for name, size in parts.items() if size > 0)
 
 
+# cuBLAS, cuDNN and the driver take memory past PyTorch's allocator, and tell the lack of it in errors of their own.
+_LACK = ("_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA_ERROR_OUT_OF_MEMORY")
+
+
+def is_lack_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a device's memory ran out, whichever library raised it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _LACK)
+
+
 def shown(size: float) -> str:
     """A number of bytes as people read it."""
     return f"{size / _GIB:.2f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.1f} MiB"

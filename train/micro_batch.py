@@ -13,7 +13,7 @@ from .build import build_state
 from .config import Config
 from .errors import UserMistake
 from .inputs import batch_per_device, check_batch
-from .memory_estimate import estimate, free_bytes, shown
+from .memory_estimate import estimate, free_bytes, is_lack_of_memory, shown
 from .proving.setting import method_and_inputs, setting_of
 from .runtime import Runtime
 
@@ -142,7 +142,9 @@ def _step_fits(config: Config, runtime: Runtime) -> bool:
         return True
     try:
         _take_step(config, runtime)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
         return False
     finally:
         # The run's own tensors must find the memory that those of the trial have left.

@@ -16,6 +16,7 @@ from train.build import build_state, last_step
 from train.config import Config
 from train.inputs import batch_per_device, finished_views, images_per_forward
 from train.memory import training_remedy
+from train.memory_estimate import is_lack_of_memory
 from train.micro_batch import micro_batches, with_micro_batch
 from train.proving.setting import method_and_inputs, setting_of
 from train.record.diagnosis import Finding
@@ -92,7 +93,9 @@ def step(examination: Examination) -> Iterator[Finding]:
     try:
         local = batch_per_device(config, count)
         rate, examination.host_share = step_rate(measured, replace(runtime, world_size=count), local)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
         yield Finding("fault", "a step ran out of memory", f"give {training_remedy(measured, runtime)}")
         return
     examination.step_rate = rate * count

@@ -19,7 +19,7 @@ from train.backbone_io import build_encoder, save_backbone
 from train.data import RunData
 from train.evaluate import main
 from train.measure.features import center_view, extract_features
-from train.measure.online import health_figures, knn_figures
+from train.measure.online import health_figures, knn_figures, labelled_features
 from train.record.evaluations import measurements, unread
 from train.runtime import Runtime
 
@@ -158,7 +158,7 @@ def test_the_figures_of_training_leave_bad_images_out_and_count_them(photos, tmp
     health = PipelineConfig(str(val), views, 5, order="sequential", drop_last=False)
     bank, queries, pair = opened(photos), opened(val), build_pipeline("auto", health, quiet=True)
     data = RunData(bank, pair, "validation", bank, queries, np.arange(24))
-    figures = knn_figures(method, data, RUNTIME)  # type: ignore[arg-type]
+    figures = knn_figures(labelled_features(method, data, RUNTIME), RUNTIME)  # type: ignore[arg-type]
     assert (figures["train_images"], figures["val_images"], figures["val_bad"]) == (24, 18, 6)
     assert "train_bad" not in figures and unread(figures) == " without 6 unreadable ones"
     # Two equal views of 18 images are each other's nearest; another picture in an unreadable one's place would be there

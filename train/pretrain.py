@@ -183,14 +183,11 @@ def _evaluator(job: Job, method: Method, data: RunData) -> Callable[[int, int], 
             job.metrics.row("health", step, epoch, **health_figures(method, data, job.runtime))
         if data.queries is None:
             return None
-        if job.config.run.probe:
-            tables = labelled_features(method, data, job.runtime)
-            # Before k-NN, in whose exchange the other ranks wait for this one.
-            if job.runtime.is_main:
-                job.metrics.row("probe", step, epoch, **probe_figures(tables, job.config.run.seed))
-            figures = knn_figures(method, data, job.runtime, tables)
-        else:
-            figures = knn_figures(method, data, job.runtime)
+        tables = labelled_features(method, data, job.runtime)
+        # Before k-NN, in whose exchange the other ranks wait for this one.
+        if job.config.run.probe and job.runtime.is_main:
+            job.metrics.row("probe", step, epoch, **probe_figures(tables, job.config.run.seed))
+        figures = knn_figures(tables, job.runtime)
         job.metrics.row("knn", step, epoch, **figures)
         return figures["top1"]
 

@@ -69,15 +69,12 @@ def probe_figures(tables: tuple[Features, Features], seed: int) -> dict[str, flo
     return {"top1": top1, "epochs": epochs_for(len(bank.features)), **counts}
 
 
-def knn_figures(
-    method: Method, data: RunData, runtime: Runtime, tables: tuple[Features, Features] | None = None
-) -> dict[str, float | int]:
-    """20-NN top-1 of the backbone, all training images as bank and `--val-data` as queries.
+def knn_figures(tables: tuple[Features, Features], runtime: Runtime) -> dict[str, float | int]:
+    """20-NN top-1 of the backbone, of the two tables of `labelled_features`: the first is the bank of the second.
 
-    Images that cannot be read are left out and counted as `train_bad` and `val_bad`. `tables` are what
-    `labelled_features` gives, where they are known already.
+    Images that cannot be read are left out and counted as `train_bad` and `val_bad`.
     """
-    bank, queries = tables or labelled_features(method, data, runtime)
+    bank, queries = tables
     predict = predict_over_ranks(runtime.rank, runtime.world_size, runtime.gather_objects)
     k = min(KNN_NEIGHBOURS, len(bank.features))
     weighted, majority = knn_classify(

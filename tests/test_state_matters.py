@@ -24,7 +24,7 @@ from tests.method_cases import make_inputs
 from tests.runs import TINY, comparable, last_wins, rows
 from tests.test_loop import job_of
 from train.errors import EXIT_NON_FINITE
-from train.loop import take_step
+from train.loop import Job, take_step
 from train.state import DOCUMENT_FILE, MODEL_FILE, OPTIMIZER_FILE, Saved, TrainState, restore, to_files
 
 Forget = Callable[[TrainState], None]
@@ -127,6 +127,13 @@ def scaled_run(until: int, saved: dict[str, bytes] | None = None, forget: Forget
     # Gradients that are large enough to overflow at the largest scale that fp32 can hold.
     state.method.config = replace(state.method.config, temperature=0.002)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    return taken_on(job, state, until, saved, forget)
+
+
+def taken_on(
+    job: Job, state: TrainState, until: int, saved: dict[str, bytes] | None, forget: Forget
+) -> dict[str, bytes]:
+    """Files of a run after so many steps, from its beginning or from the files of an earlier step."""
     if saved is not None:
         files = load(saved[MODEL_FILE]), load(saved[OPTIMIZER_FILE])
         restore(Saved(json.loads(saved[DOCUMENT_FILE]), *files), state, 0, 1)
@@ -155,16 +162,7 @@ def test_a_lost_loss_scale_changes_the_weights(forget: Forget, same: bool) -> No
 
 
 def _after(steps: int, name: str, saved: dict[str, bytes] | None = None, forget: Forget = nothing) -> dict[str, bytes]:
-    """Files of a run of `name` after so many steps, from its beginning or from files of an earlier step."""
-    job, state = job_of(name, "cpu")
-    if saved is not None:
-        files = load(saved[MODEL_FILE]), load(saved[OPTIMIZER_FILE])
-        restore(Saved(json.loads(saved[DOCUMENT_FILE]), *files), state, 0, 1)
-        forget(state)
-    while state.step < steps:
-        take_step(job, state, state.step, [make_inputs(state.method, state.step)])
-        state.step += 1
-    return to_files(state, [state.rank_part()], {})
+    return taken_on(*job_of(name, "cpu"), steps, saved, forget)
 
 
 def forget_one_momentum_buffer(state: TrainState) -> None:

@@ -90,10 +90,10 @@ class Metrics:
         """Move the bar to a step that has been taken (on a GPU: queued); called after each, and waits for nothing."""
         if self._bar is None:
             return
-        if self._steps_per_epoch and (step - 1) % self._steps_per_epoch == 0 or step == self._first_step:
-            last = -(-self._total_steps // self._steps_per_epoch) if self._steps_per_epoch else 0
-            epoch = min(step // self._steps_per_epoch + 1, last) if last else 0
-            self._bar.set_description_str(f"epoch {epoch}/{last}" if last else "", refresh=False)
+        each = self._steps_per_epoch
+        if each and (step == self._first_step or (step - 1) % each == 0):
+            last = -(-self._total_steps // each)
+            self._bar.set_description_str(f"epoch {min(step // each + 1, last)}/{last}", refresh=False)
         # Drawn ten times a second at most, whatever is counted in between.
         self._bar.update(step - self._bar.n)
 

@@ -50,11 +50,12 @@ from tools.bench.pipeline_contenders import (
     stock_ffcv_epoch,
 )
 from tools.bench.pipeline_levers import measure_levers
-from tools.bench.rows import Report, Summary, usable_cores
+from tools.bench.rows import Report, Summary
 from tools.bench.timing import add_common_flags, choose_device
 from tools.support import cli
 from tools.support.packing import Tally
 from tools.wheel.loader import Loader
+from train.versions import usable_cores
 
 CONTENDERS = (
     "stock-ffcv",

@@ -25,13 +25,14 @@ from models.methods.base import StepInputs
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline, choose_loader
 from tools.bench.projection import describe, read_measured
-from tools.bench.rows import RESULTS, Report, Row, Summary, usable_cores
+from tools.bench.rows import RESULTS, Report, Row, Summary
 from tools.bench.timing import add_common_flags, choose_device
 from tools.bench_step import OurStep, configure
 from tools.support import cli
 from train.inputs import InputStream, finished_views
 from train.loop import take_step
 from train.runtime import Runtime, start, wrap_distributed
+from train.versions import usable_cores
 
 
 class LoaderAlone:

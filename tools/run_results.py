@@ -86,7 +86,8 @@ def common_columns(device: str) -> dict[str, str]:
     # Rows need PyTorch, which `--status` does not.
     import torch
 
-    from tools.bench.rows import commit, cpu_name, device_name
+    from tools.bench.rows import commit, device_name
+    from train.versions import cpu_name
 
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

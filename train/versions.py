@@ -1,7 +1,8 @@
-"""What software a run used, for `config.json` and benchmark rows."""
+"""What software and what machine a run used, for `config.json` and benchmark rows."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -51,11 +52,24 @@ def machine(device: torch.device) -> str:
     """What a run computes on: the GPU's name, or the processor's with the cores that this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text(errors="replace").splitlines() if table.is_file() else []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{named or platform.machine()}, {cores} cores"
+    return f"{cpu_name()}, {usable_cores()} cores"
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    # Not the machine's cores: a container or a scheduler may allow fewer.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ import csv
 import datetime
 import functools
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from train.versions import cpu_name, usable_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "results"
@@ -194,12 +195,6 @@ def _figure(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3e}"
 
 
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    # Not the machine's cores: a container or a scheduler may allow fewer.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @functools.cache
 def commit() -> str:
     """Short hash of the checkout's commit, with "+" where tracked files differ from it; "unknown" outside git."""
@@ -211,18 +206,6 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return short + ("+" if changed.strip() else "")
-
-
-@functools.cache
-def cpu_name() -> str:
-    """Model name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device) -> str:

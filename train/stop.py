@@ -24,8 +24,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 GRACE_S = 8.0
 """Seconds that an evaluation has after a signal to end by itself; schedulers leave 30 or more."""
 _POLL_S = 0.1
-
-
 ECHO_S = 2.0
 """Seconds in which one request may arrive again under a launcher: from the scheduler or terminal, and from torchrun."""
 
@@ -35,14 +33,20 @@ class SignalWatch:
 
     A scheduler or a terminal signals every process of a job, and torchrun passes on to its processes what it was sent
     itself. So one request reaches a process twice, and the second must not end it before it has saved.
+
+    Args:
+        hears: whether it is told signals at all.
+
+    Attributes:
+        asked: name of the signal, empty before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hears: bool = True) -> None:
         self.asked: str = ""
         self._asked_at = 0.0
         launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
         self._echo_s = ECHO_S if launched else 0.0
-        for number in STOP_SIGNALS:
+        for number in STOP_SIGNALS if hears else ():
             # Started under nohup: a terminal that closes must not stop the run.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -63,15 +67,13 @@ class EvaluationWatch(SignalWatch):
     """Ends an evaluation at a signal, with the exit code that says whether the same command goes on.
 
     Attributes:
-        asked: name of the signal, empty before.
         saved: where the same command goes on, such as "step 40"; empty where it starts over.
         writing: whether a checkpoint is being written, which is not to be cut short.
     """
 
     def __init__(self, hears: bool = True) -> None:
-        self.asked, self.saved, self.writing = "", "", False
-        if hears:
-            super().__init__()
+        super().__init__(hears)
+        self.saved, self.writing = "", False
 
     @property
     def code(self) -> int:

@@ -149,7 +149,7 @@ def _windows(
             contender.run(options.settle)
             _wait(runtime)
             stream = contender.stream if isinstance(contender, EndToEnd) else None
-            waited = stream.wait_s if stream else 0.0
+            waited = stream.pipeline.stats().wait_s if stream else 0.0
             begin = time.perf_counter()
             contender.run(options.steps)
             _wait(runtime)
@@ -157,7 +157,7 @@ def _windows(
             seconds = max(runtime.gather_objects(time.perf_counter() - begin))
             rates[name].append(options.batch * options.steps / seconds)
             if stream:
-                waits[name].append((stream.wait_s - waited) / seconds)
+                waits[name].append((stream.pipeline.stats().wait_s - waited) / seconds)
     return rates, {name: values for name, values in waits.items() if values}
 
 

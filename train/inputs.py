@@ -258,12 +258,10 @@ class InputStream:
     Attributes:
         builder: makes the inputs.
         pipeline: delivers batches.
-        wait_s: seconds the host has waited for the loader; read and reset by the caller.
     """
 
     builder: InputBuilder
     pipeline: Pipeline
-    wait_s: float = 0.0
     _stream: torch.cuda.Stream | None = field(default=None, init=False)
     _told: PipelineStats = field(default_factory=PipelineStats, init=False)
 
@@ -293,21 +291,20 @@ class InputStream:
             pending = self._next(source, step, epoch, ready)
 
     def stages(self, seconds: float) -> dict[str, float]:
-        """What each stage before the step did since the last call, and the wait of the host, which is set to zero.
+        """What each stage before the step did since the last call, by the loader's own clock.
 
         Args:
             seconds: since the last call.
 
         Returns:
-            `data_wait_share`, the share of the time in which the host waited for a batch; and where the loader tells
-            them `loader_busy_share` (its thread read, decoded, cropped and mostly augmented), `augment_share` (batches
-            were augmented on the host's own thread) and `batches_ready`, how many batches were waiting on average when
-            one was asked for.
+            `data_wait_share`, the share of the time in which the host waited for a batch (what the loader queues on a
+            GPU after waiting for the decoder is no waiting); and where the loader tells them `loader_busy_share` (its
+            thread read, decoded, cropped and mostly augmented), `augment_share` (batches were augmented on the host's
+            own thread) and `batches_ready`, how many batches were waiting on average when one was asked for.
         """
         now, before = self.pipeline.stats(), self._told
         self._told = dataclasses.replace(now)
-        waited, self.wait_s = self.wait_s, 0.0
-        found = {"data_wait_share": min(waited / seconds, 1.0)}
+        found = {"data_wait_share": min((now.wait_s - before.wait_s) / seconds, 1.0)}
         asked = now.asked - before.asked
         # Loaders of another library have no clock of their own.
         if now.busy_s and asked:
@@ -333,10 +330,7 @@ class InputStream:
             return self._take(source, step, epoch)
 
     def _take(self, source: Iterator[Batch], step: int, epoch: int) -> list[StepInputs] | None:
-        # The loader's own clock: what it queues on a GPU after waiting for the decoder is no waiting.
-        waited = self.pipeline.stats().wait_s
         batch = next(source, None)
-        self.wait_s += self.pipeline.stats().wait_s - waited
         return None if batch is None else self.builder.build(batch, step, epoch)
 
 

@@ -252,7 +252,8 @@ def _pace(job: Job, state: TrainState) -> Pace:
     state.method.train()
     steps = _taken(job, state)
     warm_up = _seconds(job, steps, WARM_UP)
-    job.stream.wait_s, begun = 0.0, time.perf_counter()
+    job.stream.stages(warm_up)  # its waits do not count
+    begun = time.perf_counter()
     windows: list[tuple[int, float]] = []
     count = 1
     while True:
@@ -263,7 +264,7 @@ def _pace(job: Job, state: TrainState) -> Pace:
         # A run waits for its device once in `--log-every` steps; here as seldom, or every second where steps are slow.
         step_s = job.runtime.gather_objects(windows[-1][1] / count)[0]
         count = max(1, min(job.config.run.log_every, round(1.0 / step_s)))
-    wait_share = min(job.stream.wait_s / (time.perf_counter() - begun), 1.0)
+    wait_share = job.stream.stages(time.perf_counter() - begun)["data_wait_share"]
     later = windows[len(windows) // 2 :]
     step_s = sum(seconds for _, seconds in later) / sum(count for count, _ in later)
     measured = sum(count for count, _ in windows)

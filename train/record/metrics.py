@@ -132,8 +132,7 @@ class Metrics:
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
         )
         if self._bar is not None and kind == "train":
-            self._bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)
-            self.at_step(row["step"])
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}", refresh=False)  # drawn by the next `at_step`
         elif kind != "train" or time.monotonic() - self._last_console > _CONSOLE_EVERY_S:
             if kind == "train":
                 self._last_console = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -88,7 +89,7 @@ def _measured(
         predictor_effect=_predictor_effect(method, seen),
         queue_std=min((_spread(rows)[0] for rows in queues), default=None),
         temperature=temperature,
-        chance=torch.tensor(len(queues[0]) + 1.0).log().item() if queues else None,
+        chance=math.log(len(queues[0]) + 1) if queues else None,
         loss=loss,
     )
 

@@ -62,19 +62,20 @@ def largest_that_fits(
     """
 
     def needs(size: int) -> int:
+        # A second time at no cost: `estimate` keeps what it has found.
         return bytes_of(config, world_size, size, device, dtype)
 
-    if not sizes or needs(sizes[0]) <= free:
-        return sizes[0] if sizes else 0
-    small = sizes[1:][-2:]
-    known = {size: needs(size) for size in small}
-    if len(small) == 2:
-        slope = (known[small[0]] - known[small[1]]) / (small[0] - small[1])
-        likely = [each for each in sizes[1:] if known[small[1]] + slope * (each - small[1]) <= free * _NEAR]
-    else:
-        likely = small
-    # Near the limit the line is too coarse: there each one is looked at.
-    return next((each for each in likely if (known[each] if each in known else needs(each)) <= free), 0)
+    if not sizes:
+        return 0
+    if needs(sizes[0]) <= free:
+        return sizes[0]
+    likely = sizes[1:]
+    if len(likely) > 1:
+        more, least = likely[-2:]
+        start, slope = needs(least), (needs(more) - needs(least)) / (more - least)
+        # Near the limit the line is too coarse: there each one is looked at.
+        likely = [each for each in likely if start + slope * (each - least) <= free * _NEAR]
+    return next((each for each in likely if needs(each) <= free), 0)
 
 
 def settle_micro_batch(config: Config, runtime: Runtime, recorded: Mapping[str, Any] | None) -> tuple[Config, str]:

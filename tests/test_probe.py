@@ -33,7 +33,9 @@ def test_it_tells_apart_what_planes_can() -> None:
     assert probe_top1(bank, labels, queries, query_labels, 0) > 0.97, "images without a label do not count"
 
 
-def test_it_is_a_function_of_its_arguments_and_draws_nothing_else() -> None:
+def test_it_is_a_function_of_its_arguments_and_draws_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Several batches of the 400 rows: in one alone their order would not matter.
+    monkeypatch.setattr("train.measure.probe.BATCH", 128)
     bank, labels, *_ = two_tables(5, 1.0)
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -43,7 +45,7 @@ def test_it_is_a_function_of_its_arguments_and_draws_nothing_else() -> None:
         other, _ = fit_probe(bank, labels, 5, 2)
     assert torch.equal(before, torch.get_rng_state()) and torch.equal(weight, again)
     assert weight.shape == (5, 16) and bias.shape == (5,) and not weight.requires_grad
-    assert BATCH >= 400 or not torch.equal(weight, other)
+    assert not torch.equal(weight, other)
 
 
 def test_few_images_are_passed_over_often() -> None:

@@ -40,10 +40,10 @@ _not_before: dict[str, float] = {}  # host -> time before which it does not want
 _stopping = False
 
 
-def stop_waiting() -> None:
-    """Let waits for busy servers end at once with `SourceBusy`; for signal handlers, after which the process ends."""
+def stop_waiting(stop: bool = True) -> None:
+    """Let waits for busy servers end at once with `SourceBusy`, for signal handlers; False lets them wait again."""
     global _stopping
-    _stopping = True
+    _stopping = stop
 
 
 def public_url(address: str) -> str:

@@ -223,7 +223,7 @@ def test_the_operator_goes_through_c_plus_plus(operator, kernels, driver, monkey
     # By its name: the package has a function of that name.
     module = importlib.import_module("models.ops.batch_norm_act")
     monkeypatch.setattr(module, "kernels_for", lambda *_: kernels)
-    monkeypatch.setattr(batch_norm_act_kernels, "_is_on_gpu", lambda x: True)
+    monkeypatch.setattr(NORM, "why_not", lambda x: None)  # as on a GPU
     monkeypatch.setattr(NORM, "_mode", "cuda")
     x = make_map(4, 8, 3, 3, dtype=torch.float32)
     results: list[Tensor] = []
@@ -239,7 +239,7 @@ def test_the_operator_goes_through_c_plus_plus(operator, kernels, driver, monkey
 def test_only_what_fits_goes_through_c_plus_plus(operator, kernels, driver, monkeypatch) -> None:
     """A kernel gets addresses alone: a parameter that it would misread, or a residual of another shape, goes round."""
     monkeypatch.setattr(batch_norm_act_kernels, "kernels_for", lambda *_: kernels)
-    monkeypatch.setattr(batch_norm_act_kernels, "_is_on_gpu", lambda x: True)
+    monkeypatch.setattr(NORM, "why_not", lambda x: None)  # as on a GPU
     monkeypatch.setattr(batch_norm_act_kernels, "_launches", {})
     monkeypatch.setattr(batch_norm_act_host, "operator", lambda: operator)
     monkeypatch.setattr(NORM, "_mode", "cuda")

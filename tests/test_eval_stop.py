@@ -25,6 +25,7 @@ import train.eval.segment
 import train.eval.semi
 import train.measure.features
 import train.stop
+from pipeline import fetch
 from tools.support.drawn_sets import coco_document, write_coco
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import Stopped
@@ -268,3 +269,5 @@ def test_inner_blocks_share_the_watch() -> None:
         with pytest.raises(Stopped, match="stopped by SIGUSR1") as stopped:
             outer.check()
         assert stopped.value.code == 130
+        assert fetch._stopping
+    assert not fetch._stopping, "what this process does next waits for busy servers again"

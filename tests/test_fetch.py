@@ -85,6 +85,8 @@ def reply(handler: http.server.BaseHTTPRequestHandler, code: int, data: bytes = 
 def server(shards, monkeypatch) -> Iterator[Server]:
     monkeypatch.setattr(fetch, "_not_before", {})
     monkeypatch.setattr(fetch, "_FIRST_PAUSE_S", 0.1)
+    # A run that another test stopped in this process has left it set.
+    monkeypatch.setattr(fetch, "_stopping", False)
     made = Server(shards)
     yield made
     made.close()

@@ -104,7 +104,7 @@ def train(argv: str, line: str, remedy: str | None = None, **more: object) -> Ca
 
 MOCO = "--method moco-v2 --device cpu --data {beton}"
 TINY = (
-    "--device cpu --arch resnet10-w16 --image-size 32 --global-batch 4 --queue-size 8 --bn.group-size 4 --hidden-dim 8 "
+    "--device cpu --arch resnet10-w16 --image-size 32 --global-batch 4 --queue-size 8 --bn.group-size 2 --hidden-dim 8 "
     "--dim 8 --run-dir {new} --no-report"
 )
 READY = f"--method moco-v2 {TINY} --data {{beton}}"
@@ -173,7 +173,7 @@ CASES = [
     # Sizes that do not fit.
     train(f"{READY} --processes 3", r"does not divide over 3 ranks; choose a multiple of 3", works="skipped"),
     train(
-        f"{READY.replace('group-size 4', 'group-size 3')}",
+        f"{READY.replace('group-size 2', 'group-size 3')}",
         r"--bn.group-size 3.*choose a divisor of 4",
         READY,
         works="fits",

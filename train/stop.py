@@ -46,7 +46,13 @@ class SignalWatch:
         self._asked_at = 0.0
         launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
         self._echo_s = ECHO_S if launched else 0.0
-        for number in STOP_SIGNALS if hears else ():
+        if hears:
+            self._hear()
+
+    def _hear(self) -> None:
+        # This process may have been asked to stop an earlier run.
+        stop_waiting(False)
+        for number in STOP_SIGNALS:
             # Started under nohup: a terminal that closes must not stop the run.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -130,6 +136,7 @@ def watched(leave: bool = False) -> Iterator[EvaluationWatch]:
             yield _current
     finally:
         _current = None
+        stop_waiting(False)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -304,7 +304,7 @@ def batch_norm_act(
     # A pass without gradients (the momentum network, evaluation) need not write the mask.
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
     # Such a pass has no use for an autograd function either, which costs the host as much as the launches do.
-    operator = _batch_norm_act if wanted or torch.compiler.is_compiling() else _forward
+    operator = _batch_norm_act if wanted or not eager else _forward
     y, mean, variance, _ = operator(x, residual, weight, bias, groups, eps, relu, wanted)
     return y, mean, variance
 

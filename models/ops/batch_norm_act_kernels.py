@@ -118,7 +118,7 @@ _launches: dict[tuple, tuple[host.Operator, int]] = {}
 def plan_from_host(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> bool:
     """Let C++ launch for such maps from now on; false where it cannot. Shapes and groups must have been checked."""
     # To ask for the library starts the compiler, which only those kernels are worth.
-    operator = host.operator() if NORM.mode == "cuda" and _is_on_gpu(x) else None
+    operator = host.operator() if NORM.why_not(x) is None else None
     kernels = None if operator is None else kernels_for(x, weight, bias, groups)
     address = None if kernels is None else kernels.host_plan(x.shape, x.dtype, groups)
     if operator is None or address is None:
@@ -347,10 +347,6 @@ class _Plan:
         """Launch over blocks of channels, for what the blocks of rows have left."""
         grid = (-(-self.sizes["channels"] // JOIN_LANES), groups, 1)
         self._launcher(kernel, grid, (JOIN_LANES, JOIN_SLICES, 1), arguments)
-
-
-def _is_on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -31,6 +31,7 @@ from .layouts import (
 )
 from .native_build import load, try_load
 from .refusal import MAX_PIXELS, ImageRefused, TooManyBad
+from .second_look import SecondLook
 from .stores import Store
 
 _REASONS = {
@@ -128,6 +129,7 @@ class ViewDecoder:
     ):
         self._store, self._views, self._seed, self._population = store, tuple(views), seed, population
         self._note_bad = note_bad
+        self._second_look = SecondLook(store, threads)
         self._library = native_library() if native else None
         self.specs = view_array(views)
         self.pool = self._library.rg_pool_open(threads) if self._library else None
@@ -158,7 +160,7 @@ class ViewDecoder:
             finish: address of a `Finish` of native/views.cpp.
 
         Returns:
-            (B,) status of each; nothing was handed over where it is not `OK`.
+            (B,) status of each; what was handed over counts only where it is `OK`.
         """
         assert self._library is not None
         jobs = self._jobs(index, index, np.arange(len(index)))
@@ -175,7 +177,12 @@ class ViewDecoder:
             MAX_PIXELS,
         )
         del keep_alive
-        return jobs["status"]
+        # The views of a file that is found damaged only now were handed over; `repair` writes others in their place.
+        return self.checked_status(jobs, index)
+
+    def checked_status(self, jobs: np.ndarray, sources: np.ndarray) -> np.ndarray:
+        """What became of jobs that the native threads went through; see `SecondLook.status`."""
+        return self._second_look.status(jobs, sources)
 
     def probe(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read samples to their end, for their views' sake but not for their pixels.
@@ -247,7 +254,7 @@ class ViewDecoder:
             MAX_PIXELS,
         )
         del keep_alive
-        return jobs["status"]
+        return self.checked_status(jobs, sources)
 
     def _general_pass(
         self,
@@ -312,5 +319,6 @@ class ViewDecoder:
         """Stop the threads; may be called twice."""
         # Forgotten first, so that a second call cannot close it again.
         pool, self.pool = self.pool, None
+        self._second_look.close()
         if pool and self._library is not None:
             self._library.rg_pool_close(pool)

@@ -178,7 +178,9 @@ class FfcvPipeline(NativePipeline):
                 self._stats.ready += iterator.output_queue.qsize()
                 next(iterator)
                 turn = number % _RING
-                arrays, status = self._sets[turn], self._jobs["status"][turn, : len(index)].copy()
+                arrays = self._sets[turn]
+                # Before the turn is given away: the threads write the jobs of a later batch over these.
+                status = self.decoder.checked_status(self._jobs[turn, : len(index)], index)
                 self._arm(number + _RING, epoch, batches)
                 self._views.repair(epoch, index, status, arrays)
                 yield index, arrays

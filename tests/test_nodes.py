@@ -63,12 +63,19 @@ def machines() -> Iterator[list[Machine]]:
             subprocess.run(["ip", "netns", "delete", machine.name], capture_output=True)
 
 
-def start(machines: list[Machine], port: int, argv: list[str], logs: Path) -> list[subprocess.Popen[bytes]]:
+def start(
+    machines: list[Machine], port: int, argv: list[str], logs: Path, restarts: int = 0, meeting: str = "static"
+) -> list[subprocess.Popen[bytes]]:
     """A torchrun on each machine; the first one's is where they meet."""
     launchers = []
     for number, machine in enumerate(machines):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": machine.interface}
         place = [f"--node_rank={number}", f"--master_addr={machines[0].address}", f"--master_port={port}"]
+        if meeting == "c10d":
+            # Both namespaces have the host name of this machine, by which torchrun would tell who keeps the store.
+            host = ["--rdzv-conf", f"is_host={1 - number}", f"--rdzv-endpoint={machines[0].address}:{port}"]
+            place = ["--rdzv-backend=c10d", "--rdzv-id=job", *host, f"--local-addr={machine.address}"]
+        place += [f"--max-restarts={restarts}"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *place]
         command = ["ip", "netns", "exec", machine.name, *launcher, str(MAIN), *argv]
         with (logs / f"{number}.log").open("ab") as log:
@@ -108,4 +115,22 @@ def test_a_lost_machine_ends_the_job_and_the_same_command_goes_on(tmp_path, mach
     assert all(launcher.wait(30) for launcher in launchers)
     again = start(machines, free_port(), [*common, str(struck)], tmp_path)
     assert [launcher.wait(300) for launcher in again] == [0, 0], (tmp_path / "0.log").read_text()[-3000:]
+    assert len(rows(struck, "resume")) == 1 and comparable(struck) == comparable(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("meeting", ["static", "c10d"])
+def test_launchers_of_two_machines_start_their_processes_again(tmp_path, machines, meeting, culprit):
+    """A killed rank ends the one on the other machine; both launchers start theirs again, which meet and go on."""
+    common = last_wins(
+        ["--method", "moco-v2", "--recipe", "moco-v2", *TINY, "--hang-timeout", str(LIMIT_S), "--run-dir"]
+    )
+    whole, struck = tmp_path / "whole", tmp_path / "struck"
+    assert run([*common, str(whole)], 2) == [0, 0]
+    launchers = start(machines, free_port(), [*common, str(struck)], tmp_path, restarts=3, meeting=meeting)
+    until(lambda: (struck / "metrics.jsonl").exists() and bool(rows(struck, "checkpoint")), 200, "a checkpoint")
+    os.kill(ranks_of(launchers[culprit].pid)[0], signal.SIGKILL)
+    said = [(tmp_path / f"{number}.log") for number in (0, 1)]
+    assert [launcher.wait(300) for launcher in launchers] == [0, 0], [log.read_text()[-2000:] for log in said]
     assert len(rows(struck, "resume")) == 1 and comparable(struck) == comparable(whole)

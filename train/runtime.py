@@ -24,6 +24,7 @@ from pipeline.prefetch import set_sharing_processes
 from .cards import refuse_without_code
 from .config import RunConfig
 from .errors import RunEnd, UserMistake
+from .restarts import leaving_if_another_starts_again, may_restart, meet
 from .slurm import meeting_place, step_ranks
 from .together import Together
 
@@ -233,7 +234,10 @@ def _join(backend: str, rank: int, world_size: int) -> None:
         RunEnd: another process was there and has left.
     """
     try:
-        dist.init_process_group(backend, store=_own_store(rank, world_size), rank=rank, world_size=world_size)
+        if may_restart(os.environ):
+            _join_again(backend, rank, world_size)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=world_size)
     except dist.DistNetworkError as reason:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(reason):
@@ -252,18 +256,12 @@ def _join(backend: str, rank: int, world_size: int) -> None:
         ) from None
 
 
-def _own_store(rank: int, world_size: int) -> dist.Store | None:
-    """The part of torchrun's store that belongs to this start of its processes; None where PyTorch's choice is right.
-
-    torchrun of one machine keeps its store when it starts its processes again. Addresses and last words of the
-    processes that have gone still stand there, and would be taken for those of the new ones. The launchers of several
-    machines count their restarts apart, so that the numbers say nothing in common there.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return None
+def _join_again(backend: str, rank: int, world_size: int) -> None:
+    """As `_join`, under a launcher that may have started these processes before; see `restarts`."""
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+    found = meet(store, rank, world_size)
+    with leaving_if_another_starts_again(store, rank, found):
+        dist.init_process_group(backend, store=found.store, rank=rank, world_size=world_size)
 
 
 @contextlib.contextmanager

@@ -143,7 +143,8 @@ def _until_done(job: str, tell: str = 'kill -TERM "$child"', code_is_kept: bool 
         "child=$!",
         "told=",
         "# Once only: a second signal would end the run at once, without saving.",
-        f"trap '[ -n \"$told\" ] || {tell}; told=1; woken=1' TERM",
+        # Noted before it is told: bash takes the next signal as soon as the command of telling has ended.
+        f"trap '[ -n \"$told\" ] || {{ told=1; {tell}; }}; woken=1' TERM",
         "# A trapped signal ends a wait before the command has ended.",
         'while woken=; wait "$child"; code=$?; [ -n "$woken" ]; do :; done',
         "# The run was stopped and has saved: it goes on from there.",

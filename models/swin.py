@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 
 from .draws import mixed_seed
+from .ops.window_attention import window_attention
 
 _START_STD = 0.02
+_UNSEEN = -100.0
+"""What the mask adds where one place must not see another; torchvision's number."""
 
 
 class SwinTrunk(SwinTransformer):
@@ -52,6 +56,8 @@ class SwinTrunk(SwinTransformer):
             )
         del self.head, self.avgpool, self.flatten
         self.apply(_draw_start)
+        # A half window is what torchvision shifts by. Kept, since a mask that each block fills anew is twelve launches.
+        self.register_buffer("parted", _parted(window_size, window_size // 2), persistent=False)
         self.feature_dim: int = embed_dim * 2 ** (len(depths) - 1)
 
     @property
@@ -72,11 +78,54 @@ class SwinTrunk(SwinTransformer):
         for stage in self.features:
             blocks = _blocks_of(stage)
             for block in blocks:
-                x = x + _scaled(block.attn(block.norm1(x)), next(scales, None))
+                x = x + _scaled(_attended(block.attn, block.norm1(x), self.parted), next(scales, None))
                 x = x + _scaled(block.mlp(block.norm2(x)), next(scales, None))
             if not blocks:
                 x = stage(x)  # patch embedding or merging: (B, H, W, C)
         return self.norm(x).permute(0, 3, 1, 2)
+
+
+def _parted(side: int, shift: int) -> Tensor:
+    """Which places of a window a shift has brought together from two ends of a map: (2, L, L), by rows and by columns.
+
+    Such a pair has `_UNSEEN`, every other 0. L is side * side, places in row-major order.
+    """
+    wrapped = torch.arange(side) >= side - shift
+    by_row, by_column = wrapped.repeat_interleave(side), wrapped.repeat(side)
+    ends = torch.stack([by_row, by_column])
+    return torch.zeros(2, side**2, side**2).masked_fill_(ends[:, None] != ends[:, :, None], _UNSEEN)
+
+
+def _mask(parted: Tensor, rows: int, columns: int, shift: Sequence[int]) -> Tensor | None:
+    """What `window_attention` adds in a map of rows x columns windows that was shifted: (rows * columns, L, L)."""
+    # Only the last row of windows, and the last column, hold places from both ends of the map.
+    by_row = F.pad(parted[0][None], (0, 0, 0, 0, rows - 1, 0))[:, None] if shift[0] else None
+    by_column = F.pad(parted[1][None], (0, 0, 0, 0, columns - 1, 0))[None] if shift[1] else None
+    if by_row is None or by_column is None:
+        only = by_column if by_row is None else by_row
+        return None if only is None else only.expand(rows, columns, -1, -1).flatten(0, 1)
+    return torch.minimum(by_row, by_column).flatten(0, 1)
+
+
+def _attended(attention: ShiftedWindowAttention, x: Tensor, parted: Tensor) -> Tensor:
+    """The attention of a block on tokens (B, H, W, C): torchvision's values, by `window_attention`."""
+    batch, height, width, channels = x.shape
+    high, wide = attention.window_size
+    x = F.pad(x, (0, 0, 0, -width % wide, 0, -height % high)) if height % high or width % wide else x
+    rows, columns = x.shape[1] // high, x.shape[2] // wide
+    # One window covers the map along an axis: a shift would bring nothing new together.
+    shift = [s if windows > 1 else 0 for s, windows in zip(attention.shift_size, (rows, columns), strict=True)]
+    x = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
+    windows = x.view(batch, rows, high, columns, wide, channels).transpose(2, 3)
+    tokens = windows.reshape(batch, rows * columns, high * wide, channels)
+    qkv = attention.qkv(tokens).unflatten(3, (3, attention.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+    bias = attention.get_relative_position_bias()[0]
+    values = window_attention(*qkv.unbind(0), bias, _mask(parted, rows, columns, shift))
+    tokens = attention.proj(values.transpose(2, 3).flatten(3))
+    windows = tokens.view(batch, rows, columns, high, wide, channels).transpose(2, 3)
+    x = windows.reshape(batch, rows * high, columns * wide, channels)
+    x = x.roll(shift, (1, 2)) if any(shift) else x
+    return x[:, :height, :width].contiguous()
 
 
 def _draw_start(layer: nn.Module) -> None:

@@ -113,6 +113,8 @@ def test_the_whole_run_at_a_tiny_size(tmp_path: Path) -> None:
     assert {each.status for each in found.values()} == {"done"}
     assert "strong eager" in page and "shared-forward: " in page and "% of synthetic" in page
     assert "  simsiam: " in page and "  moby: " in page and "not measured" not in page
+    moby = next(line for line in page.splitlines() if line.startswith("  moby: "))
+    assert "images/s, attention " in moby and moby.endswith("x")
 
 
 def test_an_unknown_part_is_named(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def test_every_methods_calls_are_found_and_nothing_moves(method: str) -> None:
         names = {call.name for call in calls}
         assert ("batch_norm_act" in names) == (method not in SWIN_METHODS)
         assert ("box_pool" in names) == method.startswith("regioncl")
+        assert ("window_attention" in names) == (method in SWIN_METHODS)
 
 
 # The forms of a step.

@@ -81,7 +81,7 @@ def build_step(
     if bn_mode:
         config = replace(config, recipe=replace(config.recipe, bn=BnConfig(bn_mode)))
     runtime = Runtime(0, 1, torch.device("cuda", 0), torch.bfloat16, False)
-    fused = frozenset({"batch_norm_act", "box_pool", "masked_pool"} if kernels == "cuda" else ())
+    fused = frozenset({"batch_norm_act", "box_pool", "masked_pool", "window_attention"} if kernels == "cuda" else ())
     step = OurStep(config, runtime, graph=graph, kernels=fused)
     step.prepare()
     return step

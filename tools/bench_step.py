@@ -54,11 +54,16 @@ ATTEMPTS = {
     "trunk": "heads and trunks compiled",
     "graph": "forward and backward as a CUDA graph",
     "pool-kernel": "mask pooling by CUDA kernels",
+    "attention": "Swin's attention by PyTorch's fused attention",
     "norm-kernel": "batch norm, residual sum and ReLU of the trunks as one operator with CUDA kernels",
     "shared-forward": "queries and region-swapped views in one forward pass",
     "one-group": "batch-norm statistics over the whole batch: what groups cost",
 }
-KERNELS_OF = {"pool-kernel": ("box_pool", "masked_pool"), "norm-kernel": ("batch_norm_act",)}
+KERNELS_OF = {
+    "pool-kernel": ("box_pool", "masked_pool"),
+    "attention": ("window_attention",),
+    "norm-kernel": ("batch_norm_act",),
+}
 ON_CUDA = {"graph", "pool-kernel", "norm-kernel"}
 STEPS_PER_EPOCH = 1000
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}

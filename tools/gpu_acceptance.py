@@ -104,12 +104,14 @@ def _lever(options: argparse.Namespace, progress: Progress, name: str, attempts:
 
 def _method_part(options: argparse.Namespace, progress: Progress, method: str) -> Part:
     name = f"method {method}"
-    # A fraction of the step's images: what is looked for is a method that fails or is far off.
-    arch = ["--arch", ""] if method in ("moby", "regioncl-moby") else []
+    more = ["--ours-only", "--no-compile", "--method", method]
+    on_swin = method in ("moby", "regioncl-moby")
+    more += ["--try", "attention"] if on_swin else []
 
     def command(batch: int) -> list[str]:
-        flags = _step(options, progress, name, max(batch // 4, 2), "--ours-only", "--no-compile", "--method", method)
-        if not arch or "--arch" not in flags:
+        # A fraction of the step's images: what is looked for is a method that fails or is far off.
+        flags = _step(options, progress, name, max(batch // 4, 2), *more)
+        if not on_swin or "--arch" not in flags:
             return flags
         # Their trunk is a Swin; the option names one for the others.
         at = flags.index("--arch")

@@ -81,6 +81,8 @@ NORM = KernelChoice("fused batch norm")
 QUEUE = KernelChoice("queue contrast")
 """Without kernels: "definition" holds the whole matrix of logits, the other modes take it block by block."""
 AUGMENT = KernelChoice("augmentation")
+WINDOWS = KernelChoice("window attention")
+"""Without kernels of ours: "cuda" calls PyTorch's fused attention, the other modes hold the matrix of weights."""
 
 CHOICES = {
     "batch_norm_act": NORM,
@@ -88,6 +90,7 @@ CHOICES = {
     "box_pool": BOX_POOL,
     "masked_pool": MASKED_POOL,
     "queue_contrast": QUEUE,
+    "window_attention": WINDOWS,
 }
 """Every choice by the name of its operator."""
 

@@ -23,6 +23,12 @@ def recording(record: Record) -> Iterator[None]:
         _recorders.remove(record)
 
 
+def tell_recorders(name: str, arguments: tuple[Any, ...]) -> None:
+    """Tell those who are `recording` of one call."""
+    for record in _recorders:
+        record(name, arguments)
+
+
 def _own(output: Any) -> Any:
     """Results that are views inside the operator, as tensors of their own on the same memory.
 
@@ -91,8 +97,7 @@ def differentiable(
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return operator(*inputs)
-        for record in _recorders:
-            record(name, inputs)
+        tell_recorders(name, inputs)
         return Eager.apply(*inputs)
 
     return call

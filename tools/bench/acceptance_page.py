@@ -87,10 +87,13 @@ def end_to_end_line(rows: Rows) -> str:
 
 
 def method_lines(named: Mapping[str, Rows]) -> list[str]:
-    """Every method's step."""
-    lines = []
-    for method, rows in named.items():
-        rates = _figures(rows, "throughput")
-        own = _own(rates)
-        lines.append(f"  {method}: " + (f"{rates[own]:.4g} images/s" if own else "not measured"))
-    return lines
+    """Every method's step, and what the levers that were tried on it are worth."""
+    return [f"  {method}: {_method_text(_figures(rows, 'throughput'))}" for method, rows in named.items()]
+
+
+def _method_text(rates: Mapping[str, float]) -> str:
+    own = _own(rates)
+    if own is None:
+        return "not measured"
+    tried = {name.removeprefix("ours + "): rate for name, rate in rates.items() if name.startswith("ours + ")}
+    return ", ".join([f"{rates[own]:.4g} images/s", *(f"{n} {rate / rates[own]:.2f}x" for n, rate in tried.items())])

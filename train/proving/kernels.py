@@ -14,6 +14,7 @@ from models.norm import GroupBatchNorm, norm_relu
 from models.ops import box_pool, masked_pool, queue_contrast
 from models.ops.launcher import CudaModule
 from models.ops.queue_contrast import queue_contrast_definition
+from models.ops.window_attention import window_attention
 from pipeline import augment
 
 from .calls import OperatorCall, Shape, operator_calls
@@ -27,6 +28,7 @@ ODD_NORMS = (((6, 7, 5, 3), 2), ((4, 36, 1, 3), 1), ((2, 40, 7, 7), 1), ((9, 24,
 ODD_BOXES = ((3, 7, 5, 3), (1, 264, 7, 7), (2, 36, 1, 2))
 ODD_MASKS = (((3, 7, 5, 3), (1, 2)), ((2, 264, 7, 7), (2, 3)), ((1, 36, 3, 1), (4, 9)))
 ODD_QUEUES = ((7, 300, 24), (33, 1000, 128))
+ODD_WINDOWS = ((2, 4, 3, 9, 8), (1, 6, 1, 25, 32), (3, 1, 2, 49, 4))
 ODD_VIEWS = ((3, 45), (1, 67))
 
 
@@ -42,6 +44,7 @@ def kernel_candidates(setting: Setting) -> list[Candidate]:
         "box_pool": _recorded_box,
         "masked_pool": _recorded_masks,
         "queue_sumexp": _recorded_queue,
+        "window_attention": _recorded_windows,
     }
     candidates = [
         Candidate(_NAMES.get(name, name), partial(_trials, name, make, calls, setting))
@@ -80,6 +83,9 @@ def _odd(name: str, setting: Setting) -> Iterator[Trial]:
     elif name == "masked_pool":
         for shape, groups_masks in ODD_MASKS:
             yield mask_trial(shape, groups_masks, dtype, dtype, 0, device)
+    elif name == "window_attention":
+        for shape in ODD_WINDOWS:
+            yield from (window_trial(shape, dtype, masked, True, 0, device) for masked in (False, True))
     else:
         for rows, keys, width in ODD_QUEUES:
             yield queue_trial(rows, keys, width, dtype, 0.2, 0, device)
@@ -299,6 +305,46 @@ def _recorded_queue(call: OperatorCall, count: int, setting: Setting) -> Trial:
     return queue_trial(
         rows.size[0], queue.size[0], queue.size[1], rows.dtype, temperature, count, torch.device(setting.device)
     )
+
+
+def window_trial(
+    shape: tuple[int, ...], dtype: torch.dtype, masked: bool, gradient: bool, calls: float, device: torch.device
+) -> Trial:
+    """Attention within the windows of a map; `shape` is images, windows, heads, places and channels of a head."""
+    whole, (windows, heads, places, width) = shape[0], shape[1:]
+    # The definition holds the weights of all pairs of places, too.
+    images = _fitting_images((whole, windows * heads, places, places + 4 * width), 1, device)
+    shape = (images, *shape[1:])
+    inputs = {f"the {name}": _noise(shape, dtype, device, 2 + seed) for seed, name in enumerate(("queries", "keys"))}
+    inputs["the values"] = _noise(shape, dtype, device, 4)
+    inputs["the bias"] = _noise((heads, places, places), torch.float32, device, 5)
+    mask = _some_unseen(windows, places, device) if masked else None
+    cotangent = _noise(shape, dtype, device, 6) if gradient else None
+
+    def call(mode: str, wide: torch.dtype | None) -> Call:
+        def run() -> Results:
+            with chosen("window_attention", mode):
+                given = {name: tensor.to(wide or tensor.dtype) for name, tensor in inputs.items()}
+                attend = partial(window_attention, mask=mask if mask is None or wide is None else mask.to(wide))
+                return _differentiated(attend, given, cotangent, "the result")
+
+        return run
+
+    what = f"{shape} {_short(dtype)}, {'masked' if masked else 'no mask'}"
+    exact = call("definition", exact_dtype(dtype))
+    usual = call("definition", None)
+    return Trial(what, call("cuda", None), usual, exact, calls * whole / images, compare_largest)
+
+
+def _some_unseen(windows: int, places: int, device: torch.device) -> Tensor:
+    """A mask that hides some places of each window from others, and none from itself."""
+    hidden = _noise((windows, places, places), torch.float32, device, 7) > 0
+    return (hidden & ~torch.eye(places, dtype=torch.bool, device=device)) * -100.0
+
+
+def _recorded_windows(call: OperatorCall, count: int, setting: Setting) -> Trial:
+    query, *_, mask = call.arguments
+    return window_trial(query.size, query.dtype, mask is not None, query.gradient, count, torch.device(setting.device))
 
 
 def _augmentations(setting: Setting) -> Iterator[Trial]:

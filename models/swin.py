@@ -120,7 +120,7 @@ def _attended(attention: ShiftedWindowAttention, x: Tensor, parted: Tensor) -> T
     tokens = windows.reshape(batch, rows * columns, high * wide, channels)
     qkv = attention.qkv(tokens).unflatten(3, (3, attention.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
     bias = attention.get_relative_position_bias()[0]
-    values = window_attention(*qkv.unbind(0), bias, _mask(parted, rows, columns, shift))
+    values = window_attention(qkv[0], qkv[1], qkv[2], bias, _mask(parted, rows, columns, shift))
     tokens = attention.proj(values.transpose(2, 3).flatten(3))
     windows = tokens.view(batch, rows, columns, high, wide, channels).transpose(2, 3)
     x = windows.reshape(batch, rows * high, columns * wide, channels)

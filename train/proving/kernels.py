@@ -84,8 +84,8 @@ def _odd(name: str, setting: Setting) -> Iterator[Trial]:
         for shape, groups_masks in ODD_MASKS:
             yield mask_trial(shape, groups_masks, dtype, dtype, 0, device)
     elif name == "window_attention":
-        for shape in ODD_WINDOWS:
-            yield from (window_trial(shape, dtype, masked, True, 0, device) for masked in (False, True))
+        for windows in ODD_WINDOWS:
+            yield from (window_trial(windows, dtype, masked, True, 0, device) for masked in (False, True))
     else:
         for rows, keys, width in ODD_QUEUES:
             yield queue_trial(rows, keys, width, dtype, 0.2, 0, device)

@@ -7,6 +7,7 @@ Networks are narrowed to a block a stage, so that a kill costs less than a secon
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import math
 import os
@@ -106,8 +107,10 @@ def _strike(processes: list[Any], blow: Blow) -> None:
     # Woken early by a process that ends: what has ended cannot be hit.
     processes[blow.rank or 0].join(blow.after_s)
     for process in processes if blow.rank is None else [processes[blow.rank]]:
-        if process.is_alive():
-            os.kill(process.pid, blow.number)
+        # It may end, and be reaped by the fork server, between the question and the blow.
+        with contextlib.suppress(ProcessLookupError):
+            if process.is_alive():
+                os.kill(process.pid, blow.number)
 
 
 def _finish(processes: list[Any], what: str) -> list[int]:

@@ -16,12 +16,16 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, TypeVar
 
 from .atomic import replacing
 from .refusal import SourceBusy, SourceClosed
-from .remote import copy_remote, needs_fsspec
+from .remote import copy_remote, described, needs_fsspec
+
+T = TypeVar("T")
 
 PATIENCE_S = float(os.environ.get("REGATTA_HTTP_PATIENCE", 900))
 """Seconds that a file is waited for; after them `SourceBusy` ends the command, which can be started again later."""
@@ -44,6 +48,11 @@ def stop_waiting(stop: bool = True) -> None:
     """Let waits for busy servers end at once with `SourceBusy`, for signal handlers; False lets them wait again."""
     global _stopping
     _stopping = stop
+
+
+def is_stopping() -> bool:
+    """Whether `stop_waiting` has been called."""
+    return _stopping
 
 
 def public_url(address: str) -> str:
@@ -69,7 +78,7 @@ def public_url(address: str) -> str:
             return f"https://huggingface.co/{'/'.join(parts[:3])}/resolve/main/{'/'.join(parts[3:])}"
     raise ValueError(
         f"cannot read from {address}; write {', '.join(f'{name}://' for name in _SCHEMES)} (hf://datasets/USER/NAME/FILE)"
-        " or copy the shards to a local folder"
+        " or copy the files to a local folder"
     )
 
 
@@ -101,30 +110,70 @@ def fetch(url: str, into: Path, expected_bytes: int | None = None, persistent: b
         SourceBusy: it did not arrive in time.
         OSError: the host cannot be reached, without `persistent`; or the file cannot be written.
     """
-    waiting = _Waiting(url, persistent)
     # Fetched files can be fetched again, so nothing waits for the disk.
     with replacing(into, durable=False) as partial, open(partial, "wb") as file:
-        while True:
-            waiting.for_host()
-            arrived = file.tell()
-            try:
-                _receive(url, file, expected_bytes)
-                return
-            except urllib.error.HTTPError as error:
-                if error.code in _CLOSED:
-                    raise SourceClosed(
-                        f"{shown(url)} cannot be read (HTTP {error.code} {error.reason}); check the address, make it "
-                        f"public or sign it (or set headers in {HEADERS}), and make shards with "
-                        "tools/make_webdataset.py, which writes their index"
-                    ) from error
-                waiting.after(error, busy=error.code in _BUSY, asked_s=_retry_after(error.headers.get("Retry-After")))
-            except (OSError, http.client.HTTPException) as error:
-                # A full disk does not get better by asking the server again.
-                if getattr(error, "errno", None) in _OWN_DISK:
-                    raise
-                if file.tell() > arrived:
-                    waiting.attempts = 0  # it comes, only slowly
-                waiting.after(error)
+        fetch_rest(url, file, expected_bytes, persistent)
+
+
+def fetch_rest(url: str, file: BinaryIO, expected_bytes: int | None = None, persistent: bool = False) -> None:
+    """Append to an open file, which stands at its end, what it lacks of an address; arguments and errors as `fetch`."""
+    _until_done(url, persistent, lambda: _receive(url, file, expected_bytes), file.tell)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What is known of a file behind an address without fetching it.
+
+    Attributes:
+        size: its bytes; -1 where the server does not say.
+        version: text that changes with its content; empty where the server gives none.
+        head: its first bytes.
+    """
+
+    size: int
+    version: str
+    head: bytes
+
+
+def ask(url: str, head_bytes: int) -> Remote:
+    """Size, version and first bytes of a file behind an address.
+
+    Raises:
+        SourceClosed, SourceBusy, OSError: as `fetch`, without `persistent`.
+    """
+    if needs_fsspec(url):
+        return _until_done(url, False, lambda: Remote(*described(url, head_bytes)), lambda: 0)
+    return _until_done(url, False, lambda: _ask_http(url, head_bytes), lambda: 0)
+
+
+def _until_done(url: str, persistent: bool, attempt: Callable[[], T], progress: Callable[[], int]) -> T:
+    """The result of the first attempt that succeeds; `progress` grows while bytes arrive, and errors are as `fetch`."""
+    waiting = _Waiting(url, persistent)
+    while True:
+        waiting.for_host()
+        arrived = progress()
+        try:
+            return attempt()
+        except urllib.error.HTTPError as error:
+            if error.code in _CLOSED:
+                raise _closed(url, error) from error
+            waiting.after(error, busy=error.code in _BUSY, asked_s=_retry_after(error.headers.get("Retry-After")))
+        except (OSError, http.client.HTTPException) as error:
+            # A full disk does not get better by asking the server again, nor does a signal's request to stop.
+            if getattr(error, "errno", None) in _OWN_DISK or isinstance(error, SourceBusy):
+                raise
+            if progress() > arrived:
+                waiting.attempts = 0  # it comes, only slowly
+            waiting.after(error)
+
+
+def _closed(url: str, error: urllib.error.HTTPError) -> SourceClosed:
+    index = ", and make shards with tools/make_webdataset.py, which writes their index"
+    is_index = urllib.parse.urlsplit(url).path.endswith("/index.json")
+    return SourceClosed(
+        f"{shown(url)} cannot be read (HTTP {error.code} {error.reason}); check the address, make it public or sign it "
+        f"(or set headers in {HEADERS}){index if is_index else ''}"
+    )
 
 
 class _Waiting:
@@ -241,8 +290,6 @@ def _own_headers() -> dict[str, str]:
 def _receive(url: str, file: BinaryIO, expected_bytes: int | None) -> None:
     """Append to a file what it lacks of an address."""
     if needs_fsspec(url):
-        file.seek(0)
-        file.truncate()
         copy_remote(url, file)
     else:
         _receive_http(url, file)
@@ -255,12 +302,8 @@ def _receive(url: str, file: BinaryIO, expected_bytes: int | None) -> None:
 
 
 def _receive_http(url: str, file: BinaryIO) -> None:
-    # Some servers refuse Python's own name.
-    request = urllib.request.Request(url, headers={"User-Agent": "regatta", **_own_headers()})
     have = file.tell()
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-    with _opener.open(request, timeout=_TIMEOUT_S) as answer:
+    with _opened(url, f"bytes={have}-" if have else None) as answer:
         # A server that knows no ranges sends the whole file.
         if have and answer.status != 206:
             file.seek(0)
@@ -271,3 +314,27 @@ def _receive_http(url: str, file: BinaryIO) -> None:
         # A connection that is cut can look like the end of the file.
         if promised is not None and file.tell() - start < int(promised):
             raise OSError(f"the connection ended after {file.tell()} bytes")
+
+
+def _opened(url: str, piece: str | None) -> http.client.HTTPResponse:
+    """The answer to a request for an address, or for a range of its bytes."""
+    # Some servers refuse Python's own name.
+    request = urllib.request.Request(url, headers={"User-Agent": "regatta", **_own_headers()})
+    if piece:
+        request.add_header("Range", piece)
+    answer: http.client.HTTPResponse = _opener.open(request, timeout=_TIMEOUT_S)
+    return answer
+
+
+def _ask_http(url: str, head_bytes: int) -> Remote:
+    # No HEAD request: a signature is often good for GET alone. What is not read of a longer answer is not sent.
+    with _opened(url, f"bytes=0-{head_bytes - 1}") as answer:
+        headers = answer.headers
+        # "bytes 0-23/5000", where the server knows ranges.
+        whole = headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else ""
+        told = whole or headers.get("Content-Length", "")
+        version = headers.get("ETag") or headers.get("Last-Modified") or ""
+        size, head = int(told) if told.isdecimal() else -1, answer.read(head_bytes)
+        if len(head) < min(head_bytes, size):
+            raise OSError(f"the connection ended after {len(head)} bytes")
+        return Remote(size, version, head)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .copies import is_single_file, local_copies
 from .interface import Pipeline, PipelineConfig
 from .native_build import NativeUnavailable, load
 from .parquet import ENDING
@@ -139,4 +140,7 @@ def build_pipeline(name: str, config: PipelineConfig, quiet: bool = False) -> Pi
     # A wrong rank would silently read another rank's samples.
     if config.world_size < 1 or not 0 <= config.rank < config.world_size:
         raise ValueError(f"rank {config.rank} of {config.world_size} does not exist; ranks count from 0")
-    return PIPELINES[name](replace(config, data=str(config.data)))
+    data = str(config.data)
+    if is_single_file(data):
+        data = ",".join(local_copies(data))  # loaders take paths
+    return PIPELINES[name](replace(config, data=data))

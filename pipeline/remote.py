@@ -32,13 +32,25 @@ def needs_fsspec(address: str) -> bool:
 
 
 def copy_remote(address: str, file: BinaryIO) -> None:
-    """Append the bytes behind an address to a file.
+    """Append to a file, which stands at its end, what it lacks of the bytes behind an address.
 
     Raises:
         SourceClosed, OSError: as `opened`.
     """
     with opened(address) as source:
+        if file.tell():
+            source.seek(file.tell())
         shutil.copyfileobj(source, file, 1 << 20)
+
+
+def described(address: str, head_bytes: int) -> tuple[int, str, bytes]:
+    """Size in bytes, a text that changes with the content, and the first bytes of a file behind an address.
+
+    Raises:
+        SourceClosed, OSError: as `opened`.
+    """
+    with opened(address) as source:
+        return int(source.size), str(source.fs.ukey(source.path)), source.read(head_bytes)
 
 
 def listed(address: str) -> list[str]:

@@ -90,11 +90,6 @@ def open_shards(data: str, order: str, readers: int, window: int) -> ShardStore:
     base, chosen = split_location(data)
     # The index comes first: it is small, and tells every rank the same epoch.
     remote = "://" in base
-    if remote and base.partition("?")[0].endswith((".beton", ".parquet")):
-        raise ValueError(
-            f"{shown(base)} is one file behind an address, and only shards are streamed; copy it to this machine, or "
-            "make shards of the images with tools/make_webdataset.py"
-        )
     if remote:
         base = public_url(base)
         with tempfile.TemporaryDirectory(prefix="regatta-index-") as folder:

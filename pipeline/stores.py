@@ -16,6 +16,7 @@ import numpy as np
 from .beton import BetonReader
 from .classes import joined
 from .clutter import is_clutter
+from .copies import count_behind, is_single_file, local_copies
 from .layouts import CHECK_CRC, REFUSE_ROTATED, WHOLE_IMAGE
 from .listing import image_names, list_images
 from .manifest import manifest_of
@@ -220,12 +221,16 @@ class JoinedStore:
 def data_parts(data: str) -> list[str]:
     """The folders and files that `--data` names: several are separated by commas, or fit a pattern with `*`, `?`, `[`.
 
-    A path that exists is one part, whatever signs are in its name. Shard patterns and addresses are one part as well:
-    an index says which shards there are.
+    A path that exists is one part, whatever signs are in its name. Shard patterns and addresses of shards are one part
+    as well: an index says which shards there are. For the address of a packed or parquet file stands the path of its
+    copy on this machine, which is fetched first.
 
     Raises:
         ValueError: no file fits a pattern, or one of several parts does not exist.
+        SourceClosed, SourceBusy, OSError: a file behind an address, as `copies.local_copies` says.
     """
+    if is_single_file(data):
+        return local_copies(data)
     if "://" in data or data.endswith(".tar") or os.path.exists(data):
         return [data]
     if "," in data:
@@ -251,12 +256,14 @@ def count_images(data: str, enough: int) -> int:
     """Images that `--data` names, as cheaply as they can be counted.
 
     Returns:
-        Their number; `enough` where there are as many or more, where they lie behind an address, or where they cannot
-        be opened, which whoever opens them tells.
+        Their number; `enough` where there are as many or more, where they are shards behind an address, or where they
+        cannot be opened, which whoever opens them tells.
     """
-    if "://" in data:
-        return enough
     try:
+        if is_single_file(data):
+            return min(enough, count_behind(data))
+        if "://" in data:
+            return enough
         parts = [data] if is_shard_pattern(data) else data_parts(data)
         return min(enough, sum(_count_part(part, enough) for part in parts))
     except (ValueError, OSError):
@@ -280,6 +287,8 @@ def is_shard_pattern(data: str) -> bool:
 
     Tar files alone make no shards of a folder: archives that were unpacked are often left beside the photos.
     """
+    if is_single_file(data):
+        return False
     path = Path(data)
     if data.endswith(".tar") or "://" in data:
         return True

@@ -10,6 +10,7 @@ import pytest
 from pipeline.interface import PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 from pipeline.manifest import manifest_path, read_manifest
+from pipeline.refusal import SourceClosed
 from tests.test_data_sources import folder
 from tools import make_ffcv_dataset, make_webdataset
 from tools.support.cli import call
@@ -100,7 +101,15 @@ def test_what_is_not_there_or_not_allowed_is_one_line(bucket, tmp_path, capsys, 
         assert pack(make_ffcv_dataset, source, tmp_path / "o.beton") == 2
         said = capsys.readouterr().err.strip()
         assert "\n" not in said and source.rpartition("/")[0] in said
-    # What must lie on this machine says so, with the way there.
-    for name in ("photos.beton", "photos.parquet"):
-        with pytest.raises(ValueError, match="copy it|make_webdataset"):
-            epoch(f"{address}/{name}", "global")
+
+
+def test_one_file_in_a_bucket_is_copied_once(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("REGATTA_CACHE", str(tmp_path / "cache"))
+    local = folder(tmp_path / "f", "xy")
+    (tmp_path / "set").mkdir()
+    packed = tmp_path / "set" / "photos.beton"
+    assert pack(make_ffcv_dataset, local, packed) == 0
+    address = bucket(tmp_path / "set", "set")
+    assert epoch(f"{address}/photos.beton", "global") == epoch(str(packed), "global")
+    with pytest.raises(SourceClosed, match="none.beton"):
+        epoch(f"{address}/none.beton", "global")

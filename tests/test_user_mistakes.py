@@ -1,7 +1,7 @@
 """A hundred mistakes of users: each ends in one line and its exit code, and what the line says to do works.
 
 The commands are called in this process, which is fast. The slow form starts each as a user does: under plain Python,
-with `--processes 2`, and under torchrun, whose exit code is always 1.
+with `--processes 2`, under torchrun, whose exit code is always 1, and a sample of them under srun.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from PIL import Image
 from pipeline.loaders import choose_loader
 from tests.test_launch import clean
 from tests.test_report import write_run
+from tests.test_slurm_cluster import cluster  # noqa: F401
 from tools import make_ffcv_dataset, make_webdataset
 from train.backbone_io import build_encoder, save_backbone
 from train.config import Config
@@ -411,17 +412,53 @@ def test_as_a_script(case: Case, world: dict[str, str], tmp_path: Path) -> None:
     only_line(done.stderr, case)
 
 
+def launched(command: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, env=clean(**more), capture_output=True, text=True, timeout=300)
+
+
+def said_once(done: subprocess.CompletedProcess[str], case: Case, code: int) -> None:
+    ours = [line for line in done.stderr.splitlines() if line.startswith("regatta: ")]
+    assert done.returncode == code, done.stderr
+    assert len(ours) == 1 and re.search(case.line, ours[0]), done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LAUNCHED, ids=name_of)
 @pytest.mark.parametrize("launcher", ["--processes", "torchrun"])
 def test_with_two_processes(case: Case, launcher: str, world: dict[str, str], tmp_path: Path) -> None:
     """One line again, from whichever rank; torchrun's own report follows it, and ends in the same line."""
-    argv = filled(case.argv, world)
+    clear(world)
     script = str(ROOT / COMMANDS[case.command])
-    command = [sys.executable, script, *argv, "--processes", "2"]
-    if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv]
-    done = subprocess.run(command, cwd=tmp_path, env=clean(), capture_output=True, text=True, timeout=300)
-    ours = [line for line in done.stderr.splitlines() if line.startswith("regatta: ")]
-    assert done.returncode == (1 if launcher == "torchrun" else case.code), done.stderr
-    assert len(ours) == 1 and re.search(case.line, ours[0]), done.stderr
+
+    def command(argv: list[str]) -> list[str]:
+        if launcher == "torchrun":
+            return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv]
+        return [sys.executable, script, *argv, "--processes", "2"]
+
+    done = launched(command(filled(case.argv, world)), tmp_path)
+    said_once(done, case, 1 if launcher == "torchrun" else case.code)
+    if case.works == "opens" and case.remedy is not None:
+        clear(world)
+        done = launched(command([*filled(case.remedy, world), "--max-steps", "1"]), tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+UNDER_SRUN = [
+    *LAUNCHED[::6],
+    *(case for case in LAUNCHED if re.search(r"file}/run|nowhere.beton|queue-size 2|precision fp16", case.argv)),
+    *(case for case in CASES if case.command == "evaluate" and re.search(r"nowhere|--k 0", case.argv)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", UNDER_SRUN, ids=name_of)
+def test_under_srun(case: Case, world: dict[str, str], tmp_path: Path, cluster: Path) -> None:  # noqa: F811
+    """Two tasks on one node say it once, and srun passes the exit code on."""
+    clear(world)
+    tasks = ["srun", "--nodes=1", "--ntasks=2", "--cpus-per-task=1", sys.executable, str(ROOT / COMMANDS[case.command])]
+    settings = {"SLURM_CONF": str(cluster / "slurm.conf"), "GLOO_SOCKET_IFNAME": "lo"}
+    said_once(launched([*tasks, *filled(case.argv, world)], tmp_path, **settings), case, case.code)
+    if case.works == "opens" and case.remedy is not None:
+        clear(world)
+        done = launched([*tasks, *filled(case.remedy, world), "--max-steps", "1"], tmp_path, **settings)
+        assert done.returncode == 0, done.stderr

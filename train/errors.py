@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import dis
 import errno
-import hashlib
 import json
 import os
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.refusal import SourceBusy, TooManyBad
+
+from .say_once import say_once
 
 EXIT_USER_MISTAKE = 2
 EXIT_BAD_IMAGES = 3
@@ -30,18 +29,24 @@ EXIT_HUNG = 6
 EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 
-_HELD_S = 2.0
 _OURS = ("pipeline", "models", "train", "tools", "regatta", "__main__")
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 class RunEnd(Exception):
-    """Ends the run with `code` after printing its one-line message."""
+    """Ends the run with `code` after printing its one-line message.
+
+    Args:
+        message: the line.
+        code: exit code; None takes the class's.
+        repeats: line of another process that this one passes on; it is not said again on the machine where it was said.
+    """
 
     code = 1
 
-    def __init__(self, message: str, code: int | None = None) -> None:
+    def __init__(self, message: str, code: int | None = None, repeats: str = "") -> None:
         super().__init__(message)
+        self.repeats = repeats
         if code is not None:
             self.code = code
 
@@ -103,35 +108,41 @@ def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE
     try:
         return main()
     except (RunEnd, ValueError, ImportError, OSError) as error:
-        if os.environ.get("REGATTA_TRACEBACK") == "1":
+        told = None if os.environ.get("REGATTA_TRACEBACK") == "1" else line_and_code(error, disk_full)
+        if told is None:
             raise
-        if isinstance(error, RunEnd):
-            return _tell(str(error), error.code)
-        if isinstance(error, SourceBusy):
-            return _tell(str(error), EXIT_REQUEUE)
-        if isinstance(error, TooManyBad):
-            return _tell(str(error), EXIT_BAD_IMAGES)
-        if is_refusal(error):
-            return _tell(str(error), EXIT_USER_MISTAKE)
-        if not isinstance(error, OSError):
-            raise
-        # The system's own errors name cause and path only.
-        full = error.errno == errno.ENOSPC
-        remedy = "free space" if full else "check the path, its permissions and the free space"
-        return _tell(f"{error}; {remedy}, then run the same command again", disk_full if full else EXIT_USER_MISTAKE)
+        line, code = told
+        _leave_for_the_launcher(line)
+        say_once(line, getattr(error, "repeats", ""))
+        return code
     except KeyboardInterrupt:
-        print("stopped before it was done; files that have their final name are whole", file=sys.stderr)
+        say_once("stopped before it was done; files that have their final name are whole")
         return EXIT_INTERRUPTED
 
 
-def _tell(message: str, code: int) -> int:
+def line_and_code(error: BaseException, disk_full: int = EXIT_USER_MISTAKE) -> tuple[str, int] | None:
+    """The line and the exit code for an error that the user can mend; None for a fault of the program.
+
+    Args:
+        error: a caught exception, with its traceback.
+        disk_full: as `run_to_exit_code` takes it.
+    """
+    text, code = str(error), EXIT_USER_MISTAKE
+    if isinstance(error, RunEnd):
+        code = error.code
+    elif isinstance(error, SourceBusy):
+        code = EXIT_REQUEUE
+    elif isinstance(error, TooManyBad):
+        code = EXIT_BAD_IMAGES
+    elif not is_refusal(error):
+        if not isinstance(error, OSError):
+            return None
+        # The system's own errors name cause and path only.
+        full = error.errno == errno.ENOSPC
+        remedy = "free space" if full else "check the path, its permissions and the free space"
+        text, code = f"{error}; {remedy}, then run the same command again", disk_full if full else EXIT_USER_MISTAKE
     # On one line, whatever line breaks the cause of it has.
-    line = f"regatta: {' '.join(message.split())}"
-    _leave_for_the_launcher(line)
-    with _first_to_say(line) as first:
-        if first:
-            print(line, file=sys.stderr, flush=True)
-    return code
+    return f"regatta: {' '.join(text.split())}", code
 
 
 def _leave_for_the_launcher(line: str) -> None:
@@ -143,29 +154,3 @@ def _leave_for_the_launcher(line: str) -> None:
     extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
     with contextlib.suppress(OSError):
         Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
-
-
-@contextlib.contextmanager
-def _first_to_say(line: str) -> Iterator[bool]:
-    """Whether this process is the first of its run on this machine that has this to say; true without other processes.
-
-    The same mistake ends every rank, and it may end them before they can talk to one another. So whoever says a line
-    holds a socket of that name, which the system frees with the process: no file stays behind, and the next run speaks.
-    """
-    env = os.environ
-    if max(int(env.get("WORLD_SIZE", 1)), int(env.get("SLURM_STEP_NUM_TASKS", 1))) == 1:
-        yield True
-        return
-    # What the ranks of one machine share: the step under SLURM, which may wrap each in a shell, else the launcher.
-    step = f"{env['SLURM_JOB_ID']}.{env.get('SLURM_STEP_ID')}" if "SLURM_JOB_ID" in env else f"{os.getppid()}"
-    name = hashlib.sha256(f"{os.getuid()} {step} {line}".encode()).hexdigest()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as held:
-        try:
-            held.bind(f"\0regatta-{name}")
-        except OSError as reason:
-            # Any other reason than a taken name, such as a system without such sockets: better twice than never.
-            yield reason.errno != errno.EADDRINUSE
-            return
-        yield True
-        # Ranks that reach the mistake a little later still find the name taken.
-        time.sleep(_HELD_S)

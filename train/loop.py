@@ -17,6 +17,7 @@ from models.methods.base import StepInputs, StepOutput
 from models.norm import running_buffers
 from models.running import moved_together
 from pipeline.atomic import remove_leftovers
+from pipeline.copies import is_streamed
 from pipeline.refusal import SourceBusy, SourceClosed
 
 from .backbone_io import BACKBONE_FILE, save_backbone
@@ -181,7 +182,7 @@ def _fed(job: Job, state: TrainState, epoch: int, first: int) -> Iterator[tuple[
         except (SourceBusy, SourceClosed) as reason:
             problem = reason
         # A rank that has no batch must not leave the others in the step's exchanges. Other data cannot go away so.
-        told = job.runtime.gather_objects(problem) if "://" in job.config.run.data else [problem]
+        told = job.runtime.gather_objects(problem) if is_streamed(job.config.run.data) else [problem]
         problem = next((each for each in told if each is not None), None)
         if problem is not None:
             yield state.step, problem

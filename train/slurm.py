@@ -23,6 +23,16 @@ def step_ranks(env: Mapping[str, str]) -> tuple[int, int, int] | None:
     return int(env["SLURM_PROCID"]), tasks, 0 if bound else int(env.get("SLURM_LOCALID", 0))
 
 
+def tasks_here(env: Mapping[str, str]) -> int:
+    """Tasks of a step on this node, at least 1; all of the step where the environment does not tell its nodes apart."""
+    # "2(x3),1": three nodes with two tasks each, then one with one.
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    node = int(env.get("SLURM_NODEID", 0))
+    return max(counts[node] if node < len(counts) else int(env.get("SLURM_STEP_NUM_TASKS", 1)), 1)
+
+
 def meeting_place(env: Mapping[str, str]) -> dict[str, str]:
     """MASTER_ADDR and MASTER_PORT of a step, as far as the user has not set them.
 

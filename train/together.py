@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,12 +17,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from .errors import EXIT_HUNG, RunEnd
+from .errors import EXIT_HUNG, RunEnd, line_and_code
+from .say_once import say_once
 
 _WORDS, _HEARD, _ALIVE = "regatta/last_words", "regatta/heard", "regatta/alive"
 _POLL_S = 0.5
 _LINGER_S = 10.0
 """How long a rank that leaves waits until the others have heard it: with it the store may go."""
+_SPEAKS_S = 1.0
+"""How long a rank that has heard lets the one that has left say it itself."""
 _GRACE_S = 5.0
 """How long a rank that has heard may take to end in order, before it is ended where it stands."""
 _STORE_LIMIT_S = 5.0
@@ -40,6 +42,11 @@ class Words:
 
     def __str__(self) -> str:
         return f"rank {self.rank} ended the run: {self.text}"
+
+    @property
+    def line(self) -> str:
+        """What the rank itself prints, where it prints one line."""
+        return f"regatta: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,9 @@ class Together:
         """
         if self._store is None:
             return
-        said = self._say(Words(self.rank, _one_line(reason), reason.code if isinstance(reason, RunEnd) else 1), reason)
+        said = self._say(Words(self.rank, *_told(reason)), reason)
         if said is not None and said.rank != self.rank and not isinstance(reason, RunEnd):
-            raise RunEnd(str(said), said.code) from None
+            raise RunEnd(str(said), said.code, repeats=said.line) from None
 
     def close(self) -> None:
         """Stop watching; what another rank says from now on does not end this one."""
@@ -169,9 +176,12 @@ class Together:
                 self._hear(store)
             except RuntimeError:
                 continue  # gone with its process, in order or not: the main thread's next exchange or the clock decides
-            if said.rank != self.rank and not self._closing.wait(_GRACE_S):
-                # The main thread waits in an exchange that will never come and cannot be interrupted there.
-                self._leave_now(str(said), said.code)
+            if said.rank != self.rank and not self._closing.wait(_SPEAKS_S):
+                # Now, while the rank that said it is still there and keeps this one from saying it again.
+                say_once(f"regatta: {said}", said.line, leaves=False)
+                if not self._closing.wait(_GRACE_S - _SPEAKS_S):
+                    # The main thread waits in an exchange that will never come and cannot be interrupted there.
+                    self._leave(said.code)
             return
 
     def _watch(self) -> None:
@@ -200,9 +210,9 @@ class Together:
             or own
         )
 
-    def _leave_now(self, text: str, code: int = EXIT_HUNG) -> None:
-        print(f"regatta: {' '.join(text.split())}", file=sys.stderr, flush=True)
-        self._leave(code)
+    def _leave_now(self, text: str) -> None:
+        say_once(f"regatta: {' '.join(text.split())}")
+        self._leave(EXIT_HUNG)
 
 
 def _quietly(action: Callable[[], None]) -> None:
@@ -229,6 +239,9 @@ def _parse(said: bytes) -> Words:
     return Words(*json.loads(said))
 
 
-def _one_line(reason: BaseException) -> str:
-    text = " ".join(str(reason).split())
-    return text if isinstance(reason, RunEnd) else f"{type(reason).__name__}: {text[:300]}"
+def _told(reason: BaseException) -> tuple[str, int]:
+    """The text without our name in front, and the exit code, that a process ends with for this reason."""
+    told = line_and_code(reason) if isinstance(reason, Exception) else None
+    if told is None:
+        return f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}", 1
+    return told[0].removeprefix("regatta: "), told[1]

@@ -81,9 +81,9 @@ def class_names(data: str) -> list[str] | None:
     """
     try:
         parts = data_parts(data)
-        if len(parts) > 1 or data.endswith(ENDING):
+        if len(parts) > 1 or parts[0].endswith(ENDING):
             return list(open_store(data).classes) or None
-        data = parts[0]  # what a pattern found
+        data = parts[0]  # what a pattern found, or the copy of what an address names
         if is_shard_pattern(data):
             store = open_shards(data, "sequential", readers=1, window=1)
             store.files.close()

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,16 @@ import torch
 from pipeline.file_kinds import foreign_kind
 from pipeline.listing import list_images
 from pipeline.loaders import choose_loader
+from tests.runs import free_port
 from train.config import RunConfig
 from train.errors import RunEnd, UserMistake
 from train.launch import STARTED_HERE, run_processes, starts_others
 from train.main import main
 from train.resolve import resolve
-from train.runtime import _join
+from train.runtime import _join, _limit
 
 ROOT = Path(__file__).resolve().parents[1]
+SOON = timedelta(seconds=1)
 MAIN = str(ROOT / "train/main.py")
 WRONG = ["--method", "moco-v2", "--data", "photos", "--dim", "0"]
 
@@ -177,7 +181,21 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(held.getsockname()[1]))
         with pytest.raises(UserMistake, match="port in use: 127.0.0.1:.* another MASTER_PORT"):
-            _join("gloo", 0, 2)
+            _join("gloo", 0, 2, SOON)
+
+
+def test_a_process_that_never_comes_ends_the_wait_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by killing one of two ranks in its first moments: the other one waited for half an hour."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(RunEnd, match="not all 2 processes have come to 127.0.0.1:.* within 1 s") as caught:
+        _join("gloo", 0, 2, SOON)
+    assert caught.value.code == 6
+
+
+def test_no_one_waits_longer_than_the_run_may_stand_still_or_too_short_for_a_start() -> None:
+    limits = [_limit(replace(RunConfig(), hang_timeout=seconds)).total_seconds() for seconds in (3, 7200, 0)]
+    assert limits[:2] == [60, 7200] and limits[2] > 1e7
 
 
 def test_a_rank_that_leaves_while_all_meet_is_no_mistake_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +204,10 @@ def test_a_rank_that_leaves_while_all_meet_is_no_mistake_of_the_others(monkeypat
     def gone(*arguments: object, **named: object) -> None:
         raise torch.distributed.DistNetworkError("failed to recv, got 0 bytes: Broken pipe\nframe #1: ...")
 
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 4)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", gone)
     with pytest.raises(RunEnd, match="another process has left while all were meeting") as caught:
-        _join("gloo", 1, 4)
+        _join("gloo", 1, 4, SOON)
     assert caught.value.code == 1
 
 

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ from pipeline.prefetch import set_sharing_processes
 
 from .cards import refuse_without_code
 from .config import RunConfig
-from .errors import RunEnd, UserMistake
+from .errors import EXIT_HUNG, RunEnd, UserMistake
 from .restarts import leaving_if_another_starts_again, may_restart, meet
 from .slurm import meeting_place, step_ranks
 from .together import Together
+
+_MEET_S = 60
+"""Least patience with the other processes at the start: they begin some time apart, on a busy machine far apart."""
 
 
 @dataclass(frozen=True)
@@ -226,20 +230,27 @@ def share_cores(runtime: Runtime) -> None:
     set_sharing_processes(max(1, round(sum(sharing))))
 
 
-def _join(backend: str, rank: int, world_size: int) -> None:
+def _join(backend: str, rank: int, world_size: int, limit: timedelta) -> None:
     """Meet the other processes at MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        backend: of the process group.
+        rank: this process.
+        world_size: number of processes.
+        limit: how long to wait for the others, now and in an exchange.
 
     Raises:
         UserMistake: the place to meet cannot be used.
-        RunEnd: another process was there and has left.
+        RunEnd: another process was there and has left, or has not come in time.
     """
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
         if may_restart(os.environ):
-            _join_again(backend, rank, world_size)
+            _join_again(store, backend, rank, world_size, limit)
         else:
-            dist.init_process_group(backend, rank=rank, world_size=world_size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     except dist.DistNetworkError as reason:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(reason):
             raise UserMistake(
                 f"port in use: {place}, another run has it; export another MASTER_PORT, or start torchrun with "
@@ -254,14 +265,29 @@ def _join(backend: str, rank: int, world_size: int) -> None:
         raise UserMistake(
             f"the processes cannot meet at {place} ({first_line}); check MASTER_ADDR, MASTER_PORT and the network"
         ) from None
+    except dist.DistStoreError as reason:
+        first_line = str(reason).strip().partition("\n")[0]
+        raise RunEnd(
+            f"not all {world_size} processes have come to {place} within {limit.total_seconds():.0f} s ({first_line}); "
+            "was one of them killed, or never started?",
+            EXIT_HUNG,
+        ) from None
 
 
-def _join_again(backend: str, rank: int, world_size: int) -> None:
+def _join_again(store: dist.Store, backend: str, rank: int, world_size: int, limit: timedelta) -> None:
     """As `_join`, under a launcher that may have started these processes before; see `restarts`."""
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
     found = meet(store, rank, world_size)
     with leaving_if_another_starts_again(store, rank, found):
-        dist.init_process_group(backend, store=found.store, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=found.store, rank=rank, world_size=world_size, timeout=limit)
+
+
+def _limit(run: RunConfig) -> timedelta:
+    """How long a process waits for the others.
+
+    PyTorch's own limits would end a job before a longer `--hang-timeout`, and keep one waiting beyond a shorter. From
+    their first step on `Together` holds the time, and names who is late.
+    """
+    return timedelta(seconds=max(run.hang_timeout, _MEET_S)) if run.hang_timeout else timedelta(days=365)
 
 
 @contextlib.contextmanager
@@ -285,9 +311,10 @@ def start(run: RunConfig) -> Iterator[Runtime]:
         torch.backends.cudnn.benchmark = True
     host_group = None
     if world_size > 1:
-        _join("nccl" if device.type == "cuda" else "gloo", rank, world_size)
+        limit = _limit(run)
+        _join("nccl" if device.type == "cuda" else "gloo", rank, world_size, limit)
         # Decisions of the host go over a group of their own, which never waits for the device.
-        host_group = dist.new_group(backend="gloo")
+        host_group = dist.new_group(backend="gloo", timeout=limit)
     dtype, compiled = choose_dtype(run.precision, device), compiles(run.compile, device)
     store = dist.distributed_c10d._get_default_store() if world_size > 1 else None
     together = Together(store, rank, world_size, run.hang_timeout)

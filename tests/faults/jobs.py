@@ -69,7 +69,9 @@ def _training(method: str, ranks: int) -> Job:
     fields = {field.name for field in dataclasses.fields(CONFIGS[method])}
     own = [part for name, value in SIZES.items() if name in fields for part in (f"--{name.replace('_', '-')}", value)]
     arch = ["--arch", "swin-t"] if "moby" in method else []
-    arguments = last_wins(["--method", method, "--run-dir", "{out}", *TRAINING, *own, *arch])
+    # A rank that is killed before it has come leaves the others waiting, here without a launcher that ends them.
+    waits = ["--hang-timeout", "60"] if ranks > 1 else []
+    arguments = last_wins(["--method", method, "--run-dir", "{out}", *TRAINING, *own, *arch, *waits])
     return Job(f"train {method}", "train.main", tuple(arguments), comparable, ranks, trains=True)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from tests.faults.jobs import Job, jobs, make_inputs
 from tests.faults.traps import Trap, count_changes, lay
 from tests.runs import _CONTEXT, free_port
+from train.errors import EXIT_HUNG
 
 LIMIT_S = 180.0
 """Seconds within which every process must have ended; one that has not is a hang, which is a failure."""
@@ -208,10 +209,10 @@ def differences(expected: Any, found: Any, place: str = "") -> list[str]:
 
 
 def _check_codes(job: Job, blow: Blow | None, codes: list[int], out: Path) -> None:
-    """A run may end by the signal that hit it, with 75 after saving, or with 1 where another rank has gone."""
+    """A run may end by the signal that hit it, with 75 after saving, or with 1 or 6 where another rank has gone."""
     assert blow is not None, f"{job.name}: {codes} in peace: {_last_lines(out)}"
     # Python's own answer to an interrupt before training watches for signals: 130, or 1 in the middle of an import.
-    allowed = {0, 75, 1, 130, *(-int(number) for number in (signal.SIGKILL, *STOPS))}
+    allowed = {0, 75, 1, EXIT_HUNG, 130, *(-int(number) for number in (signal.SIGKILL, *STOPS))}
     assert set(codes) <= allowed, f"{job.name}: {codes} after {blow}: {_last_lines(out)}"
     one_died = any(code < 0 for code in codes)
     assert job.ranks == 1 or one_died or set(codes) & {75, 130, 1}, f"{job.name}: {codes} after {blow}"

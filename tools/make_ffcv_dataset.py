@@ -82,6 +82,9 @@ def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
     finals = _final_paths(dest, options.overwrite)
     source, settings = _opened(options)
     key = identity(source, settings)
+    for final in finals:
+        # A killed run's, which may be as large as the packed file.
+        remove_leftovers(final, sole_writer=False)
     # The packed file gets its name last: where it is, the other two are.
     with replacing(finals[0]) as packed, replacing(finals[1]) as about, replacing(finals[2]) as refused:
         kept = take_up(dest, key, packed)

@@ -18,7 +18,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.atomic import remove, replacing
+from pipeline.atomic import remove, remove_leftovers, replacing
 from pipeline.beton import page_size_for
 from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
 from tools.support.class_list import open_chosen
@@ -87,6 +87,9 @@ def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
     _check_dest(dest, rejected, options.overwrite)
     source, settings = _opened(options)
     key = identity(source, settings)
+    for final in (rejected, dest):
+        # A killed run's, which may be as large as the shards.
+        remove_leftovers(final, sole_writer=False)
     with replacing(rejected) as partial_list, replacing(dest) as partial:
         tally, shards = take_up(dest, key, partial) or _write(source, partial, options)
         problem = tally.too_many(len(source), options.max_bad)

@@ -21,7 +21,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.runs_preload"])
 
 TINY = (
-    "--loader synthetic --data 128 --arch resnet18 --image-size 64 --epochs 2 --global-batch 8 --queue-size 64 "
+    "--loader synthetic --data 128 --arch resnet10-w16 --image-size 64 --epochs 2 --global-batch 8 --queue-size 64 "
     "--hidden-dim 32 --dim 16 --bn.group-size 2 --optim.lr 0.05 --log-every 2 --checkpoint-every 3 --holdout 8 "
     "--knn-every 0 --device cpu --deterministic --no-report"
 ).split()

@@ -270,6 +270,7 @@ def test_a_choice_switches_what_it_names() -> None:
         "box_pool": "definition",
         "masked_pool": "auto",
         "queue_contrast": "definition",
+        "window_attention": "auto",
     }
     # What the user has set is not touched.
     given = of("--region.no-shared-forward", "--no-cuda-graph")

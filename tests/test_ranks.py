@@ -10,7 +10,7 @@ from tests.runs import TINY, last_wins, rows, run
 
 METHODS = ["moco-v2", "regioncl-m"]
 # Groups of four and small steps: BN over a few values per channel doubles a difference in the last bit at every step.
-CALM = ("--global-batch", "16", "--bn.group-size", "4", "--optim.lr", "0.0004")
+CALM = ("--arch", "resnet10-w16", "--global-batch", "16", "--bn.group-size", "4", "--optim.lr", "0.0004")
 
 
 def losses(method: str, world_size: int, run_dir: Path, *more: str) -> tuple[list[float], list[float]]:

@@ -95,7 +95,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(path)
         pack(folder / part, folder / f"{part}.beton")
     run_dir = folder / "runs" / "regioncl-m"
-    tiny = ["--method", "regioncl-m", *runs.TINY, "--run-dir", str(run_dir), "--epochs", "1", "--max-steps", "2"]
+    # One of the architectures that every export knows.
+    more = ["--arch", "resnet18", "--epochs", "1", "--max-steps", "2"]
+    tiny = ["--method", "regioncl-m", *runs.TINY, "--run-dir", str(run_dir), *more]
     assert runs.run(runs.last_wins(tiny), log=folder / "log.txt") == [0], (folder / "log.txt").read_text()
     return folder
 

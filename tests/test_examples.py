@@ -74,9 +74,12 @@ def test_region_loop(site: Path, photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("lightning") is None, reason="lightning is not installed (pip install lightning)"
+)
 def test_lightning(site: Path, photos: Path, tmp_path: Path) -> None:
-    python(site, tmp_path, str(EXAMPLES / "lightning_module.py"), str(photos), "3")
+    done = python(site, tmp_path, str(EXAMPLES / "lightning_module.py"), str(photos), "3")
+    assert "`max_steps=3` reached" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

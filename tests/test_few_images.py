@@ -52,10 +52,22 @@ def test_what_is_chosen_fits(method: str, count: int, images) -> None:
     check_batch(config, 1)
     recipe = config.recipe
     assert config.run.recipe == f"{method}-small" and line.startswith(f"{count} images are few")
+    assert config.recipe.arch == ("swin-t" if "moby" in method else "resnet10-w32"), "there is no GPU here"
     assert 2 <= count // recipe.global_batch and recipe.epochs * (count // recipe.global_batch) >= 300
     assert recipe.schedule.warmup_epochs < recipe.epochs
     # Keys of the images of a batch before this epoch would be negatives of their own views.
     assert getattr(config.model, "queue_size", 0) <= max(count, recipe.global_batch)
+
+
+def test_a_gpu_trains_the_recipe_s_backbone(images, monkeypatch: pytest.MonkeyPatch) -> None:
+    images(60)
+    monkeypatch.setattr(few_images.torch.cuda, "is_available", lambda: True)
+    for device, arch in (("auto", "resnet18"), ("cpu", "resnet10-w32")):
+        argv = ["--method", "regioncl-m", "--data", "photos", "--device", device]
+        more, line = fitted(argv, resolve(argv))
+        assert resolve(more).recipe.arch == arch and ("on a CPU" in line) == (device == "cpu")
+    argv = ["--method", "regioncl-m", "--data", "photos", "--device", "cpu", "--arch", "resnet50"]
+    assert resolve(fitted(argv, resolve(argv))[0]).recipe.arch == "resnet50"
 
 
 def test_what_was_given_is_kept(images) -> None:
@@ -152,7 +164,8 @@ def test_an_embedding_in_one_call(photos: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_sixty_photos_to_an_embedding(photos: Path, tmp_path: Path) -> None:
-    made = functions.embed(photos, out=tmp_path / "features.npz", arch="resnet10-w16")
-    assert made.features.shape == (60, 128) and np.isfinite(made.features).all()
+    """With nothing but defaults; about a minute on two quiet cores."""
+    made = functions.embed(photos, out=tmp_path / "features.npz")
+    assert made.features.shape == (60, 256) and np.isfinite(made.features).all()
     recorded = json.loads((tmp_path / "features.run" / "config.json").read_text())
     assert recorded["run"]["recipe"] == "regioncl-m-small"

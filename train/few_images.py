@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from pipeline.stores import count_images
 
 from .config import Config, Recipe
@@ -21,6 +23,8 @@ _FEW_STEPS = 20
 """Steps an epoch under which a published recipe is said to be made for more images."""
 _LEAST_STEPS = 300
 """Optimizer steps of the shortest run: fewer epochs of so few images hardly move the weights."""
+_SMALL_ARCH, _CPU_ARCH = "resnet18", "resnet10-w32"
+"""What the small recipes train, and what takes its place where there is no GPU: a seventh of the arithmetic."""
 
 
 def fitted(
@@ -55,10 +59,20 @@ def fitted(
         )
     if "global-batch" in given:
         return arguments, ""  # refused by the flag's name when the data are opened
-    chosen = {name: value for name, value in _sizes(images, *RECIPES[small][1]()).items() if name not in given}
+    recipe, model = RECIPES[small][1]()
+    fits: dict[str, int | str] = {**_sizes(images, recipe, model), **_arch(recipe, config.run.device)}
+    chosen = {name: value for name, value in fits.items() if name not in given}
     flags = [f"--{name} {value}" for name, value in chosen.items()]
     line = f"{images} images are few and no --recipe was given: takes --recipe {small} {' '.join(flags)}"
+    if "arch" in chosen:
+        line += f" (on a CPU; --arch {recipe.arch} has more channels and takes several times as long)"
     return [*arguments, f"--recipe={small}", *(flag.replace(" ", "=") for flag in flags)], line
+
+
+def _arch(recipe: Recipe, device: str) -> dict[str, str]:
+    """The backbone that a run of minutes can train on this device, where it is not the recipe's."""
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return {"arch": _CPU_ARCH} if on_cpu and recipe.arch == _SMALL_ARCH else {}
 
 
 def _sizes(images: int, recipe: Recipe, model: Any) -> dict[str, int]:

@@ -260,7 +260,7 @@ def _check(url: str, copy: Path) -> None:
         if manifest is None:
             return
         for index, expected in enumerate(manifest.checksums.tolist()):
-            if zlib.crc32(memoryview(reader.record(index))) != expected:
+            if zlib.crc32(reader.record(index).tobytes()) != expected:
                 raise ValueError(f"record {index} is not the one that was packed")
     except ValueError as reason:
         remove(copy)

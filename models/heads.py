@@ -55,13 +55,22 @@ def mlp_head(
     return nn.Sequential(*layers)
 
 
-def dense_head(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
+def dense_head(in_dim: int, hidden_dim: int, out_dim: int, hidden_norm: bool = False) -> nn.Sequential:
     """Two 1x1 convolutions with a ReLU: map (B, in_dim, H, W) -> (B, out_dim, H, W).
 
-    Source: DenseCL (arXiv 2011.09157) section 3.2, the dense projection head.
+    Args:
+        in_dim: channels of the map.
+        hidden_dim: channels between the convolutions.
+        out_dim: channels of the result.
+        hidden_norm: a batch norm before the ReLU.
+
+    Source: DenseCL (arXiv 2011.09157) section 3.2, the dense projection head; with the norm PixPro's
+    (zdaxie/PixPro contrast/models/PixPro.py).
     """
+    norm = [nn.BatchNorm2d(hidden_dim)] if hidden_norm else []
     return nn.Sequential(
         nn.Conv2d(in_dim, hidden_dim, kernel_size=1),
+        *norm,
         nn.ReLU(inplace=True),
         nn.Conv2d(hidden_dim, out_dim, kernel_size=1),
     )

@@ -356,6 +356,32 @@ class SwAVConfig:
     zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
 
 
+@dataclass(frozen=True)
+class PixProConfig:
+    """Hyper-parameters of PixPro."""
+
+    reach: float = option(
+        0.7,
+        "largest distance of a positive pair of cells in the image, in diagonals of the larger of their cells (T)",
+        above=0,
+    )
+    distance: Literal["sides", "pixels"] = option(
+        "sides", "in what distances are measured: shares of the image's two sides (the code), or its pixels"
+    )
+    sharpness: float = option(2.0, "power of the similarity that cells are propagated with (gamma)", above=0)
+    transform_layers: int = option(
+        1, "1x1 convolutions of what is propagated, batch norm and ReLU between two", least=0, most=2
+    )
+    unit_values: bool = option(
+        True, "bring what is propagated to unit length first (the code), or propagate it as it is (Eq. 3)"
+    )
+    loss_scale: float = option(2.0, "factor of the loss: 2 in the released code, 1 in Eq. 5", above=0)
+    hidden_dim: int = option(4096, "width of the projector's hidden layer", above=0)
+    dim: int = option(256, "width of the embeddings", above=0)
+    conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
+    zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
+
+
 CONFIGS: dict[str, type[Any]] = {
     "moco-v2": MoCoV2Config,
     "regioncl-m": RegionCLMConfig,
@@ -375,6 +401,7 @@ CONFIGS: dict[str, type[Any]] = {
     "simclr": SimCLRConfig,
     "barlow-twins": BarlowTwinsConfig,
     "swav": SwAVConfig,
+    "pixpro": PixProConfig,
 }
 """The methods by name, with their hyper-parameters; `models.methods.METHODS` has the networks under the same names."""
 

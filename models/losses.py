@@ -162,6 +162,25 @@ def byol_regression(prediction: Tensor, target: Tensor) -> Tensor:
     return 2.0 + 2.0 * negative_cosine(prediction, target)
 
 
+def pair_consistency(prediction: Tensor, target: Tensor, pairs: Tensor) -> Tensor:
+    """Minus the mean cosine of each image's pairs of cells; 0 for an image without pairs.
+
+    Args:
+        prediction: (B, D, H, W) embeddings.
+        target: (B, D, H', W') embeddings of the other view; receive no gradient.
+        pairs: (B, H * W, H' * W') bool, which cells of the two maps make a pair.
+
+    Returns:
+        (B,) losses, fp32 or wider.
+
+    Source: PixPro (arXiv 2011.10043) Eq. 5, averaged over the pairs of an image.
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        cosine = torch.bmm(unit(prediction).flatten(2).mT, unit(target.detach()).flatten(2))
+        # At least one: crops that do not meet have no pair, and their loss is 0 and not 0 / 0.
+        return -(cosine * pairs).sum(dim=(1, 2)) / pairs.sum(dim=(1, 2)).clamp(min=1)
+
+
 @torch.no_grad()
 def best_matches(query_map: Tensor, key_map: Tensor) -> Tensor:
     """For each position of the query's map the position of the key's map whose feature points the same way.

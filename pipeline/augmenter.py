@@ -8,6 +8,8 @@ threads) is augmented batch by batch, on the device that the views are on. The p
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import augment, augment_native
 from .interface import Batch, PipelineConfig
 from .layouts import OUTPUTS
@@ -71,4 +73,4 @@ class BatchAugmenter:
                 config.load_kernels,
             )
         # A new batch: the crops' buffers are free as soon as the caller lets go of the old one.
-        return Batch(views, batch.index, batch.label)
+        return replace(batch, views=views)

@@ -141,8 +141,8 @@ class DaliPipeline(EpochPipeline):
         self._stream.synchronize()
         return views
 
-    def _decode(self, epoch: int, index: np.ndarray) -> list[torch.Tensor]:
-        """Views of a batch, (B, size, size, 3) uint8 on the device."""
+    def _decode(self, epoch: int, index: np.ndarray) -> tuple[np.ndarray, list[torch.Tensor]]:
+        """Heights and widths (B, 2) of a batch's images, and its views, (B, size, size, 3) uint8 on the device."""
         records = self._read(index)
         whole = self._classify(index, records)
         made: list[torch.Tensor] = []
@@ -154,19 +154,20 @@ class DaliPipeline(EpochPipeline):
                 # use after an error; the batch goes to our own decoder.
                 self._graph = None
                 whole[:] = False
+        sizes = self._sizes[index]
         # The usual case needs no copy.
         if whole.all() and made:
-            return made
+            return sizes, made
         rest = index[~whole]
         arrays = [np.empty((len(rest), spec.size, spec.size, 3), dtype=np.uint8) for spec in self.config.views]
-        self.decoder.decode(epoch, rest, arrays)
+        sizes[~whole] = self.decoder.decode(epoch, rest, arrays)
         if self._stream is None:
-            return self._joined(whole, made, arrays)
+            return sizes, self._joined(whole, made, arrays)
         # On the loader's own stream: this thread's default stream is the one that training queues its steps on.
         with torch.cuda.stream(self._stream):
             views = self._joined(whole, made, arrays)
         self._stream.synchronize()
-        return views
+        return sizes, views
 
     def _joined(self, whole: np.ndarray, made: list[torch.Tensor], arrays: list[np.ndarray]) -> list[torch.Tensor]:
         """Views of a batch from DALI's rows, where `whole`, and from those that our decoder left in host arrays."""
@@ -186,18 +187,19 @@ class DaliPipeline(EpochPipeline):
         if self._shards is not None:
             self._shards.expect(batches)
 
-        def work(index: np.ndarray) -> tuple[np.ndarray, list[torch.Tensor]]:
-            return index, self._decode(epoch, index)
+        def work(index: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[torch.Tensor]]:
+            return index, *self._decode(epoch, index)
 
         with closing(prefetch(work, batches, stats=self._stats)) as ready:  # type: ignore[type-var]
-            for index, arrays in ready:
+            for index, sizes, arrays in ready:
                 if self._stream is not None:
                     for array in arrays:  # taken on the side stream, used on the consumer's
                         array.record_stream(torch.cuda.current_stream(self.config.device))
                 views = {
                     spec.name: array.permute(0, 3, 1, 2) for spec, array in zip(self.config.views, arrays, strict=True)
                 }
-                yield Batch(views, torch.from_numpy(index.copy()), torch.from_numpy(self.labels[index]))
+                samples, of_images = torch.from_numpy(index.copy()), torch.from_numpy(sizes.astype(np.int64))
+                yield Batch(views, samples, torch.from_numpy(self.labels[index]), of_images)
 
     def close(self) -> None:
         """Stop workers and release buffers; may be called twice."""

@@ -100,6 +100,11 @@ def pil_views(pixels: np.ndarray, views: Sequence[ViewSpec], seed: int, epoch: i
     return cut
 
 
+def image_sizes(jobs: np.ndarray) -> np.ndarray:
+    """(B, 2) int32 height and width of the images of jobs (B,) of `JOB`, right where the status is `OK`."""
+    return np.stack([jobs["height"], jobs["width"]], axis=1)
+
+
 class ViewDecoder:
     """Decodes batches of one store into arrays that the caller owns.
 
@@ -137,7 +142,7 @@ class ViewDecoder:
         if self._library and not self.pool:
             raise ValueError(f"the system refused to start {threads} decoding threads; choose fewer with --workers")
 
-    def decode(self, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+    def decode(self, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> np.ndarray:
         """Cut all views of a batch.
 
         Args:
@@ -145,11 +150,15 @@ class ViewDecoder:
             index: (B,) int64 samples.
             outs: per view a C-contiguous uint8 array of at least (B, size, size, 3); rows 0..B-1 are filled.
 
+        Returns:
+            (B, 2) int32 height and width of the image that each row was cut from.
+
         Raises:
             TooManyBad: a bad record, and 64 others drawn for its place are bad too.
         """
         jobs = self._jobs(index, index, np.arange(len(index)))
-        self.repair(epoch, index, self._native_pass(epoch, jobs, index, outs), outs)
+        self._native_pass(epoch, jobs, index, outs)
+        return self.repair(epoch, index, jobs, outs)
 
     def hand_over(self, epoch: int, index: np.ndarray, finish: int) -> np.ndarray:
         """Decode a batch whose views compiled code takes, image by image, on the thread that made them.
@@ -160,7 +169,7 @@ class ViewDecoder:
             finish: address of a `Finish` of native/views.cpp.
 
         Returns:
-            (B,) status of each; what was handed over counts only where it is `OK`.
+            (B,) of `JOB`: how each fared; what was handed over counts only where the status is `OK`.
         """
         assert self._library is not None
         jobs = self._jobs(index, index, np.arange(len(index)))
@@ -178,11 +187,12 @@ class ViewDecoder:
         )
         del keep_alive
         # The views of a file that is found damaged only now were handed over; `repair` writes others in their place.
-        return self.checked_status(jobs, index)
+        self.look_again(jobs, index)
+        return jobs
 
-    def checked_status(self, jobs: np.ndarray, sources: np.ndarray) -> np.ndarray:
-        """What became of jobs that the native threads went through; see `SecondLook.status`."""
-        return self._second_look.status(jobs, sources)
+    def look_again(self, jobs: np.ndarray, sources: np.ndarray) -> None:
+        """Correct the status of jobs that the native threads went through; see `SecondLook.status`."""
+        jobs["status"] = self._second_look.status(jobs, sources)
 
     def probe(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Read samples to their end, for their views' sake but not for their pixels.
@@ -193,37 +203,43 @@ class ViewDecoder:
         # The decoder reads a record to its end only on the way to some view.
         outs = [np.empty((len(index), spec.size, spec.size, 3), dtype=np.uint8) for spec in self._views]
         jobs = self._jobs(index, index, np.arange(len(index)))
-        status = self._native_pass(0, jobs, index, outs)
-        return status, np.stack([jobs["height"], jobs["width"]], axis=1)
+        self._native_pass(0, jobs, index, outs)
+        return jobs["status"], image_sizes(jobs)
 
-    def repair(self, epoch: int, index: np.ndarray, status: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+    def repair(self, epoch: int, index: np.ndarray, jobs: np.ndarray, outs: Sequence[np.ndarray]) -> np.ndarray:
         """Finish a batch that the native decoder went through: general path, then substitutes for bad records.
 
         Args:
             epoch: epoch number.
             index: (B,) int64 samples.
-            status: (B,) what the native decoder said of each.
+            jobs: (B,) of `JOB`, what the native decoder said of each.
             outs: as for `decode`.
+
+        Returns:
+            As `decode`.
 
         Raises:
             TooManyBad: a bad record, and 64 others drawn for its place are bad too.
         """
+        sizes = image_sizes(jobs)
         # The usual case: every image of the batch was decoded.
-        if not status.any():
-            return
-        slots = np.flatnonzero(status)
-        sources, status = index[slots], status[slots]
+        if not jobs["status"].any():
+            return sizes
+        slots = np.flatnonzero(jobs["status"])
+        sources, status = index[slots], jobs["status"][slots]
         # First the records themselves by the general path, then one list of substitutes after another for those still
         # bad.
         for attempt in range(SUBSTITUTE_ATTEMPTS + 1):
-            bad = self._general_pass(status, epoch, sources, index[slots], slots, outs)
+            bad = self._general_pass(status, epoch, sources, index[slots], slots, outs, sizes)
             if not len(bad):
-                return
+                return sizes
             slots = slots[bad]
             keys = index[slots]
             sources = np.array([substitute(self._seed, epoch, key, attempt, self._population) for key in keys.tolist()])
             # The substitute's pixels are cut with the draws of the sample whose place it takes.
-            status = self._native_pass(epoch, self._jobs(sources, keys, slots), sources, outs)
+            jobs = self._jobs(sources, keys, slots)
+            self._native_pass(epoch, jobs, sources, outs)
+            sizes[slots], status = image_sizes(jobs), jobs["status"]
         raise TooManyBad(
             f"{self._store.name(int(index[slots[0]]))} cannot be used, nor can {SUBSTITUTE_ATTEMPTS} others that were "
             "drawn for its place; copy the images again, or pack them: the packer lists what is wrong with each"
@@ -235,11 +251,12 @@ class ViewDecoder:
         jobs["index"], jobs["slot"] = keys, slots
         return jobs
 
-    def _native_pass(self, epoch: int, jobs: np.ndarray, sources: np.ndarray, outs: Sequence[np.ndarray]) -> np.ndarray:
-        """Run jobs whose records are `sources`; returns each one's status."""
+    def _native_pass(self, epoch: int, jobs: np.ndarray, sources: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+        """Run jobs whose records are `sources`; how each fared is in the jobs afterwards."""
         if self._library is None:
             # The general path, which is PIL's, then serves every image.
-            return np.full(len(sources), UNSUPPORTED)
+            jobs["status"] = UNSUPPORTED
+            return
         keep_alive = self._store.fill(jobs, sources)
         pointers = np.array([out.ctypes.data for out in outs], dtype=np.uint64)
         self._library.rg_decode(
@@ -254,7 +271,7 @@ class ViewDecoder:
             MAX_PIXELS,
         )
         del keep_alive
-        return self.checked_status(jobs, sources)
+        self.look_again(jobs, sources)
 
     def _general_pass(
         self,
@@ -264,19 +281,20 @@ class ViewDecoder:
         keys: np.ndarray,
         slots: np.ndarray,
         outs: Sequence[np.ndarray],
+        sizes: np.ndarray,
     ) -> np.ndarray:
         """The general path for what has a status other than OK; returns the positions that are bad records."""
         bad = []
         for at in np.flatnonzero(status).tolist():
             source = int(sources[at])
-            reason = self._general(int(status[at]), epoch, source, int(keys[at]), int(slots[at]), outs)
+            reason = self._general(int(status[at]), epoch, source, int(keys[at]), int(slots[at]), outs, sizes)
             if reason is not None:
                 self._note_bad(source, f"{self._store.name(source)}: {reason}")
                 bad.append(at)
         return np.array(bad, dtype=np.int64)
 
     def _general(
-        self, status: int, epoch: int, source: int, key: int, slot: int, outs: Sequence[np.ndarray]
+        self, status: int, epoch: int, source: int, key: int, slot: int, outs: Sequence[np.ndarray], sizes: np.ndarray
     ) -> str | None:
         """Whatever the native decoder leaves, through the full decode; returns the reason where that fails too."""
         # No other decoder can do better with bytes that are wrong or missing.
@@ -293,6 +311,8 @@ class ViewDecoder:
             pixels = decode_rgb(data)
         except ImageRefused as error:
             return str(error)
+        # Not the header's: a rotated photo was turned, and boxes are drawn for the upright image.
+        sizes[slot] = pixels.shape[:2]
         # The reference resizes with PIL; with our library the same kernels cut whatever PIL decoded, so that views do
         # not depend on which decoder an image needed.
         if self._library is None:

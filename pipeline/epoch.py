@@ -10,6 +10,7 @@ import numpy as np
 
 from .augmenter import BATCHES, BatchAugmenter, augmented_by
 from .classes import renumbered
+from .cuts import Cuts
 from .geometry import validate_view
 from .interface import Batch, PipelineConfig, PipelineStats
 from .rng import SLOT_SUBSTITUTE, integers, philox
@@ -169,6 +170,8 @@ class EpochPipeline:
                 if batch is None:
                     return
                 self._stats.asked += 1
+                if batch.sizes is not None:
+                    batch.cuts = Cuts(self.config, epoch, batch.index.numpy(), batch.sizes.numpy())
                 if self._augment_batch is not None:
                     started = time.perf_counter()
                     batch = self._augment_batch(batch, epoch)

@@ -21,7 +21,7 @@ from ffcv.pipeline.pipeline_spec import PipelineSpec
 from ffcv.pipeline.state import State
 from ffcv.traversal_order.base import TraversalOrder
 
-from .decoder import native_library
+from .decoder import image_sizes, native_library
 from .interface import PipelineConfig
 from .layouts import JOB, LOW_64, PACKED
 from .native_loader import NativePipeline
@@ -172,7 +172,7 @@ class FfcvPipeline(NativePipeline):
             iterator = iter(self._loader) if filled else None
             for number, index in enumerate(batches):
                 if not len(index):
-                    yield index, self._buffers.take()
+                    yield index, image_sizes(self._jobs[0, :0]), self._buffers.take()
                     continue
                 assert iterator is not None
                 self._stats.ready += iterator.output_queue.qsize()
@@ -180,10 +180,10 @@ class FfcvPipeline(NativePipeline):
                 turn = number % _RING
                 arrays = self._sets[turn]
                 # Before the turn is given away: the threads write the jobs of a later batch over these.
-                status = self.decoder.checked_status(self._jobs[turn, : len(index)], index)
+                jobs = self._jobs[turn, : len(index)].copy()
+                self.decoder.look_again(jobs, index)
                 self._arm(number + _RING, epoch, batches)
-                self._views.repair(epoch, index, status, arrays)
-                yield index, arrays
+                yield index, self._views.repair(epoch, index, jobs, arrays), arrays
                 del arrays
         finally:
             if self._reader is not None:

@@ -14,7 +14,7 @@ import torch
 
 from . import augment, augment_native
 from .blur import blur_radius
-from .decoder import ViewDecoder
+from .decoder import ViewDecoder, image_sizes
 from .interface import PipelineConfig
 from .layouts import AUGMENTATION, FINISH, OUTPUTS, PARAMETERS
 
@@ -68,7 +68,7 @@ class HostAugmenter:
             table = augment.draw_table(self._profile, self._config.seed, epoch, index, view)
             self._tables[place, view, : len(index)] = table
 
-    def decode(self, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+    def decode(self, epoch: int, index: np.ndarray, outs: Sequence[np.ndarray]) -> np.ndarray:
         """Cut and augment all views of a batch, through place 0 of the ring.
 
         Args:
@@ -76,32 +76,38 @@ class HostAugmenter:
             index: (B,) int64 samples.
             outs: per view a C-contiguous array of at least (B, size, size, 3) of the config's dtype, bfloat16 as int16.
 
+        Returns:
+            (B, 2) height and width of the image that each row was cut from.
+
         Raises:
             RuntimeError: a bad record, and 64 others drawn for its place are bad too.
         """
         self.prepare(0, epoch, index, outs)
-        status = self._decoder.hand_over(epoch, index, self.finishes.ctypes.data)
-        self.repair(epoch, index, status, outs)
+        jobs = self._decoder.hand_over(epoch, index, self.finishes.ctypes.data)
+        return self.repair(epoch, index, jobs, outs)
 
-    def repair(self, epoch: int, index: np.ndarray, status: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+    def repair(self, epoch: int, index: np.ndarray, jobs: np.ndarray, outs: Sequence[np.ndarray]) -> np.ndarray:
         """Finish a batch that the native decoder went through: see `ViewDecoder.repair`.
 
         Args:
             epoch: epoch number.
             index: (B,) int64 samples.
-            status: (B,) what the native decoder said of each.
+            jobs: (B,) of `JOB`, what the native decoder said of each.
             outs: as for `decode`.
+
+        Returns:
+            As `decode`.
 
         Raises:
             RuntimeError: a bad record, and 64 others drawn for its place are bad too.
         """
         # Images with status 0 were augmented on the thread that decoded them.
-        rows = np.flatnonzero(status)
+        rows = np.flatnonzero(jobs["status"])
         if not len(rows):
-            return
+            return image_sizes(jobs)
         if self._crops is None:  # few data sets need them
             self._crops = [np.empty((self._rows, size, size, 3), dtype=np.uint8) for size in self._sizes]
-        self._decoder.repair(epoch, index, status, self._crops)
+        sizes = self._decoder.repair(epoch, index, jobs, self._crops)
         for view, (crops, out) in enumerate(zip(self._crops, outs, strict=True)):
             # Drawn anew for the few rows: draws are keyed by the sample, so these are the draws of the first pass.
             table = augment.draw_table(self._profile, self._config.seed, epoch, index[rows], view)
@@ -111,3 +117,4 @@ class HostAugmenter:
             # The buffers hold rows of interleaved pixels.
             made = made.permute(0, 2, 3, 1)
             out[rows] = (made.view(torch.int16) if dtype == torch.bfloat16 else made).numpy()
+        return sizes

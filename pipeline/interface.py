@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from .kernels.fused_augment import LoadKernels
 from .profiles import Profile
+
+if TYPE_CHECKING:
+    from .cuts import Cuts
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,16 @@ class Batch:
         index: (B,) int64 on the CPU: the sample that the order asked for. Its draws are keyed by this index even where
             a damaged record made another sample's pixels take its place.
         label: (B,) int64 on the CPU, -1 where there is none; for probes only.
+        sizes: (B, 2) int64 on the CPU, height and width in pixels of the image that each row was cut from: of the
+            other sample's where that took the place of a damaged record. None in a batch that no loader made.
+        cuts: where in their images the views were cut; None in a batch that no loader made.
     """
 
     views: dict[str, torch.Tensor]
     index: torch.Tensor
     label: torch.Tensor
+    sizes: torch.Tensor | None = None
+    cuts: Cuts | None = None
 
 
 @dataclass

@@ -101,8 +101,8 @@ class NativePipeline(EpochPipeline):
             if reader is not None:
                 reader.wait(step)
             arrays = self._buffers.take()
-            self._views.decode(epoch, batches[step], arrays)
-            return batches[step], arrays
+            sizes = self._views.decode(epoch, batches[step], arrays)
+            return batches[step], sizes, arrays
 
         try:
             with closing(prefetch(work, range(len(batches)), stats=self._stats)) as ready:  # type: ignore[type-var]

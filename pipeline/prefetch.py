@@ -164,8 +164,9 @@ def prefetch(
         thread.join()
 
 
-HostBatch = tuple[np.ndarray, list[np.ndarray]]
-"""Sample indices (B,) and per view an array of at least B rows, as `HostBuffers` makes them."""
+HostBatch = tuple[np.ndarray, np.ndarray, list[np.ndarray]]
+"""Sample indices (B,), heights and widths of their images (B, 2), and per view an array of at least B rows, as
+`HostBuffers` makes them."""
 
 
 def deliver_batches(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBatch]) -> Iterator[Batch]:
@@ -185,14 +186,15 @@ def _tensors(config: PipelineConfig, index: np.ndarray, arrays: list[np.ndarray]
     }
 
 
-def _batch(views: dict[str, torch.Tensor], index: np.ndarray, labels: np.ndarray) -> Batch:
-    return Batch(views, torch.from_numpy(np.array(index, dtype=np.int64)), torch.from_numpy(labels[index]))
+def _batch(views: dict[str, torch.Tensor], index: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> Batch:
+    samples, of_images = (torch.from_numpy(np.array(values, dtype=np.int64)) for values in (index, sizes))
+    return Batch(views, samples, torch.from_numpy(labels[index]), of_images)
 
 
 def _on_host(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBatch]) -> Iterator[Batch]:
     try:
-        for index, arrays in ready:
-            batch = _batch(_tensors(config, index, arrays), index, labels)
+        for index, sizes, arrays in ready:
+            batch = _batch(_tensors(config, index, arrays), index, labels, sizes)
             del arrays
             # Other devices than CUDA have no asynchronous copy that we could rely on.
             if config.device.type != "cpu":
@@ -209,14 +211,14 @@ def _to_cuda(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBat
     copying: deque[tuple[torch.cuda.Event, dict[str, torch.Tensor], Batch]] = deque()
     in_flight: deque[tuple[torch.cuda.Event, dict[str, torch.Tensor]]] = deque()
 
-    def start_copy(index: np.ndarray, arrays: list[np.ndarray]) -> None:
+    def start_copy(index: np.ndarray, sizes: np.ndarray, arrays: list[np.ndarray]) -> None:
         host = _tensors(config, index, arrays)
         with torch.cuda.stream(side):
             views = {name: view.to(config.device, non_blocking=True) for name, view in host.items()}
             # Marks the end of this batch's copies; a later copy on the stream does not hold the batch up.
             done = torch.cuda.Event()
             done.record(side)
-        copying.append((done, host, _batch(views, index, labels)))
+        copying.append((done, host, _batch(views, index, labels, sizes)))
 
     def hand_over() -> Batch:
         done, host, batch = copying.popleft()
@@ -230,8 +232,8 @@ def _to_cuda(config: PipelineConfig, labels: np.ndarray, ready: Iterator[HostBat
         return batch
 
     try:
-        for index, arrays in ready:
-            start_copy(index, arrays)
+        for index, sizes, arrays in ready:
+            start_copy(index, sizes, arrays)
             del arrays
             # One copy stays ahead of the batch that is handed over.
             if len(copying) > 1:

@@ -79,7 +79,7 @@ PROFILES: dict[str, Profile] = {
         blur_probability=(1.0, 0.1),
         solarize_probability=(0.0, 0.2),
     ),
-    # Source: SwinTransformer/Transformer-SSL.
+    # Source: SwinTransformer/Transformer-SSL; zdaxie/PixPro (--aug BYOL --crop 0.08) has the same.
     "byol-moby": Profile(
         crop_scale=(0.08, 1.0),
         operations=("flip", "jitter", "gray", "blur", "solarize"),

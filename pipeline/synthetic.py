@@ -75,4 +75,5 @@ class SyntheticPipeline(EpochPipeline):
                 points = F.affine_grid(matrix, [len(index), 3, spec.size, spec.size], align_corners=False)
                 pixels = F.grid_sample(grids, points, padding_mode="border", align_corners=False)
                 views[spec.name] = pixels.round().to(torch.uint8).contiguous(memory_format=torch.channels_last)
-            yield Batch(views, torch.from_numpy(index.copy()), torch.from_numpy(self.labels[index]))
+            sizes = torch.full((len(index), 2), _IMAGE_PX)
+            yield Batch(views, torch.from_numpy(index.copy()), torch.from_numpy(self.labels[index]), sizes)

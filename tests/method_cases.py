@@ -121,6 +121,22 @@ def _small_views(seed: int, step: int, count: int, crops: int, size: int) -> tup
     return tuple(image + 0.3 * each for each in noise)
 
 
+def _crop_boxes(step: int, count: int) -> dict[str, Tensor]:
+    """Boxes (count, 6) of both views in images of 100 x 80 px: the last image's do not meet, some views are flipped."""
+    generator = torch.Generator().manual_seed(90 + step)
+    image = torch.tensor([100.0, 80.0])
+    boxes = {}
+    for number, name in enumerate(("view1", "view2")):
+        size = (image * (0.5 + 0.4 * torch.rand(count, 2, generator=generator))).round()
+        start = ((image - size) * torch.rand(count, 2, generator=generator)).round()
+        size[-1], start[-1] = torch.tensor([40.0, 30.0]), torch.tensor([55.0, 5.0]) * number
+        edges = torch.cat([start, start + size, image.expand(count, 2)], dim=1)
+        flipped = torch.arange(count) % 4 == number
+        edges[flipped] = edges[flipped][:, [2, 1, 0, 3, 4, 5]]
+        boxes[name] = edges
+    return boxes
+
+
 def composite(view: Tensor, partner: Tensor, box: tuple[int, int, int, int], stride: int = 32) -> Tensor:
     """Canvas of image i with the box of image partner[i] pasted in, pixel by pixel."""
     top, left, height, width = (stride * cells for cells in box)
@@ -165,6 +181,8 @@ def make_inputs(
         small_views=tuple(view[mine] for view in small),
         key_permutation=tuple(torch.randperm(batch, generator=generator) for _ in range(method.key_directions)),
     )
+    if method.reads_crop_boxes:
+        inputs.crop_boxes = {name: boxes[mine] for name, boxes in _crop_boxes(step, batch).items()}
     for direction, name in enumerate(("view1", "view2")):
         if name in method.mixed_views:
             scope = method.config.region.pairing_scope  # type: ignore[union-attr]
@@ -180,8 +198,14 @@ def to_double(inputs: StepInputs) -> StepInputs:
     """The same inputs in float64."""
     mixed = {name: image.double() for name, image in inputs.mixed.items()}
     small = tuple(view.double() for view in inputs.small_views)
+    boxes = {name: box.double() for name, box in inputs.crop_boxes.items()}
     return dataclasses.replace(
-        inputs, view1=inputs.view1.double(), view2=inputs.view2.double(), mixed=mixed, small_views=small
+        inputs,
+        view1=inputs.view1.double(),
+        view2=inputs.view2.double(),
+        mixed=mixed,
+        small_views=small,
+        crop_boxes=boxes,
     )
 
 

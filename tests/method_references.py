@@ -6,6 +6,7 @@ Used by test_region_methods.py and test_planted_faults.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -341,6 +342,59 @@ def _sinkhorn(samples: Tensor, prototypes: Tensor, config: Any) -> list[list[Ten
     return [[value * count for value in row] for row in q]
 
 
+def pixpro(method: Any, inputs: StepInputs) -> Tensor:
+    """Eq. 1 and 3 to 5, cell by cell, with the released code's coordinates, unit values and factor."""
+    config = method.config
+    maps = [method.projector(method.encoder(getattr(inputs, view))) for view in VIEWS]
+    values = [method.propagation.transform(each) for each in maps]
+    with torch.no_grad():
+        targets = [method.momentum_projector(method.momentum_encoder(getattr(inputs, view))) for view in VIEWS]
+    total = []
+    for image in range(len(inputs.view1)):
+        places = [
+            _places(inputs.crop_boxes[view][image].tolist(), maps[0].shape[2:], config.distance) for view in VIEWS
+        ]
+        reach = config.reach * max(diagonal for _, diagonal in places)
+        for a, b in ((0, 1), (1, 0)):
+            x, g = (list(each[image].flatten(1).T) for each in (maps[a], values[a]))
+            smoothed = [_propagated(i, x, g, config) for i in range(len(x))]
+            theirs = list(targets[b][image].flatten(1).T)
+            cosines = [
+                n(smoothed[i]) @ n(theirs[j])
+                for i, here in enumerate(places[a][0])
+                for j, there in enumerate(places[b][0])
+                if math.dist(here, there) < reach
+            ]
+            if cosines:
+                total.append(-config.loss_scale * mean_of(cosines))
+    return torch.stack(total).sum() / len(inputs.view1)
+
+
+def _places(box: list[float], grid: tuple[int, ...], distance: str) -> tuple[list[tuple[float, float]], float]:
+    """Centres of a map's cells in the image, row by row, and the diagonal of a cell."""
+    left, top, right, bottom, width, height = box
+    if distance == "sides":
+        # The released code has the first and the last pixel of a crop, in shares of the image's last pixel's number.
+        if left < right:
+            left, right = left / (width - 1), (right - 1) / (width - 1)
+        else:
+            left, right = (left - 1) / (width - 1), right / (width - 1)
+        top, bottom = top / (height - 1), (bottom - 1) / (height - 1)
+    across, down = (right - left) / grid[1], (bottom - top) / grid[0]
+    cells = [(left + (x + 0.5) * across, top + (y + 0.5) * down) for y in range(grid[0]) for x in range(grid[1])]
+    return cells, math.hypot(across, down)
+
+
+def _propagated(i: int, x: list[Tensor], g: list[Tensor], config: Any) -> Tensor:
+    """Eq. 3 and 4: the cell i as a sum over all cells."""
+    added = 1e-6 if config.sharpness < 1 else 0.0
+    terms = []
+    for other, value in zip(x, g, strict=True):
+        likeness = (n(x[i]) @ n(other)).clamp(min=0) + added
+        terms.append(likeness**config.sharpness * (n(value) if config.unit_values else value))
+    return torch.stack(terms).sum(0)
+
+
 def unmix(method: Any, inputs: StepInputs) -> Tensor:
     """Un-Mix section 3 on MoCo v2: images mixed one by one, each mixture against both of its keys."""
     config, images = method.config, inputs.view1
@@ -389,6 +443,7 @@ REFERENCES: dict[str, Callable[[Any, StepInputs], Tensor]] = {
     "simclr": simclr,
     "barlow-twins": barlow_twins,
     "swav": swav,
+    "pixpro": pixpro,
 }
 
 

@@ -20,6 +20,7 @@ from models.ops.masked_pool import masked_pool_backward_definition, masked_pool_
 from models.ops.queue_contrast import queue_sumexp_backward_definition, queue_sumexp_definition
 from pipeline import augment
 from pipeline.augmenter import BatchAugmenter
+from pipeline.cuts import Cuts
 from pipeline.epoch import EpochPipeline
 from pipeline.interface import Batch, PipelineConfig, ViewSpec
 from pipeline.prefetch import deliver_batches
@@ -42,6 +43,7 @@ from train.state import TrainState, optimizer_tensors, restore_optimizer
 
 BATCH, SIZE = 8, 64
 INDEX = torch.arange(BATCH)  # of a batch; made outside the mode, because its values are read on the host
+IMAGE_SIZES = torch.full((BATCH, 2), 80)
 CPU = Runtime(0, 1, torch.device("cpu"), torch.float32, False)
 SIZES = {
     "queue_size": 40,
@@ -96,6 +98,7 @@ def everything(state: TrainState, inputs: list[StepInputs]) -> dict[str, Tensor]
         named |= {f"small view {number}": view for number, view in enumerate(each.small_views)}
         named |= {f"box {name}": box for name, box in each.box_cells.items()}
         named |= {f"partner {name}": partner for name, partner in each.partner.items()}
+        named |= {f"crop box {name}": box for name, box in each.crop_boxes.items()}
     return {**named, **state.sums, "non_finite": state.non_finite}
 
 
@@ -114,7 +117,9 @@ def one_step(config: Config, dtype: torch.dtype) -> dict[str, Tensor]:
             config=config, runtime=runtime, wrapped=method, graphed=None, total_steps=10, steps_per_epoch=5
         )
         with watch:
-            inputs = builder.build(BatchAugmenter(pipeline_config)(uint8_batch(pipeline_config.views), 0), 0)
+            batch = BatchAugmenter(pipeline_config)(uint8_batch(pipeline_config.views), 0)
+            batch.cuts = Cuts(pipeline_config, 0, INDEX.numpy(), IMAGE_SIZES.numpy())
+            inputs = builder.build(batch, 0)
             assert inputs[0].view1.dtype == dtype
             take_step(job, state, 0, inputs)
         augment._normalisation.cache_clear()  # what it holds now is of no use to other tests
@@ -127,6 +132,7 @@ def test_every_method_stays_on_the_device_and_never_waits(method: str) -> None:
     elsewhere = {name: str(tensor.device) for name, tensor in held.items() if tensor.device != DEVICE}
     assert not elsewhere
     assert any(name.startswith("optimizer") for name in held) and "loss" in held
+    assert ("crop box view2" in held) == METHODS[method].reads_crop_boxes
 
 
 FLAGS = {
@@ -166,9 +172,9 @@ def test_inputs_come_over_side_streams_and_every_stream_is_told() -> None:
 
         def deliver(self, epoch: int, batches: list[np.ndarray]) -> Any:
             assert (epoch, len(batches)) == (0, 3)
-            ready = ((np.arange(BATCH), arrays) for _ in batches)
+            ready = ((np.arange(BATCH), np.full((BATCH, 2), 80), arrays) for _ in batches)
             for batch in deliver_batches(self.config, self.labels, ready):
-                yield dataclasses.replace(batch, index=INDEX)
+                yield dataclasses.replace(batch, index=INDEX, sizes=IMAGE_SIZES)
 
     with fake_gpu() as watch:
         augment._normalisation.cache_clear()

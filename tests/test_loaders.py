@@ -135,6 +135,8 @@ def test_order_labels_and_pixels(case: Case, order: str, build: Callable[..., Pi
     gaps = []
     for batch in batches:
         assert np.array_equal(batch.label.numpy(), store.labels[batch.index.numpy()])
+        assert batch.sizes is not None
+        assert batch.sizes.tolist() == [list(decode_rgb(store.read(each)).shape[:2]) for each in batch.index.tolist()]
         for spec in specs:
             view = batch.views[spec.name]
             assert view.dtype == torch.uint8 and view.shape == (len(batch.index), 3, spec.size, spec.size)

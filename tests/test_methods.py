@@ -288,6 +288,7 @@ RANK_CASES = {
     "two ranks, no queue": (2, [Case(name) for name in ("simsiam", "byol", "moco-v3", "care", "lewel-b")]),
     "two ranks, regions": (2, [Case(name) for name in ("regioncl-s", "regioncl-m3", "moby", "regioncl-moby")]),
     "two ranks, other baselines": (2, [Case("simclr"), Case("barlow-twins"), Case("swav"), Case("unmix")]),
+    "two ranks, cells at equal places": (2, [Case("pixpro"), Case("pixpro", {"transform_layers": 2})]),
     "two ranks, pairs across": (
         2,
         [Case(name, ACROSS_RANKS) for name in ("regioncl-m", "regioncl-s", "regioncl-m3", "regioncl-moby")],
@@ -370,7 +371,7 @@ def test_options_are_explicit_and_explained(name):
 def test_names_of_the_contract():
     assert set(METHODS) == set(
         "moco-v2 regioncl-m densecl regioncl-d simsiam regioncl-s byol care lewel-m lewel-b moco-v3 regioncl-m3 moby "
-        "regioncl-moby unmix simclr barlow-twins swav".split()
+        "regioncl-moby unmix simclr barlow-twins swav pixpro".split()
     )
 
 

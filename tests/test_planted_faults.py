@@ -16,6 +16,7 @@
 | embeddings not standardised; the diagonal's weight on all entries; both views the same (Barlow Twins) | the same |
 | assignments that are not balanced; a crop predicts its own assignment; crops pass alone (SwAV) | the same |
 | mixtures with themselves; shares exchanged (Un-Mix) | the same |
+| pairs by number of the cell; flips forgotten; pairs of one direction for both; no propagation (PixPro) | the same |
 | momentum network frozen; momentum network a copy of the online one | after_step moves all state as specified (below) |
 | a momentum module left out of the average | the same |
 | queue not advanced; not filled | the same |
@@ -41,6 +42,7 @@ from models.methods import (
     moby,
     moco_v2,
     moco_v3,
+    pixpro,
     queue_method,
     region_method,
     regioncl_s,
@@ -57,7 +59,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 REGION_WITH_NEGATIVES = ["regioncl-m", "regioncl-d", "regioncl-m3", "regioncl-moby"]
 MOCO = ["moco-v2", "regioncl-m", "densecl", "regioncl-d", "unmix"]
 QUEUES = [*MOCO, "moby", "regioncl-moby"]
-MOMENTUM = [*QUEUES, "moco-v3", "regioncl-m3"]
+MOMENTUM = [*QUEUES, "moco-v3", "regioncl-m3", "pixpro"]
 COEFFICIENT = 0.9
 
 
@@ -134,6 +136,13 @@ def wrong_views(patch: pytest.MonkeyPatch) -> None:
         return embed(self, seen[0])
 
     patch.setattr(barlow_twins.BarlowTwins, "embed", first_view)
+    target, cells = pixpro.PixPro.target, []
+
+    def own_cells(self, images):
+        cells.append(images)
+        return target(self, cells[0])
+
+    patch.setattr(pixpro.PixPro, "target", own_cells)
     assignments = swav.SwAV.assignments
     patch.setattr(swav.SwAV, "assignments", lambda self, *args: assignments(self, *args).flip(0))
 
@@ -180,6 +189,38 @@ def shares_exchanged(patch: pytest.MonkeyPatch) -> None:
     # In the loss alone: mixtures that change places with their shares are the same mixtures in another order.
     original = unmix._on_device
     patch.setattr(unmix, "_on_device", lambda values, like: original([1 - value for value in values], like))
+
+
+def pairs_by_number(patch: pytest.MonkeyPatch) -> None:
+    def same(first: Any, second: Any, grid: Any, *rest: Any) -> Any:
+        return torch.eye(grid[0] * grid[1], dtype=torch.bool).expand(len(first), -1, -1)
+
+    patch.setattr(pixpro, "near_pairs", same)
+
+
+def flips_forgotten(patch: pytest.MonkeyPatch) -> None:
+    original = pixpro.near_pairs
+
+    def upright(boxes: Any) -> Any:
+        left, right = boxes[:, 0].minimum(boxes[:, 2]), boxes[:, 0].maximum(boxes[:, 2])
+        return torch.stack([left, boxes[:, 1], right, boxes[:, 3], boxes[:, 4], boxes[:, 5]], dim=1)
+
+    patch.setattr(pixpro, "near_pairs", lambda first, second, *rest: original(upright(first), upright(second), *rest))
+
+
+def one_direction_s_pairs_for_both(patch: pytest.MonkeyPatch) -> None:
+    original = pixpro.pair_consistency
+    seen: list[Any] = []
+
+    def first_pairs(prediction: Any, target: Any, pairs: Any) -> Any:
+        seen.append(pairs)
+        return original(prediction, target, seen[0])
+
+    patch.setattr(pixpro, "pair_consistency", first_pairs)
+
+
+def no_propagation(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pixpro.Propagation, "forward", lambda self, x: self.transform(x))
 
 
 def own_embedding_as_negative(patch: pytest.MonkeyPatch) -> None:
@@ -234,12 +275,12 @@ def queues_exchanged(patch: pytest.MonkeyPatch) -> None:
 
 
 def frozen_momentum(patch: pytest.MonkeyPatch) -> None:
-    for module in (queue_method, moco_v3):
+    for module in (queue_method, moco_v3, pixpro):
         patch.setattr(module, "ema_update", lambda pairs, m: None)
 
 
 def projector_not_averaged(patch: pytest.MonkeyPatch) -> None:
-    for owner in (moco_v2.MoCoV2, moco_v3.MoCoV3, moby.MoBY, densecl.DenseCL):
+    for owner in (moco_v2.MoCoV2, moco_v3.MoCoV3, moby.MoBY, densecl.DenseCL, pixpro.PixPro):
         pairs = owner.momentum_pairs
         patch.setattr(owner, "momentum_pairs", lambda self, pairs=pairs: pairs(self)[:-1])
 
@@ -294,6 +335,10 @@ FAULTS: list[tuple[Patch, Callable[[str, Method, StepInputs], None], list[str]]]
     (crops_pass_alone, check_against_formula, ["swav"]),
     (mixed_with_themselves, check_against_formula, ["unmix"]),
     (shares_exchanged, check_against_formula, ["unmix"]),
+    (pairs_by_number, check_against_formula, ["pixpro"]),
+    (flips_forgotten, check_against_formula, ["pixpro"]),
+    (one_direction_s_pairs_for_both, check_against_formula, ["pixpro"]),
+    (no_propagation, check_against_formula, ["pixpro"]),
     (own_embedding_as_negative, check_against_formula, ["simclr"]),
     (no_negatives_of_the_own_view, check_against_formula, ["simclr"]),
     (negatives_without_gradient, check_against_formula, ["simclr"]),

@@ -269,6 +269,28 @@ TABLE |= {
 }
 
 
+TABLE |= {
+    name: Row(
+        "lars",
+        4.0,
+        1024,
+        1e-5,
+        "1d",
+        5,
+        "cosine-step",
+        (0.99, TO_ONE),
+        epochs,
+        "sync",
+        "byol-moby",
+        model=(
+            *(("dim", 256), ("hidden_dim", 4096), ("reach", 0.7), ("sharpness", 2.0), ("transform_layers", 1)),
+            *(("distance", "sides"), ("unit_values", True), ("loss_scale", 2.0)),
+        ),
+    )
+    for name, epochs in (("pixpro", 100), ("pixpro-400ep", 400))
+}
+
+
 def row_of(recipe: Recipe, model: Any, wanted: Row) -> Row:
     optim, schedule = recipe.optim, recipe.schedule
     return Row(
@@ -305,7 +327,7 @@ def test_every_published_recipe_has_a_line() -> None:
 def test_small_recipes_of_all_methods_have_equal_optimizer_schedule_and_images(method: str) -> None:
     recipe, _ = RECIPES[f"{method}-small"][1]()
     # Methods that regress a momentum network are a family of their own, with a higher rate.
-    family = "byol" if method in ("byol", "care", "lewel-b") else "moco-v2"
+    family = "byol" if method in ("byol", "care", "lewel-b", "pixpro") else "moco-v2"
     other, _ = RECIPES[f"{family}-small"][1]()
     same = ("image_size", "epochs", "global_batch", "optim", "schedule")
     assert [getattr(recipe, name) for name in same] == [getattr(other, name) for name in same]
@@ -330,6 +352,10 @@ def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
         )
         assert ends[2:] == (True, 0, "warmup-end") and recipe.optim.clip_grad_norm == 0.0
         assert recipe.augment.min_scale == (0.08 if "2x224" in name else 0.0)
+    elif name.startswith("pixpro"):
+        # At batch 1024: a hundredth of the peak of 4, and the scheduler's eta_min.
+        assert (ends[0] * 4, ends[1] * 4) == pytest.approx((0.04, 1e-6), rel=1e-12)
+        assert ends[2:] == (True, 0, "warmup-end") and recipe.optim.clip_grad_norm == 0.0
     elif name == "barlow-twins":
         assert ends == (0.0, 2e-4, True, 0, "warmup-end") and recipe.optim.clip_grad_norm == 0.0
     else:
@@ -346,9 +372,9 @@ def test_ends_of_schedules_and_forms_of_lars(name: str) -> None:
 
 
 def test_the_zero_started_norms_are_those_of_the_papers_that_have_them() -> None:
-    """The codes of SimSiam, MoCo v3, SimCLR, Barlow Twins and BYOL do so; LEWEL's code base, MoCo and CARE do not."""
+    """The codes of these methods do so; LEWEL's code base, MoCo and CARE do not."""
     started = {name for name in TABLE if getattr(RECIPES[name][1]()[1], "zero_init_residual", False)}
-    bases = ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "byol-paper", "simclr", "barlow-twins")
+    bases = ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "byol-paper", "simclr", "barlow-twins", "pixpro")
     assert started == {name for name in TABLE if name.startswith(bases) and "vit" not in name}
 
 

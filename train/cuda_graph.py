@@ -149,7 +149,7 @@ class GraphedForwardBackward:
         # The graph reads these addresses at each replay, so the tensors are its own: a loader uses its buffers again.
         copied = {
             name: {key: tensor.to(device).clone() for key, tensor in getattr(inputs, name).items()}
-            for name in ("mixed", "box_cells", "partner")
+            for name in ("mixed", "box_cells", "partner", "crop_boxes")
         }
         values = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)} | copied
         for name in ("view1", "view2"):

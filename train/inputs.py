@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from models.methods.base import Method, StepInputs
 from models.ops.choice import AUGMENT
 from models.ops.launcher import CudaModule
 from pipeline import augment
+from pipeline.cuts import Cuts
 from pipeline.interface import Batch, Pipeline, PipelineConfig, PipelineStats, ViewSpec
 from pipeline.profiles import Profile, get_profile, with_views
 from pipeline.regions import RegionSampler, make_mixed
@@ -68,6 +69,16 @@ def finished_views(settings: PipelineConfig, config: Config, runtime: Runtime) -
         # pipeline/ and models/ do not know each other; the launcher of the fused kernel comes from models/.
         load_kernels=CudaModule,
     )
+
+
+def made_up_batch(views: dict[str, Tensor], config: Config) -> Batch:
+    """A batch of views that no loader cut, as if they came from square images of the recipe's size."""
+    # Made by NumPy: where memory is estimated from shapes, tensors have no values to draw boxes from.
+    samples = np.arange(len(views["view1"]))
+    sizes = np.full((len(samples), 2), config.recipe.image_size)
+    settings = PipelineConfig("", train_views(config), len(samples), augment=train_profile(config))
+    index = torch.from_numpy(samples)
+    return Batch(views, index, index, torch.from_numpy(sizes), Cuts(settings, 0, samples, sizes))
 
 
 def batch_per_device(config: Config, world_size: int) -> int:
@@ -195,18 +206,41 @@ class InputBuilder:
         local = batch.index.numel()
         micro = micro_batch(self.config) or local
         count = local // micro
+        boxes = self._crop_boxes(batch)
+        rows = [slice(first * micro, (first + 1) * micro) for first in range(count)]
         return [
             self.step_inputs(
-                {name: view[first * micro : (first + 1) * micro] for name, view in batch.views.items()},
+                {name: view[part] for name, view in batch.views.items()},
                 step,
-                first,
+                number,
                 count,
                 epoch,
+                {name: box[part] for name, box in boxes.items()},
             )
-            for first in range(count)
+            for number, part in enumerate(rows)
         ]
 
-    def step_inputs(self, views: dict[str, Tensor], step: int, micro: int, count: int, epoch: int = 0) -> StepInputs:
+    def _crop_boxes(self, batch: Batch) -> dict[str, np.ndarray]:
+        """The boxes (B, 6) of both views, for a method that reads them."""
+        if not self.method.reads_crop_boxes:
+            return {}
+        if batch.cuts is None:
+            raise UserMistake(
+                f"--method {self.config.run.method} compares places of an image, and this batch does not say where its "
+                "views were cut; take the batches from a loader of this package"
+            )
+        boxes = batch.cuts.boxes()
+        return {name: boxes[name] for name in VIEWS}
+
+    def step_inputs(
+        self,
+        views: dict[str, Tensor],
+        step: int,
+        micro: int,
+        count: int,
+        epoch: int = 0,
+        crop_boxes: Mapping[str, np.ndarray] | None = None,
+    ) -> StepInputs:
         """Each micro-batch of all ranks together is treated as a global batch of its own."""
         inputs = StepInputs(
             view1=views["view1"],
@@ -219,6 +253,7 @@ class InputBuilder:
             micro_batches=count,
             epoch=epoch,
             small_views=tuple(view for name, view in views.items() if name not in VIEWS),
+            crop_boxes={name: self._to_device(box) for name, box in (crop_boxes or {}).items()},
         )
         global_batch = views["view1"].shape[0] * self.runtime.world_size
         inputs.key_permutation = tuple(

@@ -29,14 +29,13 @@ from torch.utils._pytree import tree_leaves
 
 from models.methods.base import Method, StepInputs
 from models.running import moved_together
-from pipeline.interface import Batch
 from pipeline.prefetch import DEPTH
 from pipeline.read_ahead import memory_bytes
 
 from .build import build_method, feature_grid
 from .config import Config
 from .errors import UserMistake
-from .inputs import InputBuilder, batch_per_device, images_per_forward, train_views
+from .inputs import InputBuilder, batch_per_device, images_per_forward, made_up_batch, train_views
 from .runtime import Runtime
 
 _GIB = 2**30
@@ -298,9 +297,8 @@ def _inputs(config: Config, method: Method, runtime: Runtime, images: int) -> St
         )
         for spec in train_views(config)
     }
-    index = torch.arange(images)
     builder = InputBuilder(alone, method, runtime, feature_grid(method, size))
-    return builder.build(Batch(views, index, index), 0)[0]
+    return builder.build(made_up_batch(views, config), 0)[0]
 
 
 def _step(method: Method, inputs: StepInputs, runtime: Runtime, live: LiveBytes) -> int:

@@ -9,6 +9,7 @@ epoch. Every published schedule of the trainer is one setting of `ScheduleConfig
 | MoCo v2, DenseCL, SimSiam, RegionCL-M | 0 | | | cosine-epoch | | 0 |
 | MoCo v3, BYOL, SimCLR | 10 | 0 | 0 | cosine-step | warmup-end | 0 |
 | SwAV | 10, or 0 at batch 256 | 0.01875 (scaled) | 0 | cosine-step | warmup-end | 3e-4 (scaled) |
+| PixPro | 5 | 0.01 (scaled) | 0 | cosine-step | warmup-end | 2.5e-7 (scaled) |
 | Barlow Twins | 10 | 0 | 0 | cosine-step | warmup-end | 2e-4 (scaled) |
 | MoCo v3 and BYOL on a ViT | 40 | 0 | 0 | cosine-step | warmup-end | 0 |
 | CARE | 10 | 1e-6 | 0 | cosine-step | warmup-end | 0 |

@@ -12,6 +12,7 @@ from .lewel_m import LewelM
 from .moby import MoBY
 from .moco_v2 import MoCoV2
 from .moco_v3 import MoCoV3
+from .pixpro import PixPro
 from .regioncl_d import RegionCLD
 from .regioncl_m import RegionCLM
 from .regioncl_m3 import RegionCLM3
@@ -41,4 +42,5 @@ METHODS: dict[str, type[Method]] = {
     "simclr": SimCLR,
     "barlow-twins": BarlowTwins,
     "swav": SwAV,
+    "pixpro": PixPro,
 }

@@ -35,6 +35,9 @@ class StepInputs:
         epoch: number of the epoch, 0-based, that the step belongs to.
         small_views: further views of the same images, each (B, 3, s, s) of one smaller size, for methods that train on
             more than two.
+        crop_boxes: "view1" / "view2" -> (B, 6) float32, where in its image each view was cut: left, top, right and
+            bottom edge, then width and height of the image, in pixels; left and right change places where the view is
+            flipped. Empty where the method does not ask for it.
     """
 
     view1: Tensor
@@ -50,6 +53,7 @@ class StepInputs:
     micro_batches: int = 1
     epoch: int = 0
     small_views: tuple[Tensor, ...] = ()
+    crop_boxes: dict[str, Tensor] = field(default_factory=dict)
 
     def views(self) -> list[Tensor]:
         """The views of the images, the two large ones first."""
@@ -57,7 +61,7 @@ class StepInputs:
 
     def tensors(self) -> list[Tensor]:
         """All that lies on the device, the views first, in a fixed order; permutations stay on the host."""
-        named = [self.mixed, self.box_cells, self.partner]
+        named = [self.mixed, self.box_cells, self.partner, self.crop_boxes]
         return [*self.views(), *(group[name] for group in named for name in sorted(group))]
 
 
@@ -100,6 +104,9 @@ class Method(nn.Module, ABC):
 
     reads_positions: ClassVar[bool] = False
     """Whether the method reads single cells of the feature map, and not only its mean."""
+
+    reads_crop_boxes: ClassVar[bool] = False
+    """Whether a step needs to know where in its image each view was cut."""
 
     encoder: nn.Module
     frozen_stages: tuple[str, ...] = ()

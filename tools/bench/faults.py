@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from models import losses, momentum
-from models.methods import moco_v3, queue_method, regioncl_s, simsiam
+from models.methods import moco_v3, pixpro, queue_method, regioncl_s, simsiam
 
 
 class Patcher(Protocol):
@@ -62,7 +62,7 @@ def no_predictor(patch: Patcher) -> None:
 
 def copying_momentum(patch: Patcher) -> None:
     """The momentum network becomes a copy of the online network at every step."""
-    for module in (queue_method, moco_v3, momentum):
+    for module in (queue_method, moco_v3, pixpro, momentum):
         original = module.ema_update
         patch.setattr(module, "ema_update", lambda pairs, m, update=original, **more: update(pairs, 0.0, **more))
 

@@ -76,7 +76,7 @@ FAMILIES = {
     ("simclr",): [*ADAMW, "--temperature=0.2"],
     ("swav",): [*ADAMW, "--sinkhorn-epsilon=0.03", "--freeze-prototypes-steps=288", "--small-scale=0.2,0.5"],
     ("regioncl-s",): [*ADAMW, "--region.head-batching=separate"],
-    ("byol",): [*ADAMW, *QUICK_EMA],
+    ("byol", "pixpro"): [*ADAMW, *QUICK_EMA],
     ("care",): [*FAST_ADAMW, *QUICK_EMA],
     ("lewel-b",): [*FAST_ADAMW, *QUICK_EMA, "--c=32", "--momentum-norm=own", "--bn.mode=sync", "--bn.group-size=0"],
 }

@@ -29,7 +29,7 @@ from train.errors import UserMistake
 from train.eval import analysis
 from train.eval.linear import fit_logistic
 from train.eval.splits import balanced_subset, class_names
-from train.inputs import InputBuilder
+from train.inputs import VIEWS, InputBuilder
 from train.measure.features import center_view, extract_features, normalise
 from train.record.run import CONFIG, read_config, read_run
 from train.resolve import resolve
@@ -370,7 +370,11 @@ def _box_gradients(
 
 def _inputs_of(config: Config, method: Method, runtime: Runtime, view2: Tensor) -> Callable[[Tensor], StepInputs]:
     builder = InputBuilder(config, method, runtime, feature_grid(method, config.recipe.image_size))
-    return lambda view1: builder.step_inputs({"view1": view1, "view2": view2}, 0, 0, 1)
+    # Both views show the whole image.
+    whole = np.full((len(view2), 6), config.recipe.image_size, dtype=np.float32)
+    whole[:, :2] = 0
+    boxes = {name: whole for name in VIEWS} if method.reads_crop_boxes else {}
+    return lambda view1: builder.step_inputs({"view1": view1, "view2": view2}, 0, 0, 1, crop_boxes=boxes)
 
 
 def align(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

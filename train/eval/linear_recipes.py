@@ -90,4 +90,6 @@ RECIPE_OF_METHOD: dict[str, str] = {
     "simclr": "simclr",
     "barlow-twins": "barlow-twins",
     "swav": "swav",
+    # Its code has MoCo's rate and batch, with a cosine; no command of it is published.
+    "pixpro": "moco-v2",
 }

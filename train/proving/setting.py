@@ -10,11 +10,10 @@ import torch
 
 from models.methods.base import Method, StepInputs
 from models.ops.choice import CHOICES
-from pipeline.interface import Batch
 
 from ..build import build_method, feature_grid
 from ..config import Config
-from ..inputs import InputBuilder, images_per_forward, train_views
+from ..inputs import InputBuilder, images_per_forward, made_up_batch, train_views
 from ..runtime import Runtime
 
 SHARED_FORWARD = "shared_forward"
@@ -77,7 +76,5 @@ def method_and_inputs(setting: Setting) -> tuple[Method, StepInputs]:
         )
         for spec in train_views(config)
     }
-    index = torch.arange(images)
-    return method, InputBuilder(config, method, runtime, feature_grid(method, size)).build(
-        Batch(views, index, index), 0
-    )[0]
+    builder = InputBuilder(config, method, runtime, feature_grid(method, size))
+    return method, builder.build(made_up_batch(views, config), 0)[0]

@@ -77,7 +77,7 @@ def write_run(folder: Path, rates: tuple[float, ...]) -> None:
         "data_images": 50,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    knn = [{"kind": "knn", "step": step, "top1": top1} for step, top1 in ((0, 0.3), (5, 0.6), (10, 0.5))]
+    knn = [{"kind": "knn", "step": 5 * n, "epoch": n, "top1": top1} for n, top1 in enumerate((0.3, 0.6, 0.5))]
     train = [{"kind": "train", "step": 5 * n, "images_per_s": rate} for n, rate in enumerate(rates, 1)]
     rows = [{"kind": "start", "step": 0, "last_step": 10}, *knn, *train, {"kind": "health", "view_retrieval": 0.2}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": 10, **row}) + "\n" for row in rows))
@@ -90,6 +90,7 @@ def test_a_row_has_the_figures_of_its_run(tmp_path: Path) -> None:
         Planned("p", "byol", "byol-small", 0, ("--a", "1")), tmp_path / "run", dict.fromkeys(COLUMNS, "")
     )
     assert (row["untrained"], row["best"], row["last"], row["linear"]) == ("0.3000", "0.6000", "0.5000", "0.7000")
+    assert row["curve"] == "0:0.3000 1:0.6000 2:0.5000"
     # 5 steps of 10 images at 5 images/s and 5 steps at 10: 15 s.
     assert (row["minutes"], row["images_per_s"], row["flags"]) == ("0.2", "7.5", "--a 1")
 

@@ -1,7 +1,7 @@
-"""Draw the plots of the README and of the results page from the rows in tools/results.
+"""Draw the plots of the README and the plots and plans' tables of the results page from the rows in tools/results.
 
-`python tools/plot_results.py [--out FOLDER]` writes one SVG a plot. It reads rows and nothing else, so a figure without
-a row cannot appear in a plot. Needs matplotlib (extra `eval`).
+`python tools/plot_results.py [--out FOLDER]` writes one SVG a plot, and the tables into tools/results/README.md. It
+reads rows and nothing else, so a figure without a row cannot appear in them. Needs matplotlib (extra `eval`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ import argparse
 import csv
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING
+
+from tools.support.plan_tables import curve, grouped, write_tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,6 +119,27 @@ def draw_imagenette(axes: Axes) -> None:
     axes.legend(frameon=False, ncols=2)
 
 
+def draw_plan(axes: Axes, plan: str) -> None:
+    """20-NN top-1 of a plan's runs against epochs: the mean over seeds, and a band from the least to the most.
+
+    Args:
+        axes: what is drawn on.
+        plan: name in imagenette.csv.
+    """
+    rows = [row for row in rows_of("imagenette.csv") if row["plan"] == plan]
+    for label, runs in sorted(grouped(rows).items()):
+        epochs = [epoch for epoch, _ in curve(runs[0])]
+        shares = [[100 * share for _, share in curve(run)] for run in runs]
+        (line,) = axes.plot(epochs, [fmean(each) for each in zip(*shares, strict=True)], label=label, linewidth=1.2)
+        if len(runs) > 1:
+            low, high = ([least(each) for each in zip(*shares, strict=True)] for least in (min, max))
+            axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xlabel(f"epochs of Imagenette ({rows[0]['arch']}, {rows[0]['image_size']} px; band: over seeds)")
+    axes.set_ylabel("20-NN top-1, percent")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
 def draw_shapes(axes: Axes) -> None:
     """20-NN top-1 on drawn shapes, trained beside untrained, with the 20th and 80th percentile of three seeds."""
     newest: dict[tuple[str, str], Row] = {}
@@ -138,6 +163,7 @@ def draw_shapes(axes: Axes) -> None:
 PLOTS_BY_NAME: dict[str, tuple[Callable[[Axes], None], tuple[float, float]]] = {
     "loaders": (draw_loaders, (8.4, 2.6)),
     "imagenette": (draw_imagenette, (8.4, 3.6)),
+    "imagenette-narrow": (partial(draw_plan, plan="imagenette-narrow"), (8.4, 4.2)),
     "shapes": (draw_shapes, (8.4, 5.2)),
 }
 """Name of each plot, with the function that draws it and its width and height in inches."""
@@ -180,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = parser.parse_args(argv).out
     for name in PLOTS_BY_NAME:
         print(write_plot(name, out))
+    write_tables(RESULTS / "README.md", rows_of("imagenette.csv"))
     return 0
 
 

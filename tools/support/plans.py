@@ -29,12 +29,13 @@ COLUMNS = (
     "last",
     "linear",
     "view_retrieval",
+    "curve",
     "minutes",
     "images_per_s",
     "device",
     "cpu",
 )
-"""Accuracies are shares; minutes are those of training alone."""
+"""Accuracies are shares; the curve is `epoch:20-NN` of each measurement; minutes are those of training alone."""
 TIMED = ("date", "minutes", "images_per_s")
 """Columns that two equal runs may have otherwise."""
 
@@ -143,7 +144,8 @@ def finished_row(planned: Planned, folder: Path, common: dict[str, str]) -> dict
     """
     run = read_run(folder)
     config, recipe = run.config, run.config["recipe"]
-    accuracies = [row["top1"] for row in run.of_kind("knn")]
+    measured = run.of_kind("knn")
+    accuracies = [row["top1"] for row in measured]
     health = run.last("health") or {}
     return {
         **common,
@@ -161,6 +163,7 @@ def finished_row(planned: Planned, folder: Path, common: dict[str, str]) -> dict
         "last": f"{accuracies[-1]:.4f}",
         "linear": f"{run.scores['eval-linear.json']['top1']:.4f}",
         "view_retrieval": f"{health.get('view_retrieval', float('nan')):.4f}",
+        "curve": " ".join(f"{row['epoch']}:{row['top1']:.4f}" for row in measured),
         **_times(run),
     }
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,28 @@ def attack(
     return tally
 
 
+def attack_at_once(chosen: list[Job], kills: int, seed: int, seconds: float, at_once: int) -> Counter[tuple[str, str]]:
+    """`attack` several times at once, each with a share of the blows, with draws and with folders of its own.
+
+    Raises:
+        AssertionError: as `attack`.
+    """
+
+    def one(number: int) -> Counter[tuple[str, str]]:
+        # Each begins at another job, so that a short time is spread over all of them.
+        first = number * len(chosen) // at_once
+        return attack(
+            [*chosen[first:], *chosen[:first]],
+            -(-kills // at_once),
+            seed + number,
+            lambda line: print(f"{number}: {line}", file=sys.stderr, flush=True),
+            seconds,
+        )
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return sum(pool.map(one, range(at_once)), Counter())
+
+
 def _warm() -> None:
     """Start the fork server with all that the jobs import: the first run would otherwise seem longer than it is."""
     _CONTEXT.set_forkserver_preload(["tests.runs_preload", "tests.faults.preload"])
@@ -272,15 +295,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=math.inf, help="end earlier, after the run that is under way")
     parser.add_argument("--only", default="", help="jobs whose name holds this")
     parser.add_argument("--ranks", type=int, default=0, help="jobs of this many processes; 0: of any number")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once: one that has lost a rank waits idle for it")
     parser.add_argument("--report", type=Path, help="file to write")
     arguments = parser.parse_args(argv)
     chosen = [
         job for job in jobs() if arguments.only in job.name and (not arguments.ranks or job.ranks == arguments.ranks)
     ]
-    seconds = 60 * arguments.minutes
-    tally = attack(
-        chosen, arguments.kills, arguments.seed, lambda line: print(line, file=sys.stderr, flush=True), seconds
-    )
+    tally = attack_at_once(chosen, arguments.kills, arguments.seed, 60 * arguments.minutes, arguments.jobs)
     command = " ".join(
         ["python -m tests.faults.kills", *argv[: argv.index("--report") if "--report" in argv else None]]
     )

@@ -2,12 +2,13 @@
 
 import functools
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.ops import choice
+from models.ops import batch_norm_act_kernels, choice
 from models.ops.batch_norm_act import (
     batch_norm_act,
     batch_norm_act_backward_definition,
@@ -16,9 +17,11 @@ from models.ops.batch_norm_act import (
     move_running_statistics,
 )
 from models.ops.batch_norm_act_kernels import (
+    BLOCKS_A_MULTIPROCESSOR,
     KERNELS,
     SOURCE,
     BatchNormActKernels,
+    cuda_kernels,
     kernels_for,
     kernels_to_move,
     why_not,
@@ -290,6 +293,24 @@ def test_running_kernel_agrees_with_the_definition(host_load, views):
             move(*running, mean, variance, 12, views, momentum)
             results.append(running)
         torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("multiprocessors", [80, 108, 132])
+@pytest.mark.parametrize("shape", [(256, 64, 56, 56, 2), (256, 2048, 7, 7, 2), (256, 256, 14, 14, 8)], ids=str)
+def test_a_large_map_is_cut_into_as_many_blocks_as_run_at_once(monkeypatch, multiprocessors, shape):
+    card = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    launched = []
+    monkeypatch.setattr(
+        batch_norm_act_kernels, "loader", lambda *_: lambda options: lambda *launch: launched.append(launch)
+    )
+    kernels = cuda_kernels.__wrapped__(torch.device("cuda", 0))
+    x = torch.empty(shape[:4], dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    monkeypatch.setattr(batch_norm_act_kernels, "_readable", lambda tensor: tensor)
+    kernels.forward(x, None, None, None, shape[4], EPS, False, False)
+    columns, splits, groups = launched[0][1]
+    at_once = BLOCKS_A_MULTIPROCESSOR * multiprocessors
+    assert 0.75 * at_once < columns * splits * groups <= at_once
 
 
 def test_each_pass_is_one_launch(host_load):

@@ -3,8 +3,9 @@
 //   y = relu((x - mean[g]) * weight / sqrt(variance[g] + eps) + bias + residual)
 //
 // The map is (groups, rows, C) in memory, a row being one position of one image. Compiled at first use by NVRTC with the
-// macros of storage.h (nvrtc.py, batch_norm_act_kernels.py). Sums are float32 and in a fixed order, whatever the device: blocks
-// leave partial sums, and a second launch joins them, so that no result depends on which block comes first.
+// macros of storage.h (nvrtc.py, batch_norm_act_kernels.py). Sums are float32 and in a fixed order: blocks leave partial sums,
+// and a second launch joins them, so that no result depends on which block comes first. How many blocks there are follows
+// from the card, so two kinds of card may differ in the last digits.
 //
 // A block is lanes x slices threads (256): lanes walk along the channels, which are contiguous, slices share out the
 // rows. Each group's rows are cut into `splits` runs, one for each block along y.

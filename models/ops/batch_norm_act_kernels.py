@@ -22,6 +22,8 @@ KERNELS = (*host.KERNELS, "batch_norm_move_running")
 THREADS, JOIN_LANES, JOIN_SLICES = 256, 32, 16  # as in the source
 _logger = logging.getLogger(__name__)
 GATE_NONE, GATE_RECOMPUTE, GATE_MASK = 0, 1, 2
+BLOCKS_A_MULTIPROCESSOR = 4
+"""How many blocks of a pass over a map run on one multiprocessor at a time: their registers allow so many."""
 
 
 class Arguments(ctypes.Structure):
@@ -139,8 +141,12 @@ def _fits(parameter: Tensor | None, x: Tensor) -> bool:
 
 @functools.cache
 def cuda_kernels(device: torch.device) -> BatchNormActKernels:
-    """The kernels on one device."""
-    return BatchNormActKernels(loader(SOURCE, KERNELS, device))
+    """The kernels on one device, in as many blocks as run there at once.
+
+    With more a last few would run while most of the GPU waits, and each is one more partial result to join.
+    """
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return BatchNormActKernels(loader(SOURCE, KERNELS, device), BLOCKS_A_MULTIPROCESSOR * multiprocessors)
 
 
 def pack_size(channels: int, dtype: torch.dtype) -> int:

@@ -1,6 +1,7 @@
 """Counts of what each kernel asks of memory, from the PTX run: requests of a warp, sectors of 32 bytes, instructions.
 
     python -m tests.ptx.counts [CONTENDER]    appends rows to tools/results/kernel_counts.csv
+    python -m tests.ptx.counts blocks         batch norm with 1024 blocks and with as many as a card runs at once
 
 Counts are exact and the same on every machine; they are no times.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,23 @@ def count_norm(make: Make) -> str:
     return "4 x 64 x 16 x 16, bfloat16, residual, ReLU"
 
 
+BLOCKS = {"1024 blocks": 1024, "4 blocks a multiprocessor of an A100": 4 * 108, "of an H200": 4 * 132}
+"""Into how many blocks a large map may be cut; `cuda_kernels` takes four for each multiprocessor."""
+
+
+def count_joins(blocks: int) -> Callable[[Make], str]:
+    """Batch norm of a map so large that the number of blocks decides how many partial results there are to join."""
+
+    def run(make: Make) -> str:
+        x, (weight, bias) = make_map(8, 64, 64, 64, dtype=BF16), parameters(64, torch.float32)
+        kernels = batch_norm_act_kernels.BatchNormActKernels(loader(make, batch_norm_act_kernels.SOURCE), blocks, 1)
+        results = kernels.forward(x, None, weight, bias, 1, EPS, False, False)
+        kernels.backward(x, x, weight, bias, *results[1:], EPS, False, False)
+        return "8 x 64 x 64 x 64, bfloat16"
+
+    return run
+
+
 def count_soft(make: Make) -> str:
     """Pooling under two soft maps, forward and backward."""
     features, weights = random_features(2, 256, 7, 7, BF16), random_maps(2, 1, 2, 7, 7, torch.float32)
@@ -84,22 +102,32 @@ def count_views(make: Make) -> str:
 def count(report: Report, contender: str, capability: tuple[int, int]) -> None:
     """Add the rows of one architecture."""
     for part in (count_norm, count_soft, count_boxes, count_views):
-        counts: dict[str, dict[str, int]] = {}
+        add_rows(report, part, contender, capability)
 
-        def make(source: Path, options: tuple[str, ...], shared: Mapping[str, int], into: Any = counts) -> Counter:
-            module = PtxModule(source, options, capability=capability, shared_bytes=shared, both_orders=False)
-            return Counter(module, into)
 
-        with watched_tensors():
-            shape = part(make)
-        for kernel, values in counts.items():
-            for metric, value in values.items():
-                setting = f"{shape}, sm_{capability[0]}{capability[1]}"
-                report.add(f"{kernel}: {contender}", metric, UNITS.get(metric, "count"), [float(value)], setting)
+def add_rows(report: Report, part: Callable[[Make], str], contender: str, capability: tuple[int, int]) -> None:
+    """Add the counts of every kernel that a part launches."""
+    counts: dict[str, dict[str, int]] = {}
+
+    def make(source: Path, options: tuple[str, ...], shared: Mapping[str, int]) -> Counter:
+        module = PtxModule(source, options, capability=capability, shared_bytes=shared, both_orders=False)
+        return Counter(module, counts)
+
+    with watched_tensors():
+        shape = part(make)
+    for kernel, values in counts.items():
+        for metric, value in values.items():
+            setting = f"{shape}, sm_{capability[0]}{capability[1]}"
+            report.add(f"{kernel}: {contender}", metric, UNITS.get(metric, "count"), [float(value)], setting)
 
 
 if __name__ == "__main__":
     rows = Report("kernel_counts")
+    asked = sys.argv[1] if len(sys.argv) > 1 else "ours"
     for each in capabilities():
-        count(rows, sys.argv[1] if len(sys.argv) > 1 else "ours", each)
+        if asked != "blocks":
+            count(rows, asked, each)
+            continue
+        for name, number in BLOCKS.items():
+            add_rows(rows, count_joins(number), name, each)
     print(rows.append_csv())

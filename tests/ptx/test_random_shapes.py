@@ -1,6 +1,7 @@
 """All kernels on PTX on random shapes, odd ones included: the checks of memory, order and value of every launch.
 
 python -m pytest tests/ptx/test_random_shapes.py -m slow
+python -m tests.ptx.report                                  the same shapes on real threads, too, and the planted faults
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ def random_augmented(draw: random.Random) -> tuple[str, Case]:
     return f"augmentation {shape} {profile} {dtype}", augmented(shape, dtype, profile, batch=2)
 
 
-def cases() -> Iterator[tuple[str, Case]]:
+def cases(each: int = EACH) -> Iterator[tuple[str, Case]]:
+    """Name and case of `each` random shapes of every family of kernels."""
     draw = random.Random(20)
     for family in (random_norm, random_soft, random_box, random_augmented):
-        for number in range(EACH):
+        for number in range(each):
             name, case = family(draw)
             yield f"{number} {name}", case
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from .cases import Case
 from .module import HERE, contents, tensors_of, watched_tensors
 
 SANITIZERS = {"threads": ["-fsanitize=thread"], "addresses": ["-fsanitize=address,undefined", "-fno-sanitize-recover"]}
+Plant = Callable[[str], str]
 FLAGS = ["-std=c++17", "-O1", "-g", "-w", "-ffp-contract=off", "-pthread"]
 
 
@@ -75,20 +76,26 @@ def host_augment(folder: Path) -> Any:
     return lambda name, grid, block, arguments: getattr(loaded, f"host_{name}")(ctypes.byref(arguments), *grid[:2])
 
 
-def record(case: Case, folder: Path) -> list[tuple[Path, tuple[str, ...], Recorder]]:
-    """Run a case on the shim: source, options and launches of each variant that it loads."""
+Variants = dict[tuple[Path, tuple[str, ...]], Recorder]
+"""Source and options -> what was launched of it."""
+
+
+def record(case: Case, folder: Path, variants: Variants) -> None:
+    """Run a case on the shim; its launches join those that `variants` has of each source and options."""
     if shutil.which("g++") is None:
         pytest.skip("no g++, whose sanitizers are used")
-    variants: list[tuple[Path, tuple[str, ...], Recorder]] = []
 
     def make(source: Path, options: tuple[str, ...], shared: Mapping[str, int]) -> Recorder:
-        plain = host_augment(folder) if source == fused_augment.SOURCE else HostModule(source, options, folder)
-        variants.append((source, options, Recorder(plain)))
-        return variants[-1][2]
+        if (source, options) not in variants:
+            # A folder for each source: two of them have options, and so files, of the same name.
+            own = folder / source.stem
+            own.mkdir(exist_ok=True)
+            plain = host_augment(own) if source == fused_augment.SOURCE else HostModule(source, options, own)
+            variants[source, options] = Recorder(plain)
+        return variants[source, options]
 
     with watched_tensors():
         case(make)
-    return variants
 
 
 def build_program(text: str, options: tuple[str, ...], sanitizer: str, folder: Path) -> Path:
@@ -107,20 +114,32 @@ def build_program(text: str, options: tuple[str, ...], sanitizer: str, folder: P
     return program
 
 
-def complaints(case: Case, sanitizer: str, folder: Path, plant: Any = None) -> str:
+def complaints(case: Case, sanitizer: str, folder: Path, plant: Plant | None = None) -> str:
     """What a sanitizer says of a case, "" for nothing; `plant` changes the source's text first."""
-    said = ""
-    for source, options, recorder in record(case, folder):
-        text = read_source(source)
-        program = build_program(plant(text) if plant else text, options, sanitizer, folder)
-        launches = folder / "launches"
-        launches.write_bytes(struct.pack("<q", len(recorder.launches)) + b"".join(recorder.launches))
-        environment = {"TSAN_OPTIONS": "exitcode=5 report_signal_unsafe=0", "UBSAN_OPTIONS": "halt_on_error=1"}
-        # Without a fixed layout of the address space: some kernels' randomisation is beyond what TSan can map.
-        command = ["setarch", "-R", str(program), str(launches)] if shutil.which("setarch") else [program, launches]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-        if run.returncode == 4:
-            said += f"value: tensors differ from the recording\n{run.stderr[:2000]}"
-        elif run.returncode:
-            said += f"exit {run.returncode}: {run.stderr[:2000]}\n"
-    return said
+    variants: Variants = {}
+    record(case, folder, variants)
+    said = (repeated(*variant, recorder, sanitizer, folder, plant) for variant, recorder in variants.items())
+    return "".join(said)
+
+
+def repeated(
+    source: Path,
+    options: tuple[str, ...],
+    recorder: Recorder,
+    sanitizer: str,
+    folder: Path,
+    plant: Plant | None = None,
+    seconds: float = 550,
+) -> str:
+    """What a sanitizer says of all launches of one source and options; "" for nothing."""
+    text = read_source(source)
+    program = build_program(plant(text) if plant else text, options, sanitizer, folder)
+    launches = folder / "launches"
+    launches.write_bytes(struct.pack("<q", len(recorder.launches)) + b"".join(recorder.launches))
+    environment = {"TSAN_OPTIONS": "exitcode=5 report_signal_unsafe=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+    # Without a fixed layout of the address space: some kernels' randomisation is beyond what TSan can map.
+    command = ["setarch", "-R", str(program), str(launches)] if shutil.which("setarch") else [program, launches]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    if run.returncode == 4:
+        return f"value: tensors differ from the recording\n{run.stderr[:2000]}"
+    return f"exit {run.returncode}: {run.stderr[:2000]}\n" if run.returncode else ""

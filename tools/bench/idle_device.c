@@ -86,6 +86,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr attribute, in
         case cudaDevAttrMaxSharedMemoryPerBlock: return *value = 48 << 10, 0;
         case cudaDevAttrMaxThreadsPerMultiProcessor: return *value = 2048, 0;
         case cudaDevAttrWarpSize: return *value = 32, 0;
+        // CUB's scans take steps of this size; of size 0 they would never end.
+        case cudaDevAttrMaxGridDimX: return *value = 0x7fffffff, 0;
+        case cudaDevAttrMaxGridDimY:
+        case cudaDevAttrMaxGridDimZ: return *value = 65535, 0;
         default: return *value = 0;
     }
 }

@@ -29,6 +29,7 @@ from tests.method_cases import SWIN_METHODS, small_backbones
 from tests.runs import last_wins
 from train.build import build_method, build_state, feature_grid
 from train.config import Config, OptimConfig
+from train.eval.detection.losses import mask_loss
 from train.eval.linear import LINEAR_RECIPES, LinearHeads, train_heads
 from train.eval.segmentation.augment import Crop
 from train.eval.segmentation.feed import TrainBatch
@@ -279,6 +280,13 @@ def test_evaluation_computes_on_the_device(recipe: str) -> None:
         with watch:
             train_heads(heads, lambda _: [(bank, on_device)], 1, 1, LINEAR_RECIPES[recipe], [0.1, 1.0])
         assert all(p.grad is not None and p.grad.device == DEVICE for p in heads.parameters())
+
+
+def test_the_number_of_terms_of_a_detection_loss_is_made_on_the_device() -> None:
+    with fake_gpu() as watch, watch:
+        logits = torch.empty(6, 3, 28, 28, device=DEVICE)
+        labels = torch.empty(6, dtype=torch.int64, device=DEVICE)
+        assert mask_loss(logits, labels, torch.empty(6, 28, 28, device=DEVICE)).device == DEVICE
 
 
 def test_batches_of_the_protocols_are_made_without_a_wait() -> None:

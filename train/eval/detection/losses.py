@@ -60,7 +60,7 @@ def region_losses(logits: Tensor, deltas: Tensor, labels: Tensor, targets: Tenso
         targets: (R, 4).
     """
     # At least 1, because a rank, or all of them, may have no region.
-    count = mean_over_ranks(torch.tensor(float(len(labels)), device=labels.device)).clamp(min=1)
+    count = mean_over_ranks(torch.full((), float(len(labels)), device=labels.device)).clamp(min=1)
     objects = torch.where(labels > 0)[0]
     # Each class has offsets of its own; only the true class's are trained.
     own = deltas.view(len(labels), -1, 4)[objects, labels[objects]]
@@ -97,7 +97,7 @@ def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         labels: (R,) int64, class from 0.
         targets: (R, M, M), 0 or 1.
     """
-    count = mean_over_ranks(torch.tensor(float(targets.numel()), device=logits.device)).clamp(min=1)
+    count = mean_over_ranks(torch.full((), float(targets.numel()), device=logits.device)).clamp(min=1)
     own = logits[torch.arange(len(labels), device=labels.device), labels]
     return F.binary_cross_entropy_with_logits(own, targets, reduction="sum") / count
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from models.ops.batch_norm_act_kernels import BatchNormActKernels
+from tools import bench_host
 from tools.bench import traffic as traffic_module
 from tools.bench.traffic import counted
+from train.errors import UserMistake
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +52,19 @@ def test_a_step_on_the_idle_device(tmp_path: Path) -> None:
         assert launches == {"plain": 602, "ours": 937, "ours + kernels": 522}
         assert moved == pytest.approx({"plain": 10.9, "ours": 11.59, "ours + kernels": 8.618}, rel=1e-3)
     assert found["augmentation + kernel", "bytes of a step"] < 0.01 * found["augmentation", "bytes of a step"]
+
+
+def test_a_method_without_a_graph_keeps_its_other_contenders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise UserMistake("--cuda-graph: this method computes with the seed on the host")
+
+    monkeypatch.setattr(bench_host, "build_step", lambda *_, **__: refused)
+    assert bench_host.graphed_step(Namespace(), "moby", None) is None  # type: ignore[arg-type]
+    assert capsys.readouterr().out.startswith("moby: --cuda-graph: this method computes with the seed")
+    monkeypatch.setattr(bench_host, "build_step", lambda *_, **__: list)
+    assert bench_host.graphed_step(Namespace(), "byol", None) is list  # type: ignore[arg-type]
 
 
 def moved(call: Callable[[], Any]) -> int:

@@ -63,7 +63,10 @@ BLOCKS = {"1024 blocks": 1024, "4 blocks a multiprocessor of an A100": 4 * 108, 
 
 
 def count_joins(blocks: int) -> Callable[[Make], str]:
-    """Batch norm of a map so large that the number of blocks decides how many partial results there are to join."""
+    """Batch norm of a map that is cut into as many parts as a large one: what the joins then ask of memory.
+
+    The map itself is small, so its passes do more work for each part than those of a large one would.
+    """
 
     def run(make: Make) -> str:
         x, (weight, bias) = make_map(8, 64, 64, 64, dtype=BF16), parameters(64, torch.float32)

@@ -1,7 +1,7 @@
 """Measure what a training step costs the host, without a GPU: real CUDA code of PyTorch, kernels that do nothing.
 
-`python tools/bench_host.py [--methods regioncl-m ...] [--arch resnet50] [--rounds 10]`. All methods take some minutes; the
-rows of each are written as soon as it is measured.
+`python tools/bench_host.py [--methods regioncl-m ...] [--arch resnet50] [--rounds 10]`. All methods take some minutes;
+the rows of each are written as soon as it is measured.
 
 Contenders of each method take turns: a bare step of the same networks with `torch.nn.BatchNorm2d` in place of ours
 (forward, backward, optimizer, EMA, queue), and ours as `train/main.py` takes it: without our CUDA kernels, with them,

@@ -301,6 +301,31 @@ def test_lists_are_read_back_and_wrong_ones_refused(tmp_path: Path) -> None:
             splits.read_list(str(path), known, 4)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "#1 best/x.jpg",
+        "# published",
+        " lead/x.jpg",
+        "tail/x.jpg ",
+        "C#/x.jpg",
+        "a\u2028b/x.jpg",
+        "a\nb.jpg",
+        "\udcff.jpg",
+    ],
+)
+def test_a_list_of_ours_names_images_as_people_call_them(tmp_path: Path, name: str) -> None:
+    names, path = ["lead/x.jpg", name, "tail/x.jpg", "z.jpg"], tmp_path / "list.txt"
+    splits.write_list(path, np.array([1, 3]), names)
+    assert splits.read_list(str(path), names, 4).tolist() == [1, 3]
+
+
+def test_names_that_are_numbers_are_not_taken_for_indices(tmp_path: Path) -> None:
+    names, path = ["3", "2", "1", "0"], tmp_path / "list.txt"
+    splits.write_list(path, np.array([0, 1]), names)
+    assert splits.read_list(str(path), names, 4).tolist() == [0, 1]
+
+
 def test_classes_of_both_data_sets_must_agree(tmp_path: Path) -> None:
     for folder in ("train/cat", "train/dog", "val/dog", "same/cat", "same/dog"):
         (tmp_path / folder).mkdir(parents=True)

@@ -54,6 +54,18 @@ def evaluate(checkpoint: Path, out: Path, protocol: str, data: Path, val: Path, 
 # ImageNet-ReaL
 
 
+@pytest.mark.parametrize(("k", "used"), [("1,500", [1, 16]), ("500", [16]), ("16,17,20,3", [16, 3])])
+def test_no_more_neighbours_vote_than_there_are(
+    checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], k: str, used: list[int]
+) -> None:
+    for image in range(16):
+        write_photo(tmp_path / "photos" / f"n{image // 4}" / f"{image}.jpg", image // 4, image)
+    result = evaluate(checkpoint, tmp_path / "out.json", "knn", tmp_path / "photos", tmp_path / "photos", "--k", k)
+    assert [row["k"] for row in result["results"]] == used
+    said = capsys.readouterr().out
+    assert "--data has 16 images that can be read, which all vote" in said and ("--k 500" in said) == ("500" in k)
+
+
 @pytest.mark.parametrize(("protocol", "more"), [("knn", ["--k", "1"]), ("linear", ["--recipe", "logistic"])])
 def test_real_labels_are_those_of_the_image_number(checkpoint, tmp_path: Path, protocol: str, more: list[str]) -> None:
     folder, real = tmp_path / "val", [[0]] * 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -237,6 +238,18 @@ def test_model_card_tells_what_the_run_was(tmp_path: Path) -> None:
         "torch.zeros(1, 3, 96, 96)",
     ):
         assert fact in card, fact
+
+
+@pytest.mark.parametrize("name", ["it's", 'a"b', "a\\b", "a b {x} \u00e9", "'\"\\n", "a\nb"])
+@pytest.mark.parametrize("target", ["timm", "torchvision", "detectron2"])
+def test_a_card_s_code_names_the_file(tmp_path: Path, name: str, target: str) -> None:
+    random_backbone("resnet18", tmp_path / "backbone.safetensors")
+    out = tmp_path / f"{name}{TARGETS[target].ending}"
+    assert main([str(tmp_path / "backbone.safetensors"), str(out), "--format", target]) == 0
+    card = out.with_name(f"{out.name}.md").read_text()
+    blocks = [block.partition("```")[0] for block in card.split("```python\n")[1:]]
+    strings = [node.value for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
+    assert out.name in strings, card
 
 
 DETECTRON2_FACTS = {

@@ -315,7 +315,7 @@ def write_onnx(loaded: LoadedBackbone, path: Path, image_size: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How each is used; `{out}` is the file's own name
+# How each is used; `{out}` is the file's own name, as `_in_quotes` writes it
 
 
 _PREPARE = "import torch\nimages = torch.zeros(1, 3, {size}, {size})  # normalised as below\n"
@@ -427,6 +427,14 @@ def _usage(loaded: LoadedBackbone, target: str) -> str:
     return TARGETS[target].usage(loaded.arch)
 
 
+def _in_quotes(name: str) -> str:
+    """A file name as it stands between the quotes, single or double, of a string in Python."""
+    shown = (
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in name.replace("\\", "\\\\")
+    )
+    return "".join(f"\\{char}" if char in "'\"" else char for char in shown)
+
+
 def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224, overwrite: bool = False) -> Path:
     """Write the export and its model card; returns the card's path.
 
@@ -445,7 +453,7 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
     # transformers' hub shows the README of a folder; a single file has its card beside it.
     card = out / "README.md" if target == "hf" else out.with_name(f"{out.name}.md")
     parameters = sum(p.numel() for p in loaded.encoder.parameters())
-    code = _usage(loaded, target).format(out=out.name, size=image_size)
+    code = _usage(loaded, target).format(out=_in_quotes(out.name), size=image_size)
     text = model_card(loaded, target, code, kind.images, parameters)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

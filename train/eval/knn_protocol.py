@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import UserMistake
@@ -30,6 +32,10 @@ def run(config: KnnConfig) -> int:
             names = source_names(config.val_data)
             every = read_real_labels(config.real_labels, names, len(queries.labels) + queries.bad, classes)
             real = [every[sample] for sample in queries.samples.tolist()]
+        ks = _that_vote(config.k, len(bank.features))
+        for k in config.k:
+            if k not in ks:
+                session.say(f"--k {k}: --data has {len(bank.features)} images that can be read, which all vote")
         runtime = session.runtime
         predict = predict_over_ranks(runtime.rank, runtime.world_size, runtime.gather_objects)
         # In pieces whose borders are those of the blocks that `predict` makes of a rank's share: the same sums.
@@ -37,11 +43,9 @@ def run(config: KnnConfig) -> int:
         found = []
         with session.progress("search", len(pieces), "pieces") as progress:
             for piece in pieces:
-                found.append(
-                    predict(bank.features, bank.labels, piece, config.k, config.temperature, classes, config.block)
-                )
+                found.append(predict(bank.features, bank.labels, piece, ks, config.temperature, classes, config.block))
                 progress.step()
-        predictions = {k: tuple(map(torch.cat, zip(*(each[k] for each in found), strict=True))) for k in config.k}
+        predictions = {k: tuple(map(torch.cat, zip(*(each[k] for each in found), strict=True))) for k in ks}
         rows = []
         for k, (weighted, majority) in predictions.items():
             row = {"k": k, "top1": _share(weighted, queries.labels), "top1_majority": _share(majority, queries.labels)}
@@ -69,6 +73,11 @@ def run(config: KnnConfig) -> int:
             }
         )
     return 0
+
+
+def _that_vote(ks: Sequence[int], images: int) -> tuple[int, ...]:
+    """The numbers of neighbours that can vote, without repetition: the result must not claim more than there are."""
+    return tuple(dict.fromkeys(min(k, images) for k in ks))
 
 
 def _share(predicted: object, labels: object) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +119,7 @@ def read_list(path: str, names: Sequence[str] | None, total: int) -> np.ndarray:
 
     Args:
         path: text file with one image a line: a file name (as SimCLR's 1percent.txt), a path that ends in it, or a
-            sample index. Blank lines and lines that begin with # are skipped.
+            sample index. Blank lines and lines that begin with # are skipped, unless an image is called so.
         names: source file of each sample, None where the store does not keep them.
         total: number of samples.
 
@@ -133,8 +133,7 @@ def read_list(path: str, names: Sequence[str] | None, total: int) -> np.ndarray:
         raise UserMistake(f"--list {path}: {reason.strerror}; give a text file with one image a line") from None
     if "\0" in text:
         raise UserMistake(f"--list {path}: holds zero bytes; save it as UTF-8 text with one image a line")
-    lines = [line.strip() for line in text.splitlines()]
-    entries = [line for line in lines if line and not line.startswith("#")]
+    entries = _entries(text, frozenset(names or ()))
     if not entries:
         raise UserMistake(f"--list {path}: names no image")
     # Only where every line is a number: a file name may be one as well.
@@ -149,6 +148,16 @@ def read_list(path: str, names: Sequence[str] | None, total: int) -> np.ndarray:
     if len(set(found)) != len(found):
         raise UserMistake(f"--list {path}: {len(found) - len(set(found))} images are named twice")
     return np.sort(np.asarray(found, dtype=np.int64))
+
+
+def _entries(text: str, names: Collection[str]) -> list[str]:
+    """The lines of a list that name an image. A name of the data is one to the letter, blanks and # included."""
+    found = []
+    for line in text.splitlines():
+        entry = line if line in names else line.strip()
+        if entry and (entry in names or not entry.startswith("#")):
+            found.append(entry)
+    return found
 
 
 def _printable(entry: str) -> str:
@@ -175,8 +184,16 @@ def _by_name(path: str, entries: list[str], names: Sequence[str] | None) -> list
 
 
 def write_list(path: Path, indices: np.ndarray, names: Sequence[str] | None) -> None:
-    """Save a list that `read_list` reads back: source names where they are known and distinct, else indices."""
+    """Save a list that `read_list` reads back: source names where they are known and can be, else indices."""
     # A list of names outlasts packing anew, one of indices does not.
-    named = names is not None and len({names[i] for i in indices}) == len(indices)
-    lines = [names[i] if named and names is not None else str(i) for i in indices.tolist()]
-    path.write_text("\n".join(lines) + "\n")
+    named = [] if names is None else [names[i] for i in indices.tolist()]
+    lines = named if _tell_apart(named) else [str(i) for i in indices.tolist()]
+    # As file names are kept: a byte that is no UTF-8 may be part of one.
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+
+
+def _tell_apart(names: Sequence[str]) -> bool:
+    """Whether names, one a line, name the images: distinct, each on one line, and not taken for indices."""
+    on_lines = all(name.splitlines() == [name] for name in names)
+    numbers = all(name.strip().isascii() and name.strip().isdecimal() for name in names)
+    return len(set(names)) == len(names) and on_lines and not numbers

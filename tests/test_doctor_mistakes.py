@@ -448,6 +448,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speed, "LOADER_S", 0.05)
     monkeypatch.setattr(speed, "STEP_S", 0.05)
+    monkeypatch.setattr(speed, "UPDATE_S", 0.05)
     made = Bench(tmp_path, monkeypatch, photos)
     yield made
     for undo in made.undo:

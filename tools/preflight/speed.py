@@ -25,7 +25,8 @@ from train.runtime import Runtime
 from .examination import Examination
 
 LOADER_S = 4.0
-STEP_S = 8.0
+STEP_S = 4.0
+UPDATE_S = 1.0
 _BATCH = 64
 _CPU_IMAGES = 4
 _BUSY = 0.6
@@ -141,23 +142,29 @@ def step_rate(config: Config, runtime: Runtime, local: int) -> tuple[float, floa
             loss = method(inputs).loss
         loss.backward()
 
-    seconds, host = _timed(passes, runtime.device)
-    update, _ = _timed(optimizer.step, runtime.device)
+    seconds, host = _timed(passes, runtime.device, STEP_S)
+    update, _ = _timed(optimizer.step, runtime.device, UPDATE_S)
     images = len(inputs.view1)
     rate = local / (local / images * seconds + update)
     return rate, host / seconds if runtime.device.type == "cuda" else 0.0
 
 
-def _timed(take: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Seconds of one call, and of its launching alone; the first call is left out unless it takes all the time."""
+def _timed(take: Callable[[], None], device: torch.device, limit_s: float) -> tuple[float, float]:
+    """Seconds of one call, and of its launching alone; the first call is left out unless it takes all the time.
+
+    Args:
+        take: what is called, over and over.
+        device: whose work is waited for after each call.
+        limit_s: for the first call, and again for all the others.
+    """
     started = time.perf_counter()
     _call(take, device)
     first = time.perf_counter() - started
-    if first > STEP_S:
+    if first > limit_s:
         return first, first
     launched = count = 0.0
     started = time.perf_counter()
-    while time.perf_counter() - started < STEP_S / 2:
+    while time.perf_counter() - started < limit_s:
         launched += _call(take, device)
         count += 1
     return (time.perf_counter() - started) / count, launched / count

@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ if not __package__:
 
 from pipeline.atomic import remove, remove_leftovers, replacing
 from pipeline.beton import BetonReader, BetonWriter, page_size_for
+from pipeline.claim import claimed
 from pipeline.manifest import manifest_path, rejected_path
 from tools.support.class_list import open_chosen
 from tools.support.cli import make_parser, parse, run_main
@@ -86,7 +88,14 @@ def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
         # A killed run's, which may be as large as the packed file.
         remove_leftovers(final, sole_writer=False)
     # The packed file gets its name last: where it is, the other two are.
-    with replacing(finals[0]) as packed, replacing(finals[1]) as about, replacing(finals[2]) as refused:
+    with (
+        _claimed(dest),
+        replacing(finals[0]) as packed,
+        replacing(finals[1]) as about,
+        replacing(finals[2]) as refused,
+    ):
+        # Asked again: whoever had the claim before may have packed it meanwhile.
+        _final_paths(dest, options.overwrite)
         kept = take_up(dest, key, packed)
         tally = kept[0] if kept else _write(source, packed, options)
         problem = tally.too_many(len(source), options.max_bad)
@@ -106,6 +115,10 @@ def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
     return 0
 
 
+def _claimed(path: Path) -> AbstractContextManager[None]:
+    return claimed(path.with_name(f".{path.name}.lock"), f"DEST {path}")
+
+
 def _part_writer(files: PackedParts, options: argparse.Namespace, settings: dict[str, Any]) -> Write:
     """What packs some images as a part; a part without a usable image has no packed file."""
 
@@ -113,20 +126,21 @@ def _part_writer(files: PackedParts, options: argparse.Namespace, settings: dict
         started = time.perf_counter()
         path = files.path(number)
         finals = [path, manifest_path(path), rejected_path(path)]
-        for final in finals:
-            # A part has one writer, so what lies here is of a killed one.
-            remove_leftovers(final)
-        # The manifest gets its name last: a part is there when it is.
-        remove(finals[1])
-        with replacing(finals[1]) as about, replacing(finals[0]) as packed, replacing(finals[2]) as refused:
-            tally = _write(source, packed, options)
-            refused.write_text(tally.rejected_lines(), encoding="utf-8")
-            fingerprint = BetonReader(packed).fingerprint() if tally.sources else ""
-            if not tally.sources:
-                remove(packed)
-                remove(path)
-            manifest = tally.manifest(fingerprint, source.classes, settings, {**more, **digests_entry(tally)})
-            about.write_text(manifest.to_json(), encoding="utf-8")
+        with _claimed(path):
+            for final in finals:
+                # A part has one writer, so what lies here is of a killed one.
+                remove_leftovers(final)
+            # The manifest gets its name last: a part is there when it is.
+            remove(finals[1])
+            with replacing(finals[1]) as about, replacing(finals[0]) as packed, replacing(finals[2]) as refused:
+                tally = _write(source, packed, options)
+                refused.write_text(tally.rejected_lines(), encoding="utf-8")
+                fingerprint = BetonReader(packed).fingerprint() if tally.sources else ""
+                if not tally.sources:
+                    remove(packed)
+                    remove(path)
+                manifest = tally.manifest(fingerprint, source.classes, settings, {**more, **digests_entry(tally)})
+                about.write_text(manifest.to_json(), encoding="utf-8")
         if tally.sources:
             _report(tally, source, path, manifest.data_hash, time.perf_counter() - started)
 

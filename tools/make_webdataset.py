@@ -20,6 +20,7 @@ if not __package__:
 
 from pipeline.atomic import remove, remove_leftovers, replacing
 from pipeline.beton import page_size_for
+from pipeline.claim import claimed
 from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
 from tools.support.class_list import open_chosen
 from tools.support.cli import make_parser, parse, run_main
@@ -90,7 +91,10 @@ def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
     for final in (rejected, dest):
         # A killed run's, which may be as large as the shards.
         remove_leftovers(final, sole_writer=False)
-    with replacing(rejected) as partial_list, replacing(dest) as partial:
+    lock = dest.with_name(f".{dest.name}.lock")
+    with claimed(lock, f"DEST_DIR {dest}"), replacing(rejected) as partial_list, replacing(dest) as partial:
+        # Asked again: whoever had the claim before may have packed it meanwhile.
+        _check_dest(dest, rejected, options.overwrite)
         tally, shards = take_up(dest, key, partial) or _write(source, partial, options)
         problem = tally.too_many(len(source), options.max_bad)
         if problem is None and not tally.sources:
@@ -122,16 +126,17 @@ def _part_writer(files: ShardParts, options: argparse.Namespace, settings: dict[
         started = time.perf_counter()
         files.dest.mkdir(exist_ok=True)
         made = files.dest / f".{files.prefix(number)}.tmp"
-        # A part has one writer, so what lies here is of a killed one.
-        remove(made)
-        try:
-            tally, shards = _write(source, made, options, files.prefix(number), first)
-            manifest = tally.manifest(
-                fingerprint(shards), source.classes, settings, {**more, **digests_entry(tally), **shards}
-            )
-            files.put(made, number, manifest, tally.rejected_lines())
-        finally:
+        with claimed(files.dest / f".{files.prefix(number)}.lock", f"part {files.path(number)}"):
+            # A part has one writer, so what lies here is of a killed one.
             remove(made)
+            try:
+                tally, shards = _write(source, made, options, files.prefix(number), first)
+                manifest = tally.manifest(
+                    fingerprint(shards), source.classes, settings, {**more, **digests_entry(tally), **shards}
+                )
+                files.put(made, number, manifest, tally.rejected_lines())
+            finally:
+                remove(made)
         print(
             f"{files.path(number)}: {len(tally.sources)} images in {len(shards['shards'])} shards, "
             f"{len(tally.rejected)} refused; {time.perf_counter() - started:.1f} s"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -106,11 +107,14 @@ def steps_on_disk(root: Path) -> list[Path]:
     """Checkpoint folders, newest first; empty where there is no such folder.
 
     Raises:
-        UserMistake: the folder is there and cannot be listed. Taking that for an empty one would start the run over.
+        UserMistake: the folder is there and cannot be listed, for which a run must not start over, or it is a file.
     """
     try:
         names = [entry.name for entry in root.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
+        # Told before the first step, not at the first save.
+        if os.path.lexists(root):
+            raise UserMistake(f"checkpoints {root} is no folder; move it away, or choose another folder") from None
         return []  # below a file there is no folder either; --run-dir is refused by name when it is made
     except OSError as reason:
         raise UserMistake(

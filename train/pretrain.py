@@ -7,11 +7,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from models.methods.base import Method
 from pipeline.atomic import write_atomically
+from pipeline.claim import claimed
 
 from .build import build_job, build_method, build_state, check_fit, compile_heads, last_step
 from .callbacks import Callback, made
@@ -59,7 +61,7 @@ def run(
         callbacks: told first of all.
     """
     started = time.monotonic()
-    with start(config.run) as runtime, naming_remedy(lambda: training_remedy(config, runtime)):
+    with ExitStack() as held, start(config.run) as runtime, naming_remedy(lambda: training_remedy(config, runtime)):
         config, about_micro_batch = settle_micro_batch(config, runtime, recorded)
         method = build_method(config, runtime)
         check_fit(config, runtime, method)
@@ -71,7 +73,7 @@ def run(
                 print(json.dumps(config.to_json(), indent=1), flush=True)
         # From here on a signal saves before it stops; opening the data may take minutes. A dry run has nothing to save.
         watch = None if config.run.dry_run else SignalWatch()
-        run_dir = _prepare_run_dir(config) if runtime.is_main and watch is not None else None
+        run_dir = _prepare_run_dir(config, held) if runtime.is_main and watch is not None else None
         listeners = _listeners(config, callbacks) if run_dir is not None else []
         choice = settle(config, runtime, recorded)
         if runtime.is_main and told(choice):
@@ -86,13 +88,15 @@ def run(
             data.close()
 
 
-def _prepare_run_dir(config: Config) -> Path:
+def _prepare_run_dir(config: Config, held: ExitStack) -> Path:
+    """The run's folder, made, seen to be writable, and claimed until `held` ends."""
     run_dir = Path(config.run.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".writable"
         probe.touch()
         probe.unlink()
+        held.enter_context(claimed(run_dir / ".lock", f"--run-dir {run_dir}"))
     except OSError as reason:
         raise UserMistake(
             f"--run-dir {run_dir}: {reason.strerror or reason}; choose a folder that can be written"

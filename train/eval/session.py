@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pipeline import augment
 from pipeline.atomic import remove_leftovers, write_atomically
+from pipeline.claim import claimed
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 from pipeline.stores import data_parts
@@ -125,7 +126,9 @@ class ProtocolSession:
             remove_leftovers(path)  # of a killed evaluation; whole, so that a report would take it for a result
             write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
         except OSError as reason:
-            raise UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output") from None
+            # What took hours to measure must not be lost with the disk.
+            print(json.dumps(document), flush=True)
+            raise _no_place(path, reason) from None
         print(f"result: {path}")
 
 
@@ -309,8 +312,32 @@ def open_protocol(protocol: str, config: ProtocolConfig, variant: str = "") -> I
         watch.check()
         run = {} if loaded.source.folder is None else read_config(loaded.source.folder)
         session = ProtocolSession(protocol, config, runtime, encoder, loaded.arch, loaded.source, run, watch, variant)
-        with naming_remedy(lambda: evaluation_remedy(runtime, session.batch, 0)):
+        with _claimed_result(session), naming_remedy(lambda: evaluation_remedy(runtime, session.batch, 0)):
             yield session
+
+
+@contextmanager
+def _claimed_result(session: ProtocolSession) -> Iterator[None]:
+    """Keep the result file and the checkpoints beside it to this evaluation.
+
+    Raises:
+        UserMistake: they cannot be written, or another evaluation writes them; better now than after hours.
+    """
+    if not session.runtime.is_main:
+        yield
+        return
+    path = result_path(session)
+    with ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(claimed(path.with_name(f".{path.name}.lock"), f"result {path}"))
+        except OSError as reason:
+            raise _no_place(path, reason) from None
+        yield
+
+
+def _no_place(path: Path, reason: OSError) -> UserMistake:
+    return UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output")
 
 
 @contextmanager

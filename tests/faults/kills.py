@@ -84,10 +84,17 @@ def _enter(
     if argv[0].startswith("--method"):
         _narrow_networks()
     if trap is not None:
+        if trap.error:
+            import train.retry
+
+            # What is tried is whether a write is attempted again, not how long it waits.
+            train.retry.PAUSES_S = (0.0, 0.0, 0.0)  # type: ignore[assignment]
         lay(trap, out)
     if changes is not None:
         count_changes(out, changes)
-    sys.exit(importlib.import_module(command).main(argv))
+    from train.errors import run_to_exit_code
+
+    sys.exit(run_to_exit_code(lambda: importlib.import_module(command).main(argv)))
 
 
 def _start(job: Job, out: Path, inputs: Path, blow: Blow | None, changes: Path | None = None) -> list[Any]:

@@ -25,11 +25,15 @@ class Trap:
             being written, "evaluation" or "epoch" at the beginning of one.
         number: at which such place, from 1.
         signals: sent at this place, and at each one after it, one at a time.
+        error: errno with which the change of a file fails instead; 0 for none.
+        lasting: whether all changes after it fail as well.
     """
 
     place: Place
     number: int
     signals: tuple[int, ...] = (signal.SIGKILL,)
+    error: int = 0
+    lasting: bool = False
 
 
 class _Counter:
@@ -39,7 +43,10 @@ class _Counter:
     def __call__(self) -> None:
         due = self._seen - self._trap.number + 1
         self._seen += 1
-        if 0 <= due < len(self._trap.signals):
+        if self._trap.error:
+            if due == 0 or (due > 0 and self._trap.lasting):
+                raise OSError(self._trap.error, os.strerror(self._trap.error))
+        elif 0 <= due < len(self._trap.signals):
             os.kill(os.getpid(), self._trap.signals[due])
 
 

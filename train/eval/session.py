@@ -27,10 +27,11 @@ from pipeline.stores import data_parts
 
 from ..backbone_io import BackboneSource, build_encoder, load
 from ..config import RunConfig
-from ..errors import UserMistake
+from ..errors import CheckpointFailed, UserMistake
 from ..measure.features import Features, center_view, extract_features
 from ..memory import evaluation_remedy, naming_remedy
 from ..record.run import read_config
+from ..retry import persistently
 from ..runtime import Runtime, start
 from ..stop import EvaluationWatch, watched
 from ..versions import versions
@@ -121,14 +122,19 @@ class ProtocolSession:
         if path.exists():
             # Another evaluation of one protocol has the same name, and its figures may not be those of this one.
             print(f"replaces the result of {time.strftime('%F %T', time.localtime(path.stat().st_mtime))} in {path}")
-        try:
+        text = json.dumps(document, indent=1) + "\n"
+
+        def put() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path)  # of a killed evaluation; whole, so that a report would take it for a result
-            write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-        except OSError as reason:
+            write_atomically(path, text.encode())
+
+        try:
+            persistently(f"result {path}", put)
+        except CheckpointFailed as reason:
             # What took hours to measure must not be lost with the disk.
-            print(json.dumps(document), flush=True)
-            raise _no_place(path, reason) from None
+            print(text, flush=True)
+            raise UserMistake(f"{reason}, or choose another place with --output; the result is printed above") from None
         print(f"result: {path}")
 
 
@@ -332,12 +338,8 @@ def _claimed_result(session: ProtocolSession) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(claimed(path.with_name(f".{path.name}.lock"), f"result {path}"))
         except OSError as reason:
-            raise _no_place(path, reason) from None
+            raise UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output") from None
         yield
-
-
-def _no_place(path: Path, reason: OSError) -> UserMistake:
-    return UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output")
 
 
 @contextmanager

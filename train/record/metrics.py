@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from train.callbacks import Callback, Listeners, Started
+from train.record.board import Board
 from train.record.run import CURVES, METRICS
 from train.retry import persistently
 
@@ -46,7 +46,7 @@ class Metrics:
     ) -> None:
         self._start = time.monotonic()
         self._stream = None
-        self._board: Any = None
+        self._board: Board | None = None
         self._bar: tqdm | None = None
         self._last_console = 0.0
         self._first_step, self._total_steps = first_step, total_steps
@@ -57,18 +57,12 @@ class Metrics:
         if run_dir is None:
             return
         path = run_dir / METRICS
-        path.touch()
+        persistently(METRICS, path.touch)
         # Rows past the checkpoint are cut off here; whoever was told them must not take them for new ones.
         self._told = _last_steps(path, keep_bytes) if keep_bytes else {}
-        with path.open("r+b") as stream:
-            stream.truncate(min(keep_bytes, path.stat().st_size))
-        self._stream = path.open("ab", buffering=0)
-        from torch.utils.tensorboard import SummaryWriter
-
-        if not keep_bytes:
-            # A run that starts over: the curves of the run before it would be drawn through its own.
-            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        persistently(METRICS, lambda: os.truncate(path, min(keep_bytes, path.stat().st_size)))
+        self._stream = persistently(METRICS, lambda: path.open("ab", buffering=0))
+        self._board = Board(run_dir, first_step if keep_bytes else None)
         if sys.stderr.isatty():
             # Steps counted as images: the bar's own rate then is what the rows call `images_per_s`.
             self._bar = tqdm(
@@ -109,8 +103,8 @@ class Metrics:
         self._append(json.dumps(row) + "\n")
         for name, value in values.items():
             # Starts, ends and the like are no curves.
-            if isinstance(value, int | float) and kind in CURVES:
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            if self._board is not None and isinstance(value, int | float) and kind in CURVES:
+                self._board.add(f"{kind}/{name}", value, step)
         self._show(kind, row)
         self._listeners.row(row)
 
@@ -153,7 +147,8 @@ class Metrics:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
             self._listeners.end(outcome)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.atomic import remove, replacing, write_atomically
 
 from .config import Config
-from .errors import Stopped, UserMistake
+from .errors import CheckpointFailed, RunEnd, Stopped, UserMistake
 from .resolve import changed_fields, lengthened
 from .retry import persistently
 from .runtime import Runtime
@@ -107,14 +107,15 @@ def steps_on_disk(root: Path) -> list[Path]:
     """Checkpoint folders, newest first; empty where there is no such folder.
 
     Raises:
-        UserMistake: the folder is there and cannot be listed, for which a run must not start over, or it is a file.
+        UserMistake: the folder is there and cannot be listed. Taking that for an empty one would start the run over.
+        CheckpointFailed: a file is in its place, so that nothing could be saved.
     """
     try:
         names = [entry.name for entry in root.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         # Told before the first step, not at the first save.
         if os.path.lexists(root):
-            raise UserMistake(f"checkpoints {root} is no folder; move it away, or choose another folder") from None
+            raise CheckpointFailed(f"checkpoints {root} is no folder; move it away, or choose another folder") from None
         return []  # below a file there is no folder either; --run-dir is refused by name when it is made
     except OSError as reason:
         raise UserMistake(
@@ -285,10 +286,10 @@ class Checkpoints:
     def _same_on_all_ranks(self) -> list[Path]:
         for attempt in range(_READ_ATTEMPTS):
             folders: list[Path] = []
-            mistake: UserMistake | None = None
+            mistake: RunEnd | None = None
             try:
                 folders = steps_on_disk(self.root)
-            except UserMistake as reason:
+            except RunEnd as reason:
                 mistake = reason
             names = [folder.name for folder in folders]
             # Told before it is raised: a rank that alone left here would leave the others waiting in this exchange.

@@ -17,8 +17,9 @@ from tools.bench import faults, learning
 MIN_GAIN = 0.04  # of 20-NN top-1; a share of 384 pictures has a standard error of 0.025 at most
 Fault = Callable[[faults.Patcher], None]
 QUICK = ("simsiam",)  # twenty seconds each
-# At 32 px the map is one cell, and PixPro compares cells with one another. With BYOL's settings 20-NN fell by 10 points
-# there (three seeds) and by 3 at 48 px, four cells (one seed): it has not been seen to learn within these few steps.
+# At 32 px the map is one cell, and PixPro compares cells with one another: with BYOL's settings 20-NN fell there by 10
+# points in the worst of three seeds. At 48 px, four cells, it fell by 3 with them and rose by 6 at a rate of 3e-3 (one
+# seed each), so a row of its own needs larger pictures than these.
 NEEDS_CELLS = ("pixpro",)
 LEARNERS = [name for name in METHODS if name not in NEEDS_CELLS]
 COLLAPSES = [

@@ -386,6 +386,21 @@ def test_the_command_stops_continues_and_measures(
     assert not list(backbone.parent.glob("*.state"))
 
 
+def test_no_stopwatch_chooses_convolutions_of_batches_that_differ(
+    backbone: Path, synthetic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN would time each new shape of each layer anew, for seconds at nearly every step."""
+    seen: list[bool] = []
+
+    def planned(*_: Any) -> Any:
+        seen.append(torch.backends.cudnn.benchmark)
+        raise UserMistake("far enough")
+
+    monkeypatch.setattr(detect_command, "plan_of", planned)
+    assert main(command(backbone, synthetic)) == 2
+    assert seen == [False]
+
+
 def test_what_cannot_be_done_is_one_line(
     backbone: Path, synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

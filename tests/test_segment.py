@@ -582,6 +582,21 @@ def test_the_loss_falls_over_twenty_steps(model: str, backbone: Path, street: Pa
     assert not state_folder(output).exists()
 
 
+def test_no_stopwatch_chooses_convolutions_of_whole_images(
+    backbone: Path, street: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN would time each new size of image anew; the crops of training all have one size."""
+    seen: list[bool] = []
+
+    def predicted(*_: object) -> None:
+        seen.append(torch.backends.cudnn.benchmark)
+        raise UserMistake("far enough")
+
+    monkeypatch.setattr("train.eval.segmentation.training.predict", predicted)
+    assert main(command(backbone, street, tmp_path / "out.json", "--model", "fcn", "--steps", "1")) == 2
+    assert seen == [False]
+
+
 class Killed(Exception):
     pass
 

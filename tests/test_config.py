@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import socket
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from train.fields import flatten
 from train.flags import parse_value
 from train.recipes import RECIPES, default_recipe
 from train.resolve import changed_fields, continued, resolve
-from train.runtime import _choose_device, _launch_environment, compiles, share_cores
+from train.runtime import _choose_device, _launch_environment, _without_buffers, compiles, share_cores
 
 
 def error_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> str:
@@ -536,3 +537,15 @@ def test_a_run_of_before_goes_on_with_its_flags(method: str) -> None:
 
 def test_runs_of_before_are_there() -> None:
     assert len(BEFORE) == 8
+
+
+def test_ddp_warns_of_none_of_its_arguments():
+    """PyTorch 2.15 has another name for leaving buffers alone, and warns of the old one in every rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2), **_without_buffers())
+        assert not wrapped.broadcast_buffers
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the loop does when a loss is not finite."""
+"""What the loop does when a loss is not finite, and when ranks average their running statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.method_cases import BATCH, build, make_inputs, online_parameters, sma
 from tests.runs import TINY, last_wins, rows
 from tools import replay
 from train.errors import EXIT_NON_FINITE, NonFinite
-from train.loop import PATIENCE, Job, _give_up_if_stuck, _update, take_step
+from train.loop import PATIENCE, Job, _average_if_late, _averages_at, _give_up_if_stuck, _update, take_step
 from train.optim import Lars, with_momentum_buffers
 from train.resolve import resolve
 from train.runtime import Runtime
@@ -193,3 +193,31 @@ def test_a_spoiled_momentum_network_ends_the_run_with_the_weights_whole(device: 
             take_step(job, state, step, [make_inputs(state.method, step)])
         _give_up_if_stuck(state)  # as with each row; the CPU's host has looked before
     assert all(map(torch.equal, weights, state.method.encoder.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("device", "deterministic", "ranks", "steps"),
+    [("cuda", False, 2, [10, 20]), ("cuda", True, 2, [9, 10, 11, 19, 20]), ("cpu", False, 2, [9, 10, 11, 19, 20])]
+    + [("cuda", False, 1, []), ("cpu", False, 1, [])],
+)
+def test_when_ranks_average_their_running_statistics(
+    device: str, deterministic: bool, ranks: int, steps: list[int]
+) -> None:
+    """On GPUs with the rows of metrics and, late, before who reads them; elsewhere after every step."""
+    runtime = SimpleNamespace(device=torch.device(device), world_size=ranks)
+    job: Any = SimpleNamespace(
+        runtime=runtime, config=SimpleNamespace(run=SimpleNamespace(deterministic=deterministic, log_every=10))
+    )
+    assert [step for step in (9, 10, 11, 19, 20) if _averages_at(job, step)] == steps
+
+
+def test_statistics_that_are_late_are_averaged_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    averaged: list[int] = []
+    monkeypatch.setattr("train.loop.average_buffers", lambda buffers: averaged.append(len(buffers)))
+    runtime = SimpleNamespace(device=torch.device("cuda"), world_size=2)
+    run = SimpleNamespace(deterministic=False, log_every=10)
+    job: Any = SimpleNamespace(runtime=runtime, config=SimpleNamespace(run=run))
+    for step in (10, 11):  # averaged already, and not
+        state: Any = SimpleNamespace(step=step, method=torch.nn.BatchNorm1d(2))
+        _average_if_late(job, state)
+    assert averaged == [2]

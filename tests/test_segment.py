@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.models import resnet50
 
@@ -31,7 +31,7 @@ from train.eval.options import SegmentConfig
 from train.eval.segmentation import augment, layouts
 from train.eval.segmentation.augment import Geometry, fitted_size, random_crop, resample_image, resample_label
 from train.eval.segmentation.fcn import ChannelDropout, dilate_to_stride_8
-from train.eval.segmentation.feed import TrainingFeed
+from train.eval.segmentation.feed import TrainingFeed, read_pair
 from train.eval.segmentation.inference import sliding_logits, whole_logits, window_starts
 from train.eval.segmentation.labels import IGNORED, Pair, inspect, label_map, read_label
 from train.eval.segmentation.layouts import read_layout
@@ -754,10 +754,22 @@ def spoil_one_class(root: Path) -> str:
     return "1 classes are left (label values [0]) when the values [255] are ignored"
 
 
-def turn_by_exif(path: Path) -> None:
-    """Say in a photo's EXIF that it is to be turned by 90 degrees, as phones do."""
+def spoil_one_class_in_colours(root: Path) -> str:
+    """Masks as drawing programs write them: a palette of two colours, of which one has the ignored number."""
+    message = spoil_one_class(root)
+    for label in root.rglob("*.png"):
+        values = np.asarray(Image.open(label))
+        mask = Image.new("P", values.shape[::-1])
+        mask.putpalette([0] * 765 + [200, 0, 0])
+        mask.putdata(values.flatten().tolist())
+        mask.save(label)
+    return message
+
+
+def turn_by_exif(path: Path, orientation: int = 6) -> None:
+    """Say in a photo's EXIF that it is to be turned, by default by 90 degrees, as phones do."""
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     with Image.open(path) as image:
         image.load()
         image.save(path, exif=exif)
@@ -773,6 +785,7 @@ SPOILERS = [
     spoil_last_image,
     spoil_turned,
     spoil_one_class,
+    spoil_one_class_in_colours,
     spoil_names,
     spoil_folder,
 ]
@@ -785,6 +798,45 @@ def test_a_photo_that_its_exif_turns_fits_its_upright_label(tmp_path: Path) -> N
     Image.fromarray(np.rot90(label, -1).copy()).save(tmp_path / "labels/phone.png")
     (pair,) = read_layout(str(tmp_path), "train").pairs
     assert inspect(pair).problem == ""
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_of_exif_lays_the_photo_under_its_label(orientation: int, tmp_path: Path) -> None:
+    """Sizes alone do not tell the mirrored ones and the one upside down."""
+    label = np.zeros((48, 64), dtype=np.uint8)
+    label[:16, :40] = 1  # unlike itself however it is turned
+    write_pair(tmp_path, "phone", label[..., None].repeat(3, 2) * 255, label)
+    turn_by_exif(tmp_path / "images/phone.jpg", orientation)
+    turned = Image.fromarray(label)
+    turned.getexif()[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(turned))
+    Image.fromarray(upright).save(tmp_path / "labels/phone.png")
+    (pair,) = read_layout(str(tmp_path), "train").pairs
+    image, classes = read_pair(pair, label_map({0: "a", 1: "b"}, ()))
+    assert inspect(pair).problem == "" and ((image[..., 0] > 127) == classes).mean() > 0.97
+
+
+def test_masks_of_one_bit_have_two_classes(street: Path, tmp_path: Path) -> None:
+    image, label = scene(48, 64, seed=0)
+    write_pair(tmp_path, "mask", image, label)
+    Image.fromarray(label > 0).save(tmp_path / "labels/mask.png")
+    (pair,) = read_layout(str(tmp_path), "train").pairs
+    assert np.array_equal(read_label(pair.label, label_map({0: "a", 1: "b"}, (255,))), label > 0)
+
+
+@pytest.mark.parametrize("name", ["._{}", ".ipynb_checkpoints/{}", "@eaDir/{}", "__MACOSX/{}"])
+def test_clutter_among_cityscapes_is_no_image(name: str, tmp_path: Path) -> None:
+    for kind, ending in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+        folder = tmp_path / kind / "train" / "aachen"
+        for path in ("{}", name):
+            file = folder / path.format(f"aachen_000000_000019_{ending}.png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L" if kind == "gtFine" else "RGB", (8, 4)).save(file)
+        # A folder of clutter beside the cities, which holds what looks like one.
+        beside = tmp_path / kind / "train" / name.format("aachen").split("/")[0]
+        beside.mkdir(exist_ok=True)
+        (beside / f"a_0_1_{ending}.png").write_bytes(b"x")
+    assert len(read_layout(str(tmp_path), "train").pairs) == 1
 
 
 def test_clutter_is_no_image(street: Path, tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ write files, and a library may not import the applications.
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -36,7 +34,9 @@ def replacing(final: Path, durable: bool = True) -> Iterator[Path]:
     Raises:
         OSError: when it cannot be written or renamed.
     """
-    temporary = final.with_name(f".{final.stem}.{_writer()}.tmp{final.suffix}")
+    # The thread's number is part of the name because several threads of one process may fetch the same file.
+    own = f".{final.stem}.{os.getpid()}-{threading.get_ident()}.tmp{final.suffix}"
+    temporary = final.with_name(own)
     try:
         yield temporary
         if not temporary.exists():
@@ -72,41 +72,12 @@ def remove(path: Path) -> None:
         pass  # a disk that has become read-only keeps its leftovers; the error that brought us here says more
 
 
-def remove_leftovers(final: Path, sole_writer: bool = True) -> None:
-    """Remove what killed processes left behind while they wrote `final`.
-
-    Args:
-        final: what they were to write.
-        sole_writer: nobody else writes it now, so whatever lies there is a leftover. Otherwise only what processes of
-            this machine that have ended left is removed.
-    """
+def remove_leftovers(final: Path) -> None:
+    """Remove what killed processes left behind while they wrote `final`; only its one writer may call this."""
     for leftover in final.parent.glob(f".{final.stem}.*.tmp{final.suffix}"):
-        if sole_writer or _has_ended(leftover.name):
-            # After a kill between two renames it is all that is left of the old folder.
-            if not leftover.name.endswith(f".old.tmp{final.suffix}") or final.exists():
-                remove(leftover)
-
-
-def _writer() -> str:
-    """This machine, process and thread, as part of a name: several threads may fetch the same file."""
-    return f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-
-
-def _has_ended(name: str) -> bool:
-    """Whether the process that a temporary name tells of was one of this machine and has ended."""
-    match = re.search(rf"\.{re.escape(socket.gethostname())}-(\d+)-\d+(\.old)?\.tmp", name)
-    if match is None:
-        return False
-    # This process has written nothing yet; where process ids start over, in a container, it may have the same one.
-    if int(match[1]) == os.getpid():
-        return True
-    try:
-        os.kill(int(match[1]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass  # somebody else's
-    return False
+        # After a kill between two renames it is all that is left of the old folder.
+        if not leftover.name.endswith(f".old.tmp{final.suffix}") or final.exists():
+            remove(leftover)
 
 
 def sync(path: Path) -> None:
@@ -156,7 +127,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     if not (temporary.is_dir() and final.is_dir()):
         os.replace(temporary, final)
         return
-    old = final.with_name(f".{final.stem}.{_writer()}.old.tmp{final.suffix}")
+    old = final.with_name(f".{final.stem}.{os.getpid()}-{threading.get_ident()}.old.tmp{final.suffix}")
     os.rename(final, old)
     try:
         os.rename(temporary, final)

@@ -12,8 +12,10 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from .atomic import remove_leftovers
 
 WAIT_S = 10.0
 """How long a claim waits for another process of this machine: one that was stopped may just be ending."""
@@ -28,7 +30,7 @@ class Claimed(ValueError):
 
 
 @contextlib.contextmanager
-def claimed(lock: Path, what: str) -> Iterator[None]:
+def claimed(lock: Path, what: str, finals: Sequence[Path] = ()) -> Iterator[None]:
     """Within the block no other process that asks has the same claim.
 
     The system ends a claim with its process, killed or not. Where the disk knows no locks nothing is claimed.
@@ -36,6 +38,7 @@ def claimed(lock: Path, what: str) -> Iterator[None]:
     Args:
         lock: a file to lock, made here and removed at the end; all who write the same thing must name the same file.
         what: what is written, for the message.
+        finals: files and folders that are written; what killed processes left of them is removed before the block.
 
     Raises:
         Claimed: another process has the claim and keeps it.
@@ -43,6 +46,8 @@ def claimed(lock: Path, what: str) -> Iterator[None]:
     """
     descriptor = _locked(lock, what)
     try:
+        for final in finals:
+            remove_leftovers(final)
         yield
     finally:
         # Removed before it is let go: later it could be the file of the next one.

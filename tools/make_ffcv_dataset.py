@@ -19,7 +19,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.atomic import remove, remove_leftovers, replacing
+from pipeline.atomic import remove, replacing
 from pipeline.beton import BetonReader, BetonWriter, page_size_for
 from pipeline.claim import claimed
 from pipeline.manifest import manifest_path, rejected_path
@@ -84,12 +84,9 @@ def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
     finals = _final_paths(dest, options.overwrite)
     source, settings = _opened(options)
     key = identity(source, settings)
-    for final in finals:
-        # A killed run's, which may be as large as the packed file.
-        remove_leftovers(final, sole_writer=False)
     # The packed file gets its name last: where it is, the other two are.
     with (
-        _claimed(dest),
+        _claimed(dest, finals),
         replacing(finals[0]) as packed,
         replacing(finals[1]) as about,
         replacing(finals[2]) as refused,
@@ -115,8 +112,8 @@ def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-def _claimed(path: Path) -> AbstractContextManager[None]:
-    return claimed(path.with_name(f".{path.name}.lock"), f"DEST {path}")
+def _claimed(path: Path, finals: Sequence[Path]) -> AbstractContextManager[None]:
+    return claimed(path.with_name(f".{path.name}.lock"), f"DEST {path}", finals)
 
 
 def _part_writer(files: PackedParts, options: argparse.Namespace, settings: dict[str, Any]) -> Write:
@@ -126,10 +123,7 @@ def _part_writer(files: PackedParts, options: argparse.Namespace, settings: dict
         started = time.perf_counter()
         path = files.path(number)
         finals = [path, manifest_path(path), rejected_path(path)]
-        with _claimed(path):
-            for final in finals:
-                # A part has one writer, so what lies here is of a killed one.
-                remove_leftovers(final)
+        with _claimed(path, finals):
             # The manifest gets its name last: a part is there when it is.
             remove(finals[1])
             with replacing(finals[1]) as about, replacing(finals[0]) as packed, replacing(finals[2]) as refused:

@@ -18,7 +18,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.atomic import remove, remove_leftovers, replacing
+from pipeline.atomic import remove, replacing
 from pipeline.beton import page_size_for
 from pipeline.claim import claimed
 from pipeline.shards import INDEX_NAME, ShardWriter, fingerprint, write_index
@@ -88,11 +88,8 @@ def _pack_whole(dest: Path, options: argparse.Namespace) -> int:
     _check_dest(dest, rejected, options.overwrite)
     source, settings = _opened(options)
     key = identity(source, settings)
-    for final in (rejected, dest):
-        # A killed run's, which may be as large as the shards.
-        remove_leftovers(final, sole_writer=False)
-    lock = dest.with_name(f".{dest.name}.lock")
-    with claimed(lock, f"DEST_DIR {dest}"), replacing(rejected) as partial_list, replacing(dest) as partial:
+    lock, finals = dest.with_name(f".{dest.name}.lock"), (rejected, dest)
+    with claimed(lock, f"DEST_DIR {dest}", finals), replacing(rejected) as partial_list, replacing(dest) as partial:
         # Asked again: whoever had the claim before may have packed it meanwhile.
         _check_dest(dest, rejected, options.overwrite)
         tally, shards = take_up(dest, key, partial) or _write(source, partial, options)

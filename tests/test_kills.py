@@ -76,6 +76,7 @@ def handlers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("handlers")
 def test_a_hangup_stops_a_run_unless_it_was_started_to_outlast_it() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup themselves
     watch = SignalWatch()
     signal.raise_signal(signal.SIGHUP)
     assert watch.asked == "SIGHUP"

@@ -297,14 +297,14 @@ def test_open_self_sup_head_initialisation():
 
 
 def test_reference_initialisations_of_the_methods():
-    """fan_in for OpenSelfSup's descendants, fan_out for the others; SimSiam and MoCo v3 start branches at zero."""
+    """fan_in for OpenSelfSup's descendants, fan_out for the others; some start branches at zero."""
     for name, cls in METHODS.items():
         config = cls.Config()
         open_self_sup = name in ("regioncl-m", "densecl", "regioncl-d")
         expected = "fan_in" if open_self_sup else "torch" if "moby" in name else "fan_out"
         assert config.conv_init == expected, name
         assert config.zero_init_residual == (
-            name in ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "simclr", "barlow-twins")
+            name in ("simsiam", "regioncl-s", "moco-v3", "regioncl-m3", "simclr", "barlow-twins", "pixpro")
         ), name
         if hasattr(config, "head_init"):
             assert config.head_init == ("fan_in" if open_self_sup else "torch"), name

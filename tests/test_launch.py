@@ -191,6 +191,9 @@ def test_a_process_that_never_comes_ends_the_wait_of_the_others(monkeypatch: pyt
     with pytest.raises(RunEnd, match="not all 2 processes have come to 127.0.0.1:.* within 1 s") as caught:
         _join("gloo", 0, 2, SOON)
     assert caught.value.code == 6
+    with pytest.raises(RunEnd, match="nobody answers at 127.0.0.1:.* was rank 0 killed") as caught:
+        _join("gloo", 1, 2, SOON)
+    assert caught.value.code == 6
 
 
 def test_no_one_waits_longer_than_the_run_may_stand_still_or_too_short_for_a_start() -> None:

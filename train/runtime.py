@@ -262,6 +262,13 @@ def _join(backend: str, rank: int, world_size: int, limit: timedelta) -> None:
             raise RunEnd(
                 f"another process has left while all were meeting at {place} ({first_line}); its own last line says why"
             ) from None
+        if "timed out" in str(reason):
+            # It waited as long as a run may stand still. Who starts it again may find rank 0 there.
+            raise RunEnd(
+                f"nobody answers at {place} ({first_line}); was rank 0 killed, or never started? Otherwise check "
+                "MASTER_ADDR, MASTER_PORT and the network",
+                EXIT_HUNG,
+            ) from None
         raise UserMistake(
             f"the processes cannot meet at {place} ({first_line}); check MASTER_ADDR, MASTER_PORT and the network"
         ) from None

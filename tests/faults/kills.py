@@ -252,8 +252,9 @@ def attack(
                     say(f"{tally.total()} blows, {job.name} whole")
                 if tally.total() >= kills or time.monotonic() > ends:
                     break
-    except AssertionError:
-        print(f"left for you to look at: {folder}", file=sys.stderr)
+    except AssertionError as fault:
+        # Here and now: of several attacks at once only the first fault ends up with the caller.
+        print(f"left for you to look at: {folder}: {str(fault)[:1000]}", file=sys.stderr, flush=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     return tally

@@ -61,7 +61,7 @@ def test_what_is_chosen_fits(method: str, count: int, images) -> None:
 
 def test_a_gpu_trains_the_recipe_s_backbone(images, monkeypatch: pytest.MonkeyPatch) -> None:
     images(60)
-    monkeypatch.setattr(few_images.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for device, arch in (("auto", "resnet18"), ("cpu", "resnet10-w32")):
         argv = ["--method", "regioncl-m", "--data", "photos", "--device", device]
         more, line = fitted(argv, resolve(argv))

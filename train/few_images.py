@@ -11,13 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from pipeline.stores import count_images
 
 from .config import Config, Recipe
 from .flags import given_flags
 from .recipes import RECIPES
+from .runtime import runs_on_cpu
 
 _FEW_STEPS = 20
 """Steps an epoch under which a published recipe is said to be made for more images."""
@@ -71,8 +70,7 @@ def fitted(
 
 def _arch(recipe: Recipe, device: str) -> dict[str, str]:
     """The backbone that a run of minutes can train on this device, where it is not the recipe's."""
-    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    return {"arch": _CPU_ARCH} if on_cpu and recipe.arch == _SMALL_ARCH else {}
+    return {"arch": _CPU_ARCH} if runs_on_cpu(device) and recipe.arch == _SMALL_ARCH else {}
 
 
 def _sizes(images: int, recipe: Recipe, model: Any) -> dict[str, int]:

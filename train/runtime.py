@@ -144,8 +144,13 @@ def _launch_environment() -> tuple[int, int, int]:
     return ranks
 
 
+def runs_on_cpu(wanted: str) -> bool:
+    """Whether `--device` means the CPU here: it says so, or leaves the choice where there is no GPU."""
+    return wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available())
+
+
 def _choose_device(wanted: str, local_rank: int) -> torch.device:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if runs_on_cpu(wanted):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserMistake("--device cuda: PyTorch sees no CUDA device here; use --device cpu or check the driver")

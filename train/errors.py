@@ -108,10 +108,11 @@ def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE
     try:
         return main()
     except (RunEnd, ValueError, ImportError, OSError) as error:
-        told = None if os.environ.get("REGATTA_TRACEBACK") == "1" else line_and_code(error, disk_full)
+        told = None if os.environ.get("REGATTA_TRACEBACK") == "1" else text_and_code(error, disk_full)
         if told is None:
             raise
-        line, code = told
+        text, code = told
+        line = f"regatta: {text}"
         _leave_for_the_launcher(line)
         say_once(line, getattr(error, "repeats", ""))
         return code
@@ -120,8 +121,8 @@ def run_to_exit_code(main: Callable[[], int], disk_full: int = EXIT_USER_MISTAKE
         return EXIT_INTERRUPTED
 
 
-def line_and_code(error: BaseException, disk_full: int = EXIT_USER_MISTAKE) -> tuple[str, int] | None:
-    """The line and the exit code for an error that the user can mend; None for a fault of the program.
+def text_and_code(error: BaseException, disk_full: int = EXIT_USER_MISTAKE) -> tuple[str, int] | None:
+    """What is said on one line, and the exit code, for an error that the user can mend; None for a fault of ours.
 
     Args:
         error: a caught exception, with its traceback.
@@ -142,7 +143,7 @@ def line_and_code(error: BaseException, disk_full: int = EXIT_USER_MISTAKE) -> t
         remedy = "free space" if full else "check the path, its permissions and the free space"
         text, code = f"{error}; {remedy}, then run the same command again", disk_full if full else EXIT_USER_MISTAKE
     # On one line, whatever line breaks the cause of it has.
-    return f"regatta: {' '.join(text.split())}", code
+    return " ".join(text.split()), code
 
 
 def _leave_for_the_launcher(line: str) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from .errors import EXIT_HUNG, RunEnd, line_and_code
+from .errors import EXIT_HUNG, RunEnd, text_and_code
 from .say_once import say_once
 
 _WORDS, _HEARD, _ALIVE = "regatta/last_words", "regatta/heard", "regatta/alive"
@@ -240,8 +240,6 @@ def _parse(said: bytes) -> Words:
 
 
 def _told(reason: BaseException) -> tuple[str, int]:
-    """The text without our name in front, and the exit code, that a process ends with for this reason."""
-    told = line_and_code(reason) if isinstance(reason, Exception) else None
-    if told is None:
-        return f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}", 1
-    return told[0].removeprefix("regatta: "), told[1]
+    """The text and the exit code that a process ends with for this reason."""
+    told = text_and_code(reason) if isinstance(reason, Exception) else None
+    return told or (f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}", 1)

@@ -13,7 +13,7 @@ import pytest
 from tests.faults.jobs import jobs, make_inputs
 from tests.faults.kills import Blow, Whole, attack, differences, run_whole, strike_until_whole
 from tests.faults.traps import Trap
-from train.eval.session import Session
+from train.eval.session import Session, _claimed_result
 from train.record.run import read_results
 from train.stop import STOP_SIGNALS, SignalWatch
 
@@ -52,7 +52,8 @@ def test_a_killed_evaluation_leaves_no_second_result(tmp_path: Path) -> None:
     session = SimpleNamespace(runtime=SimpleNamespace(is_main=True), facts=dict)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.eval.session.result_path", lambda session: tmp_path / "result.json")
-        Session.write(session, {"protocol": "knn"})  # type: ignore[arg-type]
+        with _claimed_result(session):  # type: ignore[arg-type]
+            Session.write(session, {"protocol": "knn"})  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 

@@ -16,7 +16,6 @@ from models.collectives import average_buffers
 from models.methods.base import StepInputs, StepOutput
 from models.norm import running_buffers
 from models.running import moved_together
-from pipeline.atomic import remove_leftovers
 from pipeline.copies import is_streamed
 from pipeline.refusal import SourceBusy, SourceClosed
 
@@ -448,6 +447,5 @@ def save(job: Job, state: TrainState, epoch: int) -> None:
 def _write_backbone(job: Job, state: TrainState, epoch: int, folder: Path) -> None:
     assert job.run_dir is not None
     path, recipe, method = job.run_dir / BACKBONE_FILE, job.config.recipe, job.config.run.method
-    remove_leftovers(path)  # a run killed while it wrote left a part of some hundred megabytes
     persistently(f"backbone {path}", lambda: save_backbone(state.method.encoder, path, arch=recipe.arch, method=method))
     job.metrics.row("checkpoint", state.step, epoch, path=folder.name)

@@ -15,6 +15,7 @@ from models.methods.base import Method
 from pipeline.atomic import write_atomically
 from pipeline.claim import claimed
 
+from .backbone_io import BACKBONE_FILE
 from .build import build_job, build_method, build_state, check_fit, compile_heads, last_step
 from .callbacks import Callback, made
 from .checkpoint import recorded_config, run_checkpoints
@@ -96,7 +97,8 @@ def _prepare_run_dir(config: Config, held: ExitStack) -> Path:
         probe = run_dir / ".writable"
         probe.touch()
         probe.unlink()
-        held.enter_context(claimed(run_dir / ".lock", f"--run-dir {run_dir}"))
+        # A run killed while it wrote its backbone left a part of some hundred megabytes.
+        held.enter_context(claimed(run_dir / ".lock", f"--run-dir {run_dir}", [run_dir / BACKBONE_FILE]))
     except OSError as reason:
         raise UserMistake(
             f"--run-dir {run_dir}: {reason.strerror or reason}; choose a folder that can be written"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline import augment
-from pipeline.atomic import remove_leftovers, write_atomically
+from pipeline.atomic import write_atomically
 from pipeline.claim import claimed
 from pipeline.interface import Batch, Pipeline, PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
@@ -126,7 +126,6 @@ class ProtocolSession:
 
         def put() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path)  # of a killed evaluation; whole, so that a report would take it for a result
             write_atomically(path, text.encode())
 
         try:
@@ -336,7 +335,8 @@ def _claimed_result(session: ProtocolSession) -> Iterator[None]:
     with ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(claimed(path.with_name(f".{path.name}.lock"), f"result {path}"))
+            # A killed evaluation may have left a whole file, which a report would take for a result.
+            held.enter_context(claimed(path.with_name(f".{path.name}.lock"), f"result {path}", [path]))
         except OSError as reason:
             raise UserMistake(f"{path}: {reason.strerror or reason}; choose another place with --output") from None
         yield

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,17 @@ def _hold(lock: Path, ready: Any) -> None:
 
 
 @pytest.fixture
-def hold() -> Iterator[Callable[[Path], multiprocessing.Process]]:
+def hold() -> Iterator[Callable[[Path], BaseProcess]]:
     """Another process that has a claim and keeps it."""
     context, started = multiprocessing.get_context("fork"), []
 
-    def start(lock: Path) -> multiprocessing.Process:
+    def start(lock: Path) -> BaseProcess:
         ready = context.Event()
         process = context.Process(target=_hold, args=(lock, ready))
         process.start()
         started.append(process)
         assert ready.wait(20)
-        return process  # type: ignore[return-value]
+        return process
 
     yield start
     for process in started:

@@ -34,6 +34,7 @@ from PIL import Image
 
 from pipeline.listing import list_images
 from pipeline.parquet import ParquetImages
+from tests.faults.reports import publish
 from tools.support.class_list import read_class_list
 from tools.support.drawn_sets import coco_document, write_cityscapes, write_coco, write_voc
 from train.errors import EXIT_USER_MISTAKE, run_to_exit_code
@@ -644,9 +645,7 @@ def main(argv: list[str]) -> int:
     lines += [f"{name}  {mutation}  {outcome}  {count}" for (name, mutation, outcome), count in sorted(tally.items())]
     lines += faults
     lines.append(f"{tally.total()} mutations, {len(faults)} faults: each other one was read right or refused in a line")
-    print("\n".join(lines))
-    if arguments.report:
-        arguments.report.write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.report)
     return 1 if faults else 0
 
 

@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import kills
 from tests.faults.jobs import Job, jobs, make_inputs
-from tests.faults.kills import Blow, Whole, differences, run_whole
+from tests.faults.kills import Blow, Whole, clear, differences, finish_job, start_job, warm, whole_in
+from tests.faults.reports import publish
 from tests.faults.traps import Trap
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.ESTALE, errno.EROFS)
@@ -48,7 +48,7 @@ def strike(job: Job, whole: Whole, folder: Path, inputs: Path, fault: Blow) -> s
     """
     out = folder / "struck"
     what = f"{job.name}, {fault}"
-    (code,) = kills._finish(kills._start(job, out, inputs, fault), what)
+    (code,) = finish_job(start_job(job, out, inputs, fault), what)
     said = Path(f"{out}.log").read_text()
     # TensorBoard's own thread prints one, which is not ours to keep from it.
     assert "Traceback" not in said or "regatta: TensorBoard:" in said, f"{what}: {said[-3000:]}"
@@ -58,14 +58,13 @@ def strike(job: Job, whole: Whole, folder: Path, inputs: Path, fault: Blow) -> s
     else:
         assert code in CODES, f"{what}: code {code}: {said[-2000:]}"
         assert said.strip().splitlines()[-1].startswith("regatta: "), f"{what}: {said[-1000:]}"
-    (again,) = kills._finish(kills._start(job, out, inputs, None), what)
+    (again,) = finish_job(start_job(job, out, inputs, None), what)
     assert again == 0, (
         f"{what}: the same command afterwards ends with {again}: {Path(f'{out}.log').read_text()[-2000:]}"
     )
     found = "; ".join(differences(whole.outcome, job.outcome(out)))
     assert not found, f"{what}: the same command afterwards: {found[:500]}"
-    for path in (out, Path(f"{out}.log")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    clear(out)
     return "went on" if code == 0 else f"ended with {code}"
 
 
@@ -80,14 +79,13 @@ def attack(
     draw, tally = random.Random(seed), Counter[tuple[str, str, str]]()
     folder = Path(tempfile.mkdtemp(prefix="disks-"))
     make_inputs(folder / "inputs")
-    kills._warm()
+    warm()
     wholes: dict[int, Whole] = {}
     for number in range(faults):
         place = number % len(chosen)
         job, own = chosen[place], folder / str(place)
         if place not in wholes:
-            own.mkdir()
-            wholes[place] = run_whole(job, own, folder / "inputs")
+            wholes[place] = whole_in(own, job, folder / "inputs")
         fault = draw_fault(wholes[place], draw)
         outcome = strike(job, wholes[place], own, folder / "inputs", fault)
         tally[job.name, fault.kind, outcome] += 1
@@ -110,9 +108,7 @@ def main(argv: list[str]) -> int:
     lines = [f"python -m tests.faults.disks --faults {arguments.faults} --seed {arguments.seed}"]
     lines += [f"{name}  {kind}  {outcome}  {count}" for (name, kind, outcome), count in sorted(tally.items())]
     lines.append(f"{tally.total()} failing disks: each command ended right or in one line, and right when given again")
-    print("\n".join(lines))
-    if arguments.report:
-        arguments.report.write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.report)
     return 0
 
 

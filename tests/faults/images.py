@@ -34,6 +34,7 @@ from pipeline.interface import PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 from pipeline.records import make_record
 from pipeline.refusal import ImageRefused
+from tests.faults.reports import publish
 from tools import make_ffcv_dataset
 
 SLOWEST_S = 20.0
@@ -287,9 +288,7 @@ def main(argv: list[str]) -> int:
         f"{tally.total()} files, decoder and packer agree on each, packed and read back, no crash, no hang; the loader "
         f"of a folder takes {differing} otherwise"
     )
-    print("\n".join(lines))
-    if arguments.report:
-        arguments.report.write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.report)
     return 1 if differing else 0
 
 

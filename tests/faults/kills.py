@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.jobs import Job, jobs, make_inputs
+from tests.faults.reports import publish
 from tests.faults.traps import Trap, count_changes, lay
 from tests.runs import _CONTEXT, free_port
 from train.errors import EXIT_HUNG
@@ -97,7 +98,16 @@ def _enter(
     sys.exit(run_to_exit_code(lambda: importlib.import_module(command).main(argv)))
 
 
-def _start(job: Job, out: Path, inputs: Path, blow: Blow | None, changes: Path | None = None) -> list[Any]:
+def start_job(job: Job, out: Path, inputs: Path, blow: Blow | None, changes: Path | None = None) -> list[Any]:
+    """Start the processes of a job, which write to `out` and say what they say to the `.log` beside it.
+
+    Args:
+        job: what to run.
+        out: folder of its output.
+        inputs: folder of `make_inputs`.
+        blow: what the process that it is meant for suffers from within; None for nothing.
+        changes: file in which each change of a file is counted; None counts none.
+    """
     out.mkdir(exist_ok=True)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     processes = []
@@ -122,7 +132,7 @@ def _strike(processes: list[Any], blow: Blow) -> None:
                 os.kill(process.pid, blow.number)
 
 
-def _finish(processes: list[Any], what: str) -> list[int]:
+def finish_job(processes: list[Any], what: str) -> list[int]:
     """Exit codes of all processes.
 
     Raises:
@@ -147,7 +157,7 @@ def run_whole(job: Job, folder: Path, inputs: Path) -> Whole:
         AssertionError: it did not end well.
     """
     started, out, changes = time.monotonic(), folder / "whole", folder / "changes"
-    codes = _finish(_start(job, out, inputs, None, changes), job.name)
+    codes = finish_job(start_job(job, out, inputs, None, changes), job.name)
     assert set(codes) == {0}, f"{job.name}: {codes}: {_last_lines(out)}"
     return Whole(job.outcome(out), time.monotonic() - started, changes.stat().st_size if changes.exists() else 0)
 
@@ -189,10 +199,10 @@ def strike_until_whole(
     out = folder / "struck"
     for attempt in range(most + 1):
         blow = draw_blow(job, whole, draw) if attempt < most else None
-        processes = _start(job, out, inputs, blow)
+        processes = start_job(job, out, inputs, blow)
         if blow is not None and blow.after_s is not None:
             _strike(processes, blow)
-        codes = _finish(processes, f"{job.name}, {blow}")
+        codes = finish_job(processes, f"{job.name}, {blow}")
         if set(codes) == {0}:
             break
         _check_codes(job, blow, codes, out)
@@ -200,8 +210,13 @@ def strike_until_whole(
         yield blow.kind
     differing = "; ".join(differences(whole.outcome, job.outcome(out)))
     assert not differing, f"{job.name}: the end differs ({differing[:500]}) after blows, the last but one {blow}"
-    for path in (out, Path(f"{out}.log")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    clear(out)
+
+
+def clear(out: Path) -> None:
+    """Remove what a job has written, and what it has said."""
+    shutil.rmtree(out)
+    Path(f"{out}.log").unlink()
 
 
 def differences(expected: Any, found: Any, place: str = "") -> list[str]:
@@ -238,12 +253,12 @@ def attack(
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     try:
         make_inputs(folder / "inputs")
-        _warm()
+        warm()
         wholes: dict[int, Whole] = {}
         while tally.total() < kills and time.monotonic() < ends:
             for number, job in enumerate(chosen):
                 if number not in wholes:
-                    wholes[number] = _whole_in(folder / str(number), job, folder / "inputs")
+                    wholes[number] = whole_in(folder / str(number), job, folder / "inputs")
                 for kind in strike_until_whole(
                     job, wholes[number], folder / str(number), folder / "inputs", draw, MOST_BLOWS
                 ):
@@ -282,7 +297,7 @@ def attack_at_once(chosen: list[Job], kills: int, seed: int, seconds: float, at_
         return sum(pool.map(one, range(at_once)), Counter())
 
 
-def _warm() -> None:
+def warm() -> None:
     """Start the fork server with all that the jobs import: the first run would otherwise seem longer than it is."""
     _CONTEXT.set_forkserver_preload(["tests.runs_preload", "tests.faults.preload"])
     process = _CONTEXT.Process(target=time.monotonic)
@@ -290,7 +305,8 @@ def _warm() -> None:
     process.join()  # type: ignore[attr-defined]
 
 
-def _whole_in(folder: Path, job: Job, inputs: Path) -> Whole:
+def whole_in(folder: Path, job: Job, inputs: Path) -> Whole:
+    """As `run_whole`, in a new folder."""
     folder.mkdir()
     return run_whole(job, folder, inputs)
 
@@ -315,9 +331,7 @@ def main(argv: list[str]) -> int:
     )
     lines = [command, *(f"{name}  {kind}  {count}" for (name, kind), count in sorted(tally.items()))]
     lines.append(f"{tally.total()} blows that hit, every run ended byte for byte as one that nothing disturbed")
-    print("\n".join(lines))
-    if arguments.report:
-        arguments.report.write_text("\n".join(lines) + "\n")
+    publish(lines, arguments.report)
     return 0
 
 

@@ -133,6 +133,15 @@ def test_a_second_run_in_one_folder(tmp_path: Path, hold, capfd) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock"], "nothing of the first was touched"
 
 
+def test_what_a_killed_run_left_of_its_backbone_goes_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    left = tmp_path / "run" / ".backbone.1-2.tmp.safetensors"
+    left.touch()
+    arguments = ["--method", "moco-v2", "--run-dir", str(tmp_path / "run"), "--max-steps", "1", *TINY]
+    assert main.main(last_wins(arguments)) == 0
+    assert (tmp_path / "run" / "backbone.safetensors").exists() and not left.exists()
+
+
 def test_a_second_evaluation_of_one_result(tmp_path: Path, hold, capfd) -> None:
     make_inputs(tmp_path)
     hold(tmp_path / ".out.json.lock")

@@ -81,7 +81,8 @@ FAKES = {
     "scontrol": 'case "$1 $2" in "show hostnames") printf "n3\\nn4\\n";; "show node") '
     'echo "NodeName=$3 Arch=x86_64 NodeAddr=10.0.0.$(echo $3 | tr -d n) NodeHostName=$3";; '
     '*) echo "$@" >> "$CALLS";; esac',
-    "scancel": 'echo "$@" >> "$CALLS"; touch "$TOLD"',
+    # It takes its time, so that the second signal comes while the first is passed on.
+    "scancel": 'echo "$@" >> "$CALLS"; sleep 0.3; touch "$TOLD"',
     "srun": 'echo "srun $MASTER_ADDR $MASTER_PORT $*" >> "$CALLS"; for i in $(seq 200); do [ -e "$TOLD" ] && break; '
     '[ -n "$AT_ONCE" ] && break; sleep 0.05; done; exit "$CODE"',
 }
@@ -110,6 +111,8 @@ def execute(script: Path, folder: Path, code: int, stop: bool, nodes: int = 2) -
         while not (calls.exists() and "srun" in calls.read_text()) and time.monotonic() < deadline:
             time.sleep(0.02)
         shell.send_signal(signal.SIGTERM)
+        while "TERM" not in calls.read_text() and time.monotonic() < deadline:
+            time.sleep(0.02)
         shell.send_signal(signal.SIGTERM)
     return shell.wait(30), calls.read_text().splitlines()
 

@@ -14,6 +14,7 @@ import pytest
 from torch.distributed import HashStore
 
 from tests.runs import TINY, comparable, finish, last_wins, rows, run, start
+from train import together
 from train.errors import EXIT_CHECKPOINT, EXIT_HUNG, RunEnd, UserMistake
 from train.together import Together
 
@@ -72,6 +73,26 @@ def test_words_that_were_heard_outlast_the_store() -> None:
         second.end(RuntimeError("connection closed by peer"))
     assert end.value.code == UserMistake.code
     first.close(), second.close()
+
+
+def test_the_clock_does_not_run_while_a_rank_tells_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen with a killed rank, which hears nothing: the one that waited for it to hear ended as one that hangs."""
+    monkeypatch.setattr(together, "_LINGER_S", 4.0)
+    codes: list[int] = []
+    ending = Together(Shared(HashStore()), 0, 2, limit_s=0.5, leave=codes.append)
+    ending.at("takes step 1")
+    ending.end(UserMistake("no room"))
+    ending.close()
+    assert codes == []
+
+
+def test_a_rank_that_died_before_it_told_anything_is_gone() -> None:
+    """Seen with steps so short that the first was taken before the first sign."""
+    store = HashStore()
+    alone = Together(Shared(store), 0, 3, limit_s=0, leave=lambda code: None)
+    other = Together(Shared(store), 2, 3, limit_s=0, leave=lambda code: None)
+    assert alone._gone() == [1]
+    alone.close(), other.close()
 
 
 class Shared:

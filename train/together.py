@@ -98,6 +98,8 @@ class Together:
         Raises:
             RunEnd: with the words and exit code of the rank that was first, where this one only lost its connection.
         """
+        # Who ends makes no progress any more, and its reason must not lose to the clock while the others hear it.
+        self._mark = None
         if self._store is None:
             return
         said = self._say(Words(self.rank, *_told(reason)), reason)
@@ -133,7 +135,9 @@ class Together:
         after = self._signs()
         if before is None or after is None:
             return [0]
-        return [rank for rank in before if rank != self.rank and before[rank].count == after[rank].count]
+        then, now = ({rank: sign.count for rank, sign in signs.items()} for signs in (before, after))
+        # One that has never told anything died in its first moments: all have met before any of them tells.
+        return [rank for rank in range(self._world_size) if rank != self.rank and then.get(rank) == now.get(rank)]
 
     def _signs(self) -> dict[int, Sign] | None:
         """What each rank last told; None where the store does not answer."""

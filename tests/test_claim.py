@@ -31,6 +31,8 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _hold(lock: Path, ready: Any) -> None:
+    # A run in the process that this one was forked from may have left handlers that only note a signal.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with claimed(lock, "it"):
         ready.set()
         time.sleep(60)

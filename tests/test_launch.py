@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -24,8 +25,9 @@ from train.config import RunConfig
 from train.errors import RunEnd, UserMistake
 from train.launch import STARTED_HERE, run_processes, starts_others
 from train.main import main
+from train.meeting import join
 from train.resolve import resolve
-from train.runtime import _join, _limit
+from train.runtime import _limit
 
 ROOT = Path(__file__).resolve().parents[1]
 SOON = timedelta(seconds=1)
@@ -181,7 +183,7 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(held.getsockname()[1]))
         with pytest.raises(UserMistake, match="port in use: 127.0.0.1:.* another MASTER_PORT"):
-            _join("gloo", 0, 2, SOON)
+            join("gloo", 0, 2, SOON)
 
 
 def test_a_process_that_never_comes_ends_the_wait_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,11 +191,43 @@ def test_a_process_that_never_comes_ends_the_wait_of_the_others(monkeypatch: pyt
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RunEnd, match="not all 2 processes have come to 127.0.0.1:.* within 1 s") as caught:
-        _join("gloo", 0, 2, SOON)
+        join("gloo", 0, 2, SOON)
     assert caught.value.code == 6
-    with pytest.raises(RunEnd, match="nobody answers at 127.0.0.1:.* was rank 0 killed") as caught:
-        _join("gloo", 1, 2, SOON)
-    assert caught.value.code == 6
+
+
+@pytest.mark.parametrize(("rank", "launcher"), [(1, ""), (0, "True")])
+def test_an_absent_host_ends_the_wait_in_time(rank: int, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by killing rank 0 at its start: PyTorch's own wait for it lasts up to three times its limit."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", launcher)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: pytest.fail("left to PyTorch"))
+    began = time.monotonic()
+    with pytest.raises(
+        RunEnd, match="nobody answers at 127.0.0.1:.*Connection refused, for 1 s.* was rank 0 killed"
+    ) as end:
+        join("gloo", rank, 2, SOON)
+    assert end.value.code == 6 and time.monotonic() - began < 3
+
+
+def test_the_others_wait_for_a_host_that_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    arrived: list[bool] = []
+
+    def meet(*_: object, **__: object) -> object:
+        arrived.append(True)
+        raise torch.distributed.DistStoreError("as if one more never came")
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", meet)
+    with socket.socket() as host:
+        late = threading.Timer(0.5, lambda: (host.bind(("127.0.0.1", port)), host.listen()))
+        late.start()
+        with pytest.raises(RunEnd, match="not all 2 processes have come"):
+            join("gloo", 1, 2, timedelta(seconds=30))
+        late.join()
+    assert arrived
 
 
 def test_no_one_waits_longer_than_the_run_may_stand_still_or_too_short_for_a_start() -> None:
@@ -209,8 +243,11 @@ def test_a_rank_that_leaves_while_all_meet_is_no_mistake_of_the_others(monkeypat
 
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 4)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", gone)
-    with pytest.raises(RunEnd, match="another process has left while all were meeting") as caught:
-        _join("gloo", 1, 4, SOON)
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(host.getsockname()[1]))
+        with pytest.raises(RunEnd, match="another process has left while all were meeting") as caught:
+            join("gloo", 1, 4, SOON)
     assert caught.value.code == 1
 
 

@@ -24,8 +24,8 @@ from pipeline.prefetch import set_sharing_processes
 
 from .cards import refuse_without_code
 from .config import RunConfig
-from .errors import EXIT_HUNG, RunEnd, UserMistake
-from .restarts import leaving_if_another_starts_again, may_restart, meet
+from .errors import RunEnd, UserMistake
+from .meeting import join
 from .slurm import meeting_place, step_ranks
 from .together import Together
 
@@ -235,64 +235,6 @@ def share_cores(runtime: Runtime) -> None:
     set_sharing_processes(max(1, round(sum(sharing))))
 
 
-def _join(backend: str, rank: int, world_size: int, limit: timedelta) -> None:
-    """Meet the other processes at MASTER_ADDR and MASTER_PORT.
-
-    Args:
-        backend: of the process group.
-        rank: this process.
-        world_size: number of processes.
-        limit: how long to wait for the others, now and in an exchange.
-
-    Raises:
-        UserMistake: the place to meet cannot be used.
-        RunEnd: another process was there and has left, or has not come in time.
-    """
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
-        if may_restart(os.environ):
-            _join_again(store, backend, rank, world_size, limit)
-        else:
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-    except dist.DistNetworkError as reason:
-        if "EADDRINUSE" in str(reason):
-            raise UserMistake(
-                f"port in use: {place}, another run has it; export another MASTER_PORT, or start torchrun with "
-                "--standalone"
-            ) from None
-        first_line = str(reason).strip().partition("\n")[0]
-        # The place was right, then: somebody was there, and has gone since. That is no mistake of this process's flags.
-        if any(words in str(reason) for words in ("Broken pipe", "Connection reset", "closed by peer")):
-            raise RunEnd(
-                f"another process has left while all were meeting at {place} ({first_line}); its own last line says why"
-            ) from None
-        if "timed out" in str(reason):
-            # It waited as long as a run may stand still. Who starts it again may find rank 0 there.
-            raise RunEnd(
-                f"nobody answers at {place} ({first_line}); was rank 0 killed, or never started? Otherwise check "
-                "MASTER_ADDR, MASTER_PORT and the network",
-                EXIT_HUNG,
-            ) from None
-        raise UserMistake(
-            f"the processes cannot meet at {place} ({first_line}); check MASTER_ADDR, MASTER_PORT and the network"
-        ) from None
-    except dist.DistStoreError as reason:
-        first_line = str(reason).strip().partition("\n")[0]
-        raise RunEnd(
-            f"not all {world_size} processes have come to {place} within {limit.total_seconds():.0f} s ({first_line}); "
-            "was one of them killed, or never started?",
-            EXIT_HUNG,
-        ) from None
-
-
-def _join_again(store: dist.Store, backend: str, rank: int, world_size: int, limit: timedelta) -> None:
-    """As `_join`, under a launcher that may have started these processes before; see `restarts`."""
-    found = meet(store, rank, world_size)
-    with leaving_if_another_starts_again(store, rank, found):
-        dist.init_process_group(backend, store=found.store, rank=rank, world_size=world_size, timeout=limit)
-
-
 def _limit(run: RunConfig) -> timedelta:
     """How long a process waits for the others.
 
@@ -324,7 +266,7 @@ def start(run: RunConfig) -> Iterator[Runtime]:
     host_group = None
     if world_size > 1:
         limit = _limit(run)
-        _join("nccl" if device.type == "cuda" else "gloo", rank, world_size, limit)
+        join("nccl" if device.type == "cuda" else "gloo", rank, world_size, limit)
         # Decisions of the host go over a group of their own, which never waits for the device.
         host_group = dist.new_group(backend="gloo", timeout=limit)
     dtype, compiled = choose_dtype(run.precision, device), compiles(run.compile, device)

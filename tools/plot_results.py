@@ -1,4 +1,4 @@
-"""Draw the plots of the README and the plots and plans' tables of the results page from the rows in tools/results.
+"""Draw the plots of the README and the plots and marked tables of the results page from the rows in tools/results.
 
 `python tools/plot_results.py [--out FOLDER]` writes one SVG a plot, and the tables into tools/results/README.md. It
 reads rows and nothing else, so a figure without a row cannot appear in them. Needs matplotlib (extra `eval`).
@@ -21,7 +21,9 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from tools.support.plan_tables import curve, grouped, write_tables
+from tools.support.host_table import host_table
+from tools.support.pages import redraw
+from tools.support.plan_tables import curve, grouped, plan_part
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -199,6 +201,17 @@ def write_plot(name: str, folder: Path) -> Path:
     return path
 
 
+def write_tables(page: Path) -> list[str]:
+    """Draw the marked tables of a page anew; returns their marks."""
+    return redraw(
+        page,
+        {
+            "plan": partial(plan_part, rows_of("imagenette.csv")),
+            "rows": lambda _: host_table(rows_of("bench_host.csv")),
+        },
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write every plot; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = parser.parse_args(argv).out
     for name in PLOTS_BY_NAME:
         print(write_plot(name, out))
-    write_tables(RESULTS / "README.md", rows_of("imagenette.csv"))
+    write_tables(RESULTS / "README.md")
     return 0
 
 

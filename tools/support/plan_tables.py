@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 PAIRS = (
     ("moco-v2", "regioncl-m"),
@@ -91,29 +89,17 @@ def curve(row: Row) -> list[tuple[int, float]]:
     return [(int(epoch), float(share)) for epoch, share in points]
 
 
-def write_tables(page: Path, rows: Sequence[Row]) -> list[str]:
-    """Draw the tables of a page anew: what stands between `<!-- plan NAME -->` and `<!-- end -->` is replaced.
+def plan_part(rows: Sequence[Row], plan: str) -> str:
+    """Markdown: table and pairs of one plan.
 
     Args:
-        page: Markdown.
         rows: of all plans.
-
-    Returns:
-        The plans whose tables stand on the page.
+        plan: name.
 
     Raises:
-        ValueError: a plan on the page has no rows.
+        ValueError: it has no rows.
     """
-    drawn: list[str] = []
-
-    def draw(match: re.Match[str]) -> str:
-        own = [row for row in rows if row["plan"] == match[1]]
-        if not own:
-            raise ValueError(f"{page.name} shows the plan {match[1]}, which has no rows")
-        drawn.append(match[1])
-        parts = [f"<!-- plan {match[1]} -->", table(own), pairs(own), "<!-- end -->"]
-        return "\n\n".join(filter(None, parts))
-
-    text = re.sub(r"<!-- plan (\S+) -->.*?<!-- end -->", draw, page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
-    return drawn
+    own = [row for row in rows if row["plan"] == plan]
+    if not own:
+        raise ValueError(f"no rows of the plan {plan}")
+    return "\n\n".join(filter(None, (table(own), pairs(own))))

@@ -1,14 +1,17 @@
-"""The tables of plans say what their rows say, and the results page has been drawn from its rows."""
+"""The tables of the results page say what their rows say, and the results page has been drawn from its rows."""
 
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tools import plot_results
-from tools.support.plan_tables import Row, curve, grouped, pairs, table, write_tables
+from tools.support.host_table import host_table
+from tools.support.pages import redraw
+from tools.support.plan_tables import Row, curve, grouped, pairs, plan_part, table
 
 
 def row(method: str, seed: int, last: float, flags: str = "--epochs 2", **more: str) -> Row:
@@ -55,18 +58,40 @@ def test_a_curve_is_read_back() -> None:
 
 def test_only_what_stands_between_the_marks_is_drawn_anew(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- plan p -->old<!-- end -->\nafter\n")
-    assert write_tables(page, ROWS) == ["p"]
+    page.write_text("before\n<!-- plan p -->old<!-- end -->\n<!-- note x -->\nafter\n")
+    kinds = {"plan": partial(plan_part, ROWS)}
+    assert redraw(page, kinds) == ["plan p"]
     text = page.read_text()
-    assert text.startswith("before\n<!-- plan p -->\n\n| method") and text.endswith("<!-- end -->\nafter\n")
-    assert "old" not in text and write_tables(page, ROWS) == ["p"] and page.read_text() == text
+    assert text.startswith("before\n<!-- plan p -->\n\n| method")
+    assert text.endswith("<!-- end -->\n<!-- note x -->\nafter\n")
+    assert "old" not in text and redraw(page, kinds) == ["plan p"] and page.read_text() == text
     with pytest.raises(ValueError, match="no rows"):
-        write_tables(page, [])
+        redraw(page, {"plan": partial(plan_part, [])})
 
 
 def test_the_page_of_results_is_drawn_from_its_rows(tmp_path: Path) -> None:
     committed = plot_results.RESULTS / "README.md"
     drawn = tmp_path / "README.md"
     shutil.copy(committed, drawn)
-    assert write_tables(drawn, plot_results.rows_of("imagenette.csv"))
+    assert plot_results.write_tables(drawn)
     assert drawn.read_text() == committed.read_text(), "run python tools/plot_results.py and commit the page"
+
+
+def host_row(date: str, method: str, contender: str, metric: str, median: str) -> Row:
+    setting = f"{method}, resnet50, batch 256"
+    return {"date": date, "setting": setting, "contender": contender, "metric": metric, "median": median}
+
+
+def test_the_host_table_holds_the_newest_run_of_each_method_and_no_older_figure() -> None:
+    rows = [
+        host_row("1", "byol", "plain", "launches of a step", "7"),
+        host_row("1", "byol", "ours", "launches of a step", "9"),
+        host_row("2", "byol", "plain", "launches of a step", "1400"),
+        host_row("2", "byol", "plain", "bytes of a step", "173.66"),
+        host_row("2", "byol", "plain", "host time of a step", "27.1"),
+        host_row("3", "care", "ours + kernels", "host time over plain", "0.92991"),
+    ]
+    assert host_table(rows).splitlines()[2:] == [
+        "| `byol` | 1400, 174 | none | none | none |",
+        "| `care` | none | none | 0.93 | none |",
+    ]

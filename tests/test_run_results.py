@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,18 @@ def test_runs_of_a_plan_are_configurations(plan: Path) -> None:
 def test_a_plan_that_is_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserMistake, match=message):
         read_plan(write_plan(tmp_path, text))
+    with pytest.raises(UserMistake, match="has byol-small-dim-64-seed0 twice"):
+        read_plan(write_plan(tmp_path, '[[runs]]\nmethod = "byol"\nflags = "--dim 64"\n' * 2))
     with pytest.raises(UserMistake, match="cannot be read"):
         read_plan(tmp_path / "missing.toml")
+
+
+def test_an_ablation_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    text = 'flags = "--epochs 2"\n[[runs]]\nmethod = "byol"\n[[runs]]\nmethod = "byol"\nflags = "--optim.lr 1e-3"\n'
+    assert [run.name for run in read_plan(write_plan(tmp_path, text))] == [
+        "byol-small-seed0",
+        "byol-small-optim.lr-1e-3-seed0",
+    ]
 
 
 def write_run(folder: Path, rates: tuple[float, ...]) -> None:
@@ -173,6 +184,39 @@ def test_a_stop_is_passed_on_with_its_exit_code(tmp_path: Path, monkeypatch: pyt
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
             signal.signal(number, handler)
     assert not (tmp_path / "r.csv").exists()
+
+
+def test_two_at_once_have_half_of_the_cores_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both run at the same time, keep to their share, and each leaves its row."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    both, seen = threading.Barrier(2), []
+
+    def call(self: Any, argv: list[str]) -> int:
+        if argv[1] == "train/main.py":
+            both.wait(30)
+            # A process takes the cores of the thread that starts it.
+            show = [sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"]
+            seen.append({int(core) for core in subprocess.run(show, stdout=subprocess.PIPE, check=True).stdout.split()})
+            write_run(Path(argv[argv.index("--run-dir") + 1]), (5.0,))
+        else:
+            Path(argv[argv.index("--output") + 1]).write_text('{"top1": 0.7, "protocol": "linear"}')
+        return 0
+
+    monkeypatch.setattr(run_results.Commands, "call", call)
+    monkeypatch.setattr(run_results.Commands, "__init__", lambda self, minutes: None)
+    monkeypatch.setattr(run_results.tempfile, "gettempdir", lambda: str(tmp_path))
+    places = ["--out", str(tmp_path), "--rows", str(tmp_path / "r.csv"), "--data", "d", "--val-data", "v"]
+    assert main([str(write_plan(tmp_path)), *places, "--at-once", "2"]) == 0
+    half = len(cores) // 2
+    assert len(seen) == 2 and not seen[0] & seen[1] and all(len(each) == half for each in seen)
+    rows = read_rows(tmp_path / "r.csv")
+    assert {row["method"] for row in rows} == {"simsiam", "moco-v2"} and {row["cores"] for row in rows} == {str(half)}
+    with pytest.raises(UserMistake, match=f"has {len(cores)} cores"):
+        main([str(write_plan(tmp_path)), *places, "--at-once", str(len(cores) + 1)])
+    with pytest.raises(UserMistake, match="leave it out on a GPU"):
+        main([str(write_plan(tmp_path)), *places, "--at-once", "2", "--device", "cuda"])
 
 
 def test_published_rows_are_of_runs_that_a_plan_names() -> None:

@@ -3,7 +3,8 @@
 `python tools/run_results.py tools/plans/imagenette-small.toml --data train.beton --val-data val.beton --out runs/plan`
 
 It is meant to run for hours. Started again, it goes on where it was stopped or killed; `--status` says at any time how
-far it is. One training runs at a time on a machine. `--minutes 10` stops after ten minutes with exit code 75.
+far it is. One plan runs at a time on a machine, and one training of it; `--at-once 2` trains two, each on half of the
+cores, since narrow networks gain little from a second one. `--minutes 10` stops after ten minutes with exit code 75.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import csv
 import datetime
 import fcntl
 import io
+import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from pipeline.atomic import write_atomically
-from tools.support.cli import make_parser, parse, run_main
+from tools.support.cli import make_parser, parse, positive, run_main
 from tools.support.plans import COLUMNS, Planned, finished_row, progress, read_plan
 from tools.support.stoppable import ROOT, Commands
 from train.errors import UserMistake
@@ -59,7 +63,7 @@ def add_row(path: Path, row: Row) -> None:
 
 @contextmanager
 def only_one() -> Iterator[None]:
-    """Hold the machine's lock: two trainings at once would slow each other and falsify both rates.
+    """Hold the machine's lock: trainings that know nothing of each other would falsify both rates.
 
     Raises:
         UserMistake: another plan runs on this machine.
@@ -82,35 +86,81 @@ def commands_of(planned: Planned, folder: Path, data: Sequence[str], device: str
 
 
 def common_columns(device: str) -> dict[str, str]:
-    """When, with what and on what a run ended."""
+    """When, with what and on what a run ended that the calling thread has started."""
     # Rows need PyTorch, which `--status` does not.
     import torch
 
     from tools.bench.rows import commit, device_name
-    from train.versions import cpu_name
+    from train.versions import cpu_name, usable_cores
 
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
         "device": device_name(torch.device(device)),
         "cpu": cpu_name(),
+        "cores": str(usable_cores()),
     }
 
 
-def work(runs: Sequence[Planned], out: Path, data: Sequence[str], device: str, rows: Path, minutes: float) -> int:
-    """Do what is left of a plan; 0 when all of it is done."""
-    commands = Commands(minutes)
-    for planned in runs:
-        if planned.key in {key_of(row) for row in read_rows(rows)}:
-            continue
-        folder = out / planned.name
-        for argv in commands_of(planned, folder, data, device):
-            code = commands.call([sys.executable, *argv])
+class Work:
+    """Does what is left of a plan.
+
+    Args:
+        out: folder of the runs.
+        data: flags of both commands.
+        device: of the trainings.
+        rows: table to write.
+        minutes: time for all; 0 for any.
+    """
+
+    def __init__(self, out: Path, data: Sequence[str], device: str, rows: Path, minutes: float) -> None:
+        self.out, self.data, self.device, self.rows = out, data, device, rows
+        self.commands = Commands(minutes)
+        self._table = threading.Lock()
+        self._code = 0
+
+    def do(self, runs: Sequence[Planned], shares: Sequence[set[int]]) -> int:
+        """Do the runs that have no row yet, one on each share of the cores; returns 0 when all are done."""
+        done = {key_of(row) for row in read_rows(self.rows)}
+        left = [planned for planned in runs if planned.key not in done]
+        free = list(shares)
+        # Whatever a thread starts has the cores of the thread.
+        with ThreadPoolExecutor(len(shares), initializer=lambda: bind_to(free.pop())) as threads:
+            list(threads.map(self._one, left))
+        return self._code
+
+    def _one(self, planned: Planned) -> None:
+        folder = self.out / planned.name
+        for argv in commands_of(planned, folder, self.data, self.device):
+            # After a failure those that run go on to their end, and no other begins.
+            if self._code:
+                return
+            code = self.commands.call([sys.executable, *argv])
             if code:
                 print(f"{planned.name} ended with exit code {code}; the same command goes on from here", flush=True)
-                return code
-        add_row(rows, finished_row(planned, folder, common_columns(device)))
-    return 0
+                self._code = self._code or code
+                return
+        with self._table:
+            add_row(self.rows, finished_row(planned, folder, common_columns(self.device)))
+
+
+def bind_to(cores: set[int]) -> None:
+    """Keep the calling thread, and what it starts, to these cores, where the system can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
+def shares_of_cores(number: int) -> list[set[int]]:
+    """The cores in equal shares; those that are left over stay idle.
+
+    Raises:
+        UserMistake: there are fewer cores than shares.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    size = len(cores) // number
+    if not size:
+        raise UserMistake(f"--at-once {number}: this machine has {len(cores)} cores; give at most that many")
+    return [set(cores[size * share : size * (share + 1)]) for share in range(number)]
 
 
 def status(runs: Sequence[Planned], out: Path, rows: Path) -> str:
@@ -149,6 +199,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rows", type=Path, default=ROWS, help="table to write")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to train")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after these; 0 goes on to the end")
+    parser.add_argument("--at-once", type=positive, default=1, help="trainings at a time, on equal shares of the cores")
     parser.add_argument("--methods", nargs="+", default=[], help="only these of the plan")
     parser.add_argument("--status", action="store_true", help="say how far it is, and stop")
     options = parse(parser, argv)
@@ -157,8 +208,11 @@ def main(argv: Sequence[str]) -> int:
         print(status(runs, options.out, options.rows))
         return 0
     data = ["--data", options.data, "--val-data", options.val_data]
+    if options.at_once > 1 and options.device == "cuda":
+        raise UserMistake("--at-once is for the cores of a CPU; leave it out on a GPU")
+    shares = shares_of_cores(options.at_once)
     with only_one():
-        return work(runs, options.out, data, options.device, options.rows, options.minutes)
+        return Work(options.out, data, options.device, options.rows, options.minutes).do(runs, shares)
 
 
 if __name__ == "__main__":

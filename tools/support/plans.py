@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ COLUMNS = (
     "images_per_s",
     "device",
     "cpu",
+    "cores",
 )
 """Accuracies are shares; the curve is `epoch:20-NN` of each measurement; minutes are those of training alone."""
 TIMED = ("date", "minutes", "images_per_s")
@@ -51,6 +54,7 @@ class Planned:
         seed: of every draw.
         flags: beside the recipe.
         linear: flags of the linear protocol.
+        own_flags: those of `flags` that not all runs of the plan have.
     """
 
     plan: str
@@ -59,11 +63,13 @@ class Planned:
     seed: int
     flags: tuple[str, ...]
     linear: tuple[str, ...] = ()
+    own_flags: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Folder of the run below that of the plan."""
-        return f"{self.recipe}-seed{self.seed}"
+        """Folder of the run below that of the plan: recipe, flags of its own, and seed."""
+        words = re.findall(r"[\w.]+", " ".join(self.own_flags))
+        return "-".join([self.recipe, *words, f"seed{self.seed}"])
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -79,7 +85,7 @@ def read_plan(path: Path) -> list[Planned]:
             `method` and, where they differ, `recipe` (METHOD-small), `flags` (beside the plan's) and `seeds`.
 
     Raises:
-        UserMistake: the file cannot be read or lacks something.
+        UserMistake: the file cannot be read, lacks something or has a run twice.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -92,6 +98,7 @@ def read_plan(path: Path) -> list[Planned]:
                 seed,
                 (*common, *shlex.split(run.get("flags", ""))),
                 tuple(shlex.split(document.get("linear", ""))),
+                tuple(shlex.split(run.get("flags", ""))),
             )
             for run in document["runs"]
             for seed in run.get("seeds", document.get("seeds", [0]))
@@ -100,6 +107,9 @@ def read_plan(path: Path) -> list[Planned]:
         raise UserMistake(f"plan {path} cannot be read: {error.strerror}; plans are in tools/plans") from None
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise UserMistake(f"plan {path}: {error}; it needs [[runs]], each with a method") from None
+    twice = [name for name, count in Counter(each.name for each in planned).items() if count > 1]
+    if twice:
+        raise UserMistake(f"plan {path} has {twice[0]} twice; give each run flags or a seed of its own")
     # Every method once before any method twice: a plan that is cut short has told most then.
     return sorted(planned, key=lambda each: each.seed)
 

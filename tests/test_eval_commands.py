@@ -20,6 +20,7 @@ from tests.distributed import run_ranks
 from tests.test_eval import ListPipeline
 from tools.make_ffcv_dataset import main as pack
 from train.backbone_io import build_encoder, save_backbone
+from train.errors import run_to_exit_code
 from train.eval import semi
 from train.eval.linear import LinearHeads, LinearRecipe, train_heads
 from train.evaluate import main
@@ -82,6 +83,55 @@ def test_real_labels_are_those_of_the_image_number(checkpoint, tmp_path: Path, p
     row = result["results"][0]
     assert row["top1"] == 1.0, "each image must be its own neighbour, and colours be told apart"
     assert row["real_top1"] == pytest.approx((6 + 2) / (6 + 8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batch norm over one value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "linear --recipe care",
+        "linear --recipe moco-v2 --head-bn yes",
+        "semi",
+        "semi --bn plain",
+        "segment --model upernet --bn sync",
+        "segment --model upernet --bn plain",
+    ],
+)
+def test_a_batch_too_small_for_batch_norm_is_one_line(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: str
+) -> None:
+    """Its last maps have one value a channel, or its head one row; PyTorch's error is no line for a user."""
+    for image in range(4):
+        write_photo(tmp_path / "photos" / f"n{image % 2}" / f"{image}.jpg", image % 2, image)
+        for folder in ("train", "val"):
+            write_photo(tmp_path / "scenes" / folder / "images" / f"{image}.jpg", image, image)
+            labels = np.repeat([0, 1], 20 * 40).reshape(40, 40).astype(np.uint8)
+            path = tmp_path / "scenes" / folder / "labels" / f"{image}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(labels).save(path)
+    if words.startswith("segment"):
+        data = [
+            "--data",
+            str(tmp_path / "scenes"),
+            "--val-data",
+            str(tmp_path / "scenes"),
+            "--steps",
+            "2",
+            "--crop",
+            "64,64",
+        ]
+    else:
+        data = ["--data", str(tmp_path / "photos"), "--val-data", str(tmp_path / "photos"), "--loader", "folder"]
+        data += ["--epochs", "1"]
+    data += ["--fraction", "1"] if words.startswith("semi") else []
+    argv = [*words.split(), "--checkpoint", str(checkpoint), *data, "--global-batch", "1"]
+    assert run_to_exit_code(lambda: main([*argv, "--output", str(tmp_path / "out.json")])) == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("regatta: ") and "batch norm needs" in line and "--global-batch" in line
+    assert run_to_exit_code(lambda: main([*argv[:-1], "2", "--output", str(tmp_path / "out.json")])) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

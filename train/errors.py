@@ -30,6 +30,7 @@ EXIT_REQUEUE = 75
 EXIT_INTERRUPTED = 130
 
 _OURS = ("pipeline", "models", "train", "tools", "regatta", "__main__")
+_LONE_VALUE = "Expected more than 1 value per channel when training"
 _RAISE = dis.opmap["RAISE_VARARGS"]
 
 
@@ -135,6 +136,9 @@ def text_and_code(error: BaseException, disk_full: int = EXIT_USER_MISTAKE) -> t
         code = EXIT_REQUEUE
     elif isinstance(error, TooManyBad):
         code = EXIT_BAD_IMAGES
+    elif _LONE_VALUE in text:
+        # PyTorch's own batch norm, in a head or where maps have shrunk to one pixel: known only when it runs.
+        text = "batch norm needs two values a channel: take a larger --global-batch, two images a process at least"
     elif not is_refusal(error):
         if not isinstance(error, OSError):
             return None

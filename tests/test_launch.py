@@ -203,9 +203,8 @@ def test_an_absent_host_ends_the_wait_in_time(rank: int, launcher: str, monkeypa
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", launcher)
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: pytest.fail("left to PyTorch"))
     began = time.monotonic()
-    with pytest.raises(
-        RunEnd, match="nobody answers at 127.0.0.1:.*Connection refused, for 1 s.* was rank 0 killed"
-    ) as end:
+    line = "nobody answers at 127.0.0.1:.*Connection refused, for 1 s.* was rank 0 killed"
+    with pytest.raises(RunEnd, match=line) as end:
         join("gloo", rank, 2, SOON)
     assert end.value.code == 6 and time.monotonic() - began < 3
 
@@ -235,20 +234,38 @@ def test_no_one_waits_longer_than_the_run_may_stand_still_or_too_short_for_a_sta
     assert limits[:2] == [60, 7200] and limits[2] > 1e7
 
 
-def test_a_rank_that_leaves_while_all_meet_is_no_mistake_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("reason", "line", "code"),
+    [
+        ("failed to recv, got 0 bytes: Broken pipe", "another process has left while all were meeting", 1),
+        # Rank 0 was there when this one looked, and stands still or has gone since.
+        ("The client socket has timed out after 1000ms", "nobody answers at .* was rank 0 killed", 6),
+    ],
+)
+def test_a_rank_that_leaves_while_all_meet_is_no_mistake_of_the_others(
+    reason: str, line: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Found by killing one of four ranks at its start: the others told to check their addresses, with code 2."""
 
     def gone(*arguments: object, **named: object) -> None:
-        raise torch.distributed.DistNetworkError("failed to recv, got 0 bytes: Broken pipe\nframe #1: ...")
+        raise torch.distributed.DistNetworkError(f"{reason}\nframe #1: ...")
 
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(None, 1, 4)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", gone)
     with socket.create_server(("127.0.0.1", 0)) as host:
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(host.getsockname()[1]))
-        with pytest.raises(RunEnd, match="another process has left while all were meeting") as caught:
+        with pytest.raises(RunEnd, match=line) as caught:
             join("gloo", 1, 4, SOON)
-    assert caught.value.code == 1
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(("address", "port"), [("", "29500"), ("127.0.0.1", ""), ("127.0.0.1", "abc")])
+def test_a_place_to_meet_that_is_none_is_one_line(address: str, port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(UserMistake, match="MASTER_ADDR=.* MASTER_PORT=.* export both"):
+        join("gloo", 1, 2, SOON)
 
 
 # --- data that are none ----------------------------------------------------------------------------------------------

@@ -104,29 +104,19 @@ def test_a_batch_too_small_for_batch_norm_is_one_line(
     checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: str
 ) -> None:
     """Its last maps have one value a channel, or its head one row; PyTorch's error is no line for a user."""
-    for image in range(4):
-        write_photo(tmp_path / "photos" / f"n{image % 2}" / f"{image}.jpg", image % 2, image)
-        for folder in ("train", "val"):
-            write_photo(tmp_path / "scenes" / folder / "images" / f"{image}.jpg", image, image)
-            labels = np.repeat([0, 1], 20 * 40).reshape(40, 40).astype(np.uint8)
-            path = tmp_path / "scenes" / folder / "labels" / f"{image}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(labels).save(path)
     if words.startswith("segment"):
-        data = [
-            "--data",
-            str(tmp_path / "scenes"),
-            "--val-data",
-            str(tmp_path / "scenes"),
-            "--steps",
-            "2",
-            "--crop",
-            "64,64",
-        ]
+        for part in ("train", "val"):
+            for image in range(4):
+                write_photo(tmp_path / part / "images" / f"{image}.jpg", image, image)
+                (tmp_path / part / "labels").mkdir(exist_ok=True)
+                labels = np.repeat(np.array([0, 1], np.uint8), 20 * 40).reshape(40, 40)
+                Image.fromarray(labels).save(tmp_path / part / "labels" / f"{image}.png")
+        more = ["--steps", "1", "--crop", "64,64", "--channels", "8"]
     else:
-        data = ["--data", str(tmp_path / "photos"), "--val-data", str(tmp_path / "photos"), "--loader", "folder"]
-        data += ["--epochs", "1"]
-    data += ["--fraction", "1"] if words.startswith("semi") else []
+        for image in range(4):
+            write_photo(tmp_path / f"n{image % 2}" / f"{image}.jpg", image % 2, image)
+        more = ["--loader", "folder", "--epochs", "1", *(["--fraction", "1"] if "semi" in words else [])]
+    data = ["--data", str(tmp_path), "--val-data", str(tmp_path), *more]
     argv = [*words.split(), "--checkpoint", str(checkpoint), *data, "--global-batch", "1"]
     assert run_to_exit_code(lambda: main([*argv, "--output", str(tmp_path / "out.json")])) == 2
     line = capfd.readouterr().err.strip().splitlines()[-1]

@@ -208,7 +208,7 @@ def write_tables(page: Path) -> list[str]:
         page,
         {
             "plan": partial(plan_part, rows_of("imagenette.csv")),
-            "rows": lambda _: host_table(rows_of("bench_host.csv")),
+            "rows": lambda name: host_table(rows_of(f"{name}.csv")),
         },
     )
 

@@ -3,7 +3,7 @@
 Libraries (`pipeline`, `models`) and the modules here raise `ValueError` for what the user can mend, naming the value,
 what is accepted and the remedy. Nobody on the way translates it: `run_to_exit_code`, around every command, prints one
 line and returns the code. A `ValueError` that no `raise` statement of ours made, such as one of torch or numpy, is a
-fault of the program and keeps its traceback.
+fault of the program and keeps its traceback; but for batch norm over one value, which depends on a flag alone.
 """
 
 from __future__ import annotations

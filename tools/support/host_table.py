@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 Row = dict[str, str]
 
-CONTENDERS = ("plain", "ours", "ours + kernels", "ours + kernels + graph")
+_CONTENDERS = ("plain", "ours", "ours + kernels", "ours + kernels + graph")
 _FIGURES = ("launches of a step", "bytes of a step", "host time over plain")
 
 
@@ -31,7 +31,7 @@ def host_table(rows: Sequence[Row]) -> str:
     for method, figures in sorted(newest.items(), key=lambda item: dates[item[0]]):
         cells = [
             ", ".join(_short(figures[name, figure]) for figure in _FIGURES if (name, figure) in figures) or "none"
-            for name in CONTENDERS
+            for name in _CONTENDERS
         ]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -52,23 +52,28 @@ class Planned:
         method: name in `METHODS`.
         recipe: name in `RECIPES`.
         seed: of every draw.
-        flags: beside the recipe.
+        common: flags beside the recipe that all runs of the plan have.
+        own: those of this run.
         linear: flags of the linear protocol.
-        own_flags: those of `flags` that not all runs of the plan have.
     """
 
     plan: str
     method: str
     recipe: str
     seed: int
-    flags: tuple[str, ...]
+    common: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
-    own_flags: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Flags beside the recipe."""
+        return (*self.common, *self.own)
 
     @property
     def name(self) -> str:
         """Folder of the run below that of the plan: recipe, flags of its own, and seed."""
-        words = re.findall(r"[\w.]+", " ".join(self.own_flags))
+        words = re.findall(r"[\w.]+", " ".join(self.own))
         return "-".join([self.recipe, *words, f"seed{self.seed}"])
 
     @property
@@ -96,9 +101,9 @@ def read_plan(path: Path) -> list[Planned]:
                 run["method"],
                 run.get("recipe", f"{run['method']}-small"),
                 seed,
-                (*common, *shlex.split(run.get("flags", ""))),
-                tuple(shlex.split(document.get("linear", ""))),
+                common,
                 tuple(shlex.split(run.get("flags", ""))),
+                tuple(shlex.split(document.get("linear", ""))),
             )
             for run in document["runs"]
             for seed in run.get("seeds", document.get("seeds", [0]))

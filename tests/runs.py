@@ -59,12 +59,21 @@ def _enter(argv: list[str], environment: dict[str, str], log: str) -> None:
     sys.exit(main(argv))
 
 
-def start(argv: list[str], world_size: int = 1, log: Path | None = None) -> list[Any]:
-    """Start the ranks of one run; the caller joins them."""
+def start(argv: list[str], world_size: int = 1, log: Path | None = None, apart: bool = False) -> list[Any]:
+    """Start the ranks of one run; the caller joins them.
+
+    Args:
+        argv: of every rank.
+        world_size: number of ranks.
+        log: file of what they say; nowhere without one.
+        apart: each speaks as if on a machine of its own, where no other has said its line.
+    """
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     processes = []
     for rank in range(world_size):
         ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+        if apart:
+            ranks["SLURM_JOB_ID"] = str(rank)
         process = _CONTEXT.Process(target=_enter, args=(argv, {**shared, **ranks}, str(log or os.devnull)))
         process.start()
         processes.append(process)
@@ -83,9 +92,9 @@ def finish(processes: list[Any], timeout_s: float = 240.0) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def run(argv: list[str], world_size: int = 1, log: Path | None = None) -> list[int]:
-    """Start a run and wait for its end."""
-    return finish(start(argv, world_size, log))
+def run(argv: list[str], world_size: int = 1, log: Path | None = None, apart: bool = False) -> list[int]:
+    """Start a run, as `start` does, and wait for its end."""
+    return finish(start(argv, world_size, log, apart))
 
 
 def rows(run_dir: Path, kind: str = "") -> list[dict[str, Any]]:

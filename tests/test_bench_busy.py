@@ -1,0 +1,83 @@
+"""The benchmark of a busy machine: in turn, beside processes that really compute and are gone afterwards."""
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tools import bench_busy
+
+TINY = "--arch resnet10-w16 --steps 8 --crops 10 --rounds 1 --epochs 1".split()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_the_others_compute_while_the_block_lasts_and_are_gone_afterwards(monkeypatch):
+    started = []
+    popen = bench_busy.subprocess.Popen
+    monkeypatch.setattr(
+        bench_busy.subprocess, "Popen", lambda *args, **how: started.append(popen(*args, **how)) or started[-1]
+    )
+    with bench_busy.busy(1):
+        deadline = time.monotonic() + 30
+        while cpu_seconds(started[0].pid) < 0.1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert started[0].returncode is not None
+
+
+def test_each_way_of_waiting_is_measured_alone_and_disturbed_in_turn(monkeypatch, tmp_path, capsys):
+    beside = []
+
+    class Others:
+        def __init__(self, number):
+            self.number = number
+
+        def __enter__(self):
+            beside.append(self.number)
+
+        def __exit__(self, *_):
+            pass
+
+    rates = iter([10.0, 7.0, 10.0, 4.0] * 2)
+    monkeypatch.setattr(bench_busy, "usable_cores", lambda: 4)
+    monkeypatch.setattr(bench_busy, "busy", Others)
+    monkeypatch.setitem(bench_busy.COMMANDS, "loader", lambda *_: next(rates))
+    path = tmp_path / "busy.csv"
+    assert bench_busy.main([*TINY[:-4], "--rounds", "2", "--commands", "loader", "--output", str(path)]) == 0
+    assert beside == [0, 2, 0, 2] * 2
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "rate kept with half the cores busy: loader 70% (40% spinning)"
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["contender"], row["setting"].rpartition("; ")[2], row["median"]) for row in rows] == [
+        ("loader, sleeping", "alone", "10"),
+        ("loader, sleeping", "beside 2 busy", "7"),
+        ("loader, spinning", "alone", "10"),
+        ("loader, spinning", "beside 2 busy", "4"),
+    ]
+
+
+def test_an_evaluation_without_a_run_is_refused():
+    with pytest.raises(ValueError, match="add training"):
+        bench_busy.main([*TINY, "--no-csv", "--commands", "evaluation"])
+
+
+def test_a_failing_command_says_why():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        bench_busy.run(["-c", "1 / 0"], "PASSIVE")
+
+
+@pytest.mark.slow
+def test_every_command_has_a_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_busy, "WAITING", {"sleeping": "PASSIVE"})
+    monkeypatch.setattr(bench_busy, "conclusion", lambda kept: str(sorted(kept)))
+    path = tmp_path / "busy.csv"
+    assert bench_busy.main([*TINY, "--output", str(path)]) == 0
+    rows = list(csv.DictReader(path.open()))
+    assert len(rows) == 6 and all(float(row["median"]) > 0 for row in rows)

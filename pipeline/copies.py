@@ -30,6 +30,7 @@ from .beton import FORMAT_VERSION, HEADER, BetonReader
 from .fetch import Remote, ask, fetch_rest, public_url, shown
 from .manifest import manifest_of, manifest_path, read_manifest
 from .parquet import ENDING as PARQUET
+from .parquet import MAGIC as PARQUET_MAGIC
 from .parquet import ParquetImages
 from .parts import ENDING as PACKED
 from .parts import part_of, whole_path
@@ -109,14 +110,25 @@ def _header(address: str, remote: Remote) -> np.void:
     header = np.zeros(1, dtype=HEADER)
     if len(remote.head) >= HEADER.itemsize:
         header = np.frombuffer(remote.head[: HEADER.itemsize], dtype=HEADER)
-    # Before a download of hours: a page that asks for a login is also served under this name.
     if int(header[0]["version"]) != FORMAT_VERSION:
-        raise ValueError(
-            f"{shown(address)} is not a packed file: its first bytes are {remote.head[:12]!r}; check the address, and "
-            "whether a browser gets the file itself there"
-        )
+        raise _another_kind(address, remote, "packed")
     found: np.void = header[0]
     return found
+
+
+def _another_kind(address: str, remote: Remote, wanted: str) -> ValueError:
+    return ValueError(
+        f"{shown(address)} is not a {wanted} file: its first bytes are {remote.head[:12]!r}; check the address, and "
+        "whether a browser gets the file itself there"
+    )
+
+
+def _check_kind(url: str, copy: Path, remote: Remote) -> None:
+    """Refuse what only has the name of a data file: a page that asks for a login is also served under this name."""
+    if copy.name.endswith(PACKED):
+        _header(url, remote)
+    elif not remote.head.startswith(PARQUET_MAGIC):
+        raise _another_kind(url, remote, "parquet")
 
 
 def _folder(address: str) -> Path:
@@ -181,8 +193,7 @@ def _bring_up_to_date(url: str, copy: Path) -> None:
     version = [remote.size, remote.version]
     if kept == version:
         return
-    if copy.name.endswith(PACKED):
-        _header(url, remote)
+    _check_kind(url, copy, remote)  # before a download of hours
     _fetch(url, copy, remote)
     if copy.name.endswith(PACKED):
         _fetch_manifests(url, copy)

@@ -17,6 +17,9 @@ import numpy as np
 from .classes import joined
 
 ENDING = ".parquet"
+MAGIC = b"PAR1"
+"""The first bytes of every parquet file whose footer is not encrypted."""
+
 _KEPT_BYTES = 1 << 30
 MOST_CLASSES = 10_000_000
 _BYTES = ("binary", "large_binary")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,13 @@ def test_commands_on_methods(lewel_run: Path, tmp_path: Path) -> None:
     assert main(["align", str(lewel_run), *common, "--out", str(out)]) == 0
     assert json.loads(out.with_suffix(".json").read_text())["maps"] == 256
     assert main(["boxes", str(lewel_run), *boxed_images(tmp_path / "boxed"), "--out", str(tmp_path / "b.png")]) == 0
+    # In COCO's layout, by the folder that `detect` takes.
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    shutil.move(tmp_path / "boxed" / "boxes.json", tmp_path / "coco" / "annotations" / "instances_val.json")
+    shutil.move(tmp_path / "boxed", tmp_path / "coco" / "images")
+    coco = ["--data", str(tmp_path / "coco"), "--annotations", f"{tmp_path}/coco/annotations/instances_val.json"]
+    assert main(["boxes", str(lewel_run), *coco, "--out", str(tmp_path / "above.png")]) == 0
+    assert (tmp_path / "above.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     (row,) = json.loads((tmp_path / "b.json").read_text())["curves"][str(lewel_run)]
     assert row["step"] == 3 and row["inside"] > 0 and row["outside"] > 0
     # The k-NN of the run stands beside its gradients.

@@ -125,6 +125,14 @@ def test_nothing_is_loaded_unless_all_of_it_fits(tmp_path: Path, encoder) -> Non
         assert torch.equal(value, before[name]), f"{name} changed although loading was refused"
 
 
+def test_a_file_of_another_backbone_names_the_one_to_choose(encoder) -> None:
+    with pytest.raises(UserMistake, match="it holds a resnet18: choose --arch resnet18$"):
+        load_into(build_encoder("resnet10-w16"), dict(encoder.state_dict()), "resnet10-w16", quiet)
+    partial = {name: value for name, value in encoder.state_dict().items() if "layer4" not in name}
+    with pytest.raises(UserMistake, match="choose the --arch it was trained with"):
+        load_into(build_encoder("resnet10-w16"), partial, "resnet10-w16", quiet)
+
+
 def test_loading_keeps_the_memory_layout(encoder) -> None:
     target = build_encoder("resnet18").to(memory_format=torch.channels_last)
     report = load_into(target, dict(encoder.state_dict()), "resnet18", quiet)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from torch.distributed.run import get_args_parser
 
+from models.ops import host_library
 from tools import make_ffcv_dataset, slurm
 from tools.support.cli import call
 from train.resolve import resolve
@@ -58,7 +60,9 @@ def test_the_image_copies_what_the_wheel_is_made_of():
     copied = [word for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
     assert all((root / name).exists() for name in copied)
     assert {"pyproject.toml", "LICENSE", "README.md", "pipeline", "models", "train", "tools"} == set(copied)
-    assert 'ENTRYPOINT ["tini", "--", "regatta"]' in text and "regatta.pipeline.native_build" in text
+    assert 'ENTRYPOINT ["tini", "--", "regatta"]' in text
+    assert "RUN python -m regatta.pipeline.native_build" in text and find_spec("pipeline.native_build") is not None
+    assert "from regatta.models.ops.host_library import main; main()" in text and callable(host_library.main)
 
 
 def test_the_commands_of_the_page(tmp_path, capsys):

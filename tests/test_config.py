@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import socket
 import warnings
 from pathlib import Path
@@ -326,9 +327,11 @@ def test_another_method_or_recipe_is_not_taken_over(change: dict[str, str]) -> N
     assert continued(["--method", "care"], config, recorded) is config
 
 
-def test_health_figures_come_from_images_that_are_trained_on_unless_some_are_kept_out(tmp_path: Path) -> None:
+def test_health_figures_come_from_images_that_are_trained_on_unless_some_are_kept_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The papers train on every image, so that is the default; the row says where its images are from."""
-    steps = {}
+    steps, told = {}, []
     for name, more in {"training": [], "held out": ["--holdout", "8"], "validation": ["--val-data", "30"]}.items():
         run_dir = tmp_path / name
         argv = last_wins([*SMALL, "--data", "320", "--max-steps", "1", "--run-dir", str(run_dir), *more])
@@ -336,6 +339,12 @@ def test_health_figures_come_from_images_that_are_trained_on_unless_some_are_kep
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         assert {row["source"] for row in rows if row["kind"] == "health"} == {name}
         steps[name] = rows[0]["steps_per_epoch"]
+        told += re.findall("^data: .*", capfd.readouterr().out, re.MULTILINE)
+    assert told == [
+        "data: 320 images, all trained on",
+        "data: 320 images, 312 trained on and 8 held out",
+        "data: 320 images, all trained on; --val-data: 30 images",
+    ]
     batch = resolve(SMALL).recipe.global_batch
     assert steps == {"training": 320 // batch, "held out": 312 // batch, "validation": 320 // batch}
 

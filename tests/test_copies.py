@@ -17,6 +17,7 @@ from PIL import Image
 from pipeline import copies, fetch
 from pipeline.interface import PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
+from pipeline.manifest import manifest_path, read_manifest
 from pipeline.refusal import SourceBusy, SourceClosed
 from pipeline.stores import count_images, data_parts, is_shard_pattern
 from tools import make_ffcv_dataset
@@ -80,9 +81,9 @@ class Server:
         self._server.server_close()
 
     def fetched(self) -> list[tuple[str, str]]:
-        """The requests for packed files but those that only ask for the first bytes; forgets all requests."""
+        """The requests for data but those that only ask for the first bytes; forgets all requests."""
         asked, self.asked = self.asked, []
-        return [each for each in asked if each[0].endswith(".beton") and each[1] != "bytes=0-23"]
+        return [each for each in asked if each[0].endswith((".beton", ".parquet")) and each[1] != "bytes=0-23"]
 
 
 @pytest.fixture
@@ -208,12 +209,43 @@ def test_a_damaged_file_is_told_and_not_kept(server: Server, served: Path, capsy
     assert not list(served.parents[1].glob("cache/copies/*/p.beton"))
 
 
+@pytest.mark.parametrize(("ending", "kind"), [(".beton", "packed"), (".parquet", "parquet")])
 @pytest.mark.parametrize("page", [b"<!doctype html>" * 9, b"no"])
-def test_a_page_is_refused_before_it_is_fetched(server: Server, served: Path, page: bytes) -> None:
-    served.write_bytes(page)
-    with pytest.raises(ValueError, match=r"is not a packed file: its first bytes are b'(<!doctype|no)"):
-        data_parts(server.address)
+def test_a_page_is_refused_before_it_is_fetched(
+    server: Server, served: Path, page: bytes, ending: str, kind: str
+) -> None:
+    served.with_suffix(ending).write_bytes(page)
+    with pytest.raises(ValueError, match=rf"is not a {kind} file: its first bytes are b'(<!doctype|no)"):
+        data_parts(server.address.replace(".beton", ending))
     assert server.fetched() == []
+
+
+@pytest.fixture
+def table(server: Server, packed: Path, tmp_path: Path) -> tuple[str, Path]:
+    """The address of a parquet file with the photos and their class names, and the file itself."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    photos = sorted((packed.parents[1] / "photos").glob("*/*.jpg"))
+    cells = [{"bytes": photo.read_bytes(), "path": photo.name} for photo in photos]
+    columns = {"image": cells, "label": [photo.parent.name for photo in photos]}
+    parquet.write_table(arrow.table(columns), tmp_path / "served" / "t.parquet")
+    return server.address.replace("p.beton", "t.parquet"), tmp_path / "served" / "t.parquet"
+
+
+def test_a_parquet_file_is_fetched_once_and_read_as_one_of_this_machine(
+    server: Server, table: tuple[str, Path]
+) -> None:
+    address, local = table
+    assert epoch(address) == epoch(str(local)) and count_images(address, 1000) == COUNT
+    assert class_names(address) == ["a", "b"]
+    another_process()
+    assert epoch(address) == epoch(str(local)) and len(server.fetched()) == 1
+
+
+def test_a_parquet_file_behind_an_address_is_packed(table: tuple[str, Path], packed: Path, tmp_path: Path) -> None:
+    assert make_ffcv_dataset.main([table[0], str(tmp_path / "made.beton"), "--workers", "1"]) == 0
+    made, wanted = read_manifest(manifest_path(tmp_path / "made.beton")), read_manifest(manifest_path(packed))
+    assert made.data_hash == wanted.data_hash and made.classes == wanted.classes
 
 
 def test_a_disk_without_room_is_told_with_the_variable(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +264,12 @@ def test_parts_of_a_data_set_are_one(server: Server, packed: Path, served: Path)
         epoch(address.replace("{1..2}", "1"))
 
 
-def test_training_on_an_address(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    argv = ["--method", "moco-v2", "--data", server.address, "--arch", "resnet10-w16", "--image-size", "32"]
+@pytest.mark.parametrize("kind", ["packed", "parquet"])
+def test_training_on_an_address(
+    server: Server, tmp_path: Path, kind: str, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = request.getfixturevalue("table")[0] if kind == "parquet" else server.address
+    argv = ["--method", "moco-v2", "--data", address, "--arch", "resnet10-w16", "--image-size", "32"]
     argv += ["--device", "cpu", "--no-report", "--max-steps", "1", "--run-dir", str(tmp_path / "run")]
     assert main(argv) == 0
     assert f"{COUNT} images are few" in capfd.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from tools.make_ffcv_dataset import main as pack
 from train.backbone_io import build_encoder, save_backbone
 from train.errors import run_to_exit_code
 from train.eval import semi
+from train.eval import session as protocol_session
 from train.eval.linear import LinearHeads, LinearRecipe, train_heads
 from train.evaluate import main
 from train.runtime import Runtime
@@ -65,6 +67,20 @@ def test_no_more_neighbours_vote_than_there_are(
     assert [row["k"] for row in result["results"]] == used
     said = capsys.readouterr().out
     assert "--data has 16 images that can be read, which all vote" in said and ("--k 500" in said) == ("500" in k)
+
+
+def test_a_hundred_short_epochs_are_not_a_hundred_lines(
+    checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for image in range(8):
+        write_photo(tmp_path / "photos" / f"n{image // 4}" / f"{image}.jpg", image // 4, image)
+    where = (checkpoint, tmp_path / "out.json", "linear", tmp_path / "photos", tmp_path / "photos")
+    few = ("--epochs", "12", "--global-batch", "8")
+    result = evaluate(*where, *few)
+    assert capsys.readouterr().out.count("top-1 ") - 1 < 3, "one line, and a table"
+    monkeypatch.setattr(protocol_session, "SELDOM_S", 0)
+    assert evaluate(*where, *few)["results"] == result["results"]
+    assert len(re.findall(r"^epoch \d+/12: top-1", capsys.readouterr().out, re.MULTILINE)) == 12
 
 
 @pytest.mark.parametrize(("protocol", "more"), [("knn", ["--k", "1"]), ("linear", ["--recipe", "logistic"])])

@@ -11,7 +11,7 @@ from pipeline.interface import PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline
 from pipeline.manifest import manifest_path, read_manifest
 from pipeline.refusal import SourceClosed
-from tests.test_data_sources import folder
+from tests.test_data_sources import folder, table
 from tools import make_ffcv_dataset, make_webdataset
 from tools.support.cli import call
 
@@ -111,5 +111,8 @@ def test_one_file_in_a_bucket_is_copied_once(bucket, tmp_path, monkeypatch):
     assert pack(make_ffcv_dataset, local, packed) == 0
     address = bucket(tmp_path / "set", "set")
     assert epoch(f"{address}/photos.beton", "global") == epoch(str(packed), "global")
+    rows = table(tmp_path / "set" / "t.parquet", [1, 2, 3, 4], [0, 1, 0, 1])
+    address = bucket(tmp_path / "set", "tables")
+    assert epoch(f"{address}/t.parquet", "global") == epoch(str(rows), "global")
     with pytest.raises(SourceClosed, match="none.beton"):
         epoch(f"{address}/none.beton", "global")

@@ -7,6 +7,7 @@ found, with its shape, and every tensor of the file was used or is a classifier'
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -384,8 +385,7 @@ def match_backbone(
     ]
     if problems:
         raise UserMistake(
-            f"checkpoint {source.origin} is not a whole {arch}: tensors {'; '.join(problems)}; choose the --arch it "
-            "was trained with, or a file that holds the backbone alone"
+            f"checkpoint {source.origin} is not a whole {arch}: tensors {'; '.join(problems)}; {_remedy(source, arch)}"
         )
     optional = tuple(n for n in {*left, *target} if _OPTIONAL.search(n) and not (n in target and n in source.state))
     parameters = sum(v.numel() for n, v in taken.items() if not n.endswith(_BUFFER_ENDINGS))
@@ -404,6 +404,14 @@ def match_backbone(
 
 
 _BUFFER_ENDINGS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
+
+
+def _remedy(source: BackboneSource, arch: str) -> str:
+    """What to do with a file that does not fit an architecture: the one to choose, where the file tells it."""
+    with contextlib.suppress(UserMistake):
+        if (own := infer_arch(source)) != arch:
+            return f"it holds a {own}: choose --arch {own}"
+    return "choose the --arch it was trained with, or a file that holds the backbone alone"
 
 
 def _listed(names: list[str], most: int = 6) -> str:

@@ -61,6 +61,16 @@ class RunData:
     queries: Pipeline | None
     population: np.ndarray
 
+    def text(self) -> str:
+        """What was found, in one line: images, classes, how many are trained on, and how many only measured."""
+        found = f"data: {self.train.num_samples:,} images"
+        # Without labels there are none, and with numbers alone they have no names.
+        if self.train.classes:
+            found += f" of {len(self.train.classes):,} classes"
+        kept = self.train.num_samples - len(self.population)
+        found += f", {len(self.population):,} trained on and {kept:,} held out" if kept else ", all trained on"
+        return found + (f"; --val-data: {self.queries.num_samples:,} images" if self.queries is not None else "")
+
     def close(self) -> None:
         """Close all pipelines."""
         for each in (self.train, self.health, self.bank, self.queries):

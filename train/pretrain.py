@@ -83,6 +83,8 @@ def run(
         # The same weights again: both are drawn from the seed.
         method = build_method(settled, runtime) if settled.model != config.model else method
         data = open_data(config, runtime)
+        if runtime.is_main:
+            print(data.text(), flush=True)
         try:
             return _train_on(config, choice, runtime, method, data, run_dir, watch, recorded, started, listeners)
         finally:

@@ -27,6 +27,7 @@ from train.checkpoint import is_good, read_checkpoint
 from train.config import Config
 from train.errors import UserMistake
 from train.eval import analysis
+from train.eval.detection.coco_format import image_folder
 from train.eval.linear import fit_logistic
 from train.eval.splits import balanced_subset, class_names
 from train.inputs import VIEWS, InputBuilder
@@ -299,7 +300,12 @@ def _boxed_images(arguments: argparse.Namespace) -> tuple[list[Path], list[list[
     except (OSError, ValueError, KeyError) as reason:
         raise UserMistake(f"--annotations {arguments.annotations}: {reason}; give a COCO instances file") from None
     chosen = sorted(boxes)[: arguments.images]
-    return [Path(arguments.data) / images[i]["file_name"] for i in chosen], [boxes[i] for i in chosen]
+    names = [images[i]["file_name"] for i in chosen]
+    folder = Path(arguments.data)
+    if names and folder.is_dir() and not (folder / names[0]).exists():
+        # The folder above the images, as `detect` takes it.
+        folder = image_folder(Path(arguments.annotations), names[0])
+    return [folder / name for name in names], [boxes[i] for i in chosen]
 
 
 def _whole_views(files: Sequence[Path], size: int, seed: int) -> list[Tensor]:

@@ -166,7 +166,7 @@ def fine_tune(session: Session, config: SemiConfig, population: np.ndarray) -> t
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
                 found = _validate(session, model, val)
                 state.record["history"][0].append([epoch + 1, dataclasses.asdict(found)])
-                session.say(f"epoch {epoch + 1}/{config.epochs}: top-1 {percent(found.top1)}")
+                session.say_seldom(f"epoch {epoch + 1}/{config.epochs}: top-1 {percent(found.top1)}")
             state.step = (epoch + 1) * len(train)
             checkpoints.save(state)
         record = head_records([lrs[1]], state)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,7 @@ from .splits import check_classes, class_names
 
 FEATURE_BATCH = 256
 DEFAULT_IMAGE_SIZE = 224
+SELDOM_S = 5.0
 
 
 @dataclass
@@ -71,6 +73,7 @@ class ProtocolSession:
     variant: str = ""
     batch: int = 0
     started: float = field(default_factory=time.perf_counter)
+    _said_seldom: float = field(default=-math.inf, init=False, repr=False)
 
     @property
     def method(self) -> str:
@@ -87,6 +90,13 @@ class ProtocolSession:
         if self.runtime.is_main:
             tqdm.write(text, file=sys.stdout)  # above a bar that moves
             sys.stdout.flush()
+
+    def say_seldom(self, text: str) -> None:
+        """Print on the first rank unless it said something of this kind a few seconds ago."""
+        # A hundred epochs of three images would push what was said before them off the screen.
+        if time.monotonic() - self._said_seldom >= SELDOM_S:
+            self._said_seldom = time.monotonic()
+            self.say(text)
 
     def progress(self, what: str, total: int, unit: str, done: int = 0) -> Progress:
         """Of a loop of `total` pieces on this rank, told on the first rank; a signal ends it between two pieces."""

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from tests.test_packaging import wheel  # noqa: F401
+from tools import export_backbone
+from train.backbone_io import build_encoder, save_backbone
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "tools" / "examples"
 
@@ -53,6 +55,7 @@ def test_the_readme_s_sentence_is_true() -> None:
     lines = (EXAMPLES / "own_loop.py").read_text().splitlines()
     assert len([line for line in lines[2:] if line.strip()]) <= 22
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")} == {
+        "detector.py",
         "own_loop.py",
         "region_loop.py",
         "lightning_module.py",
@@ -91,3 +94,32 @@ def test_notebook(site: Path, photos: Path, tmp_path: Path) -> None:
     assert said.count("is most like") == 5
     assert (tmp_path / "runs/photos/export.safetensors").is_file()
     assert np.load(tmp_path / "runs/photos/features.npz")["features"].shape == (40, 512)
+
+
+@pytest.mark.slow
+def test_detector(site: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    weights = tmp_path / "backbone.safetensors"
+    save_backbone(build_encoder("resnet18"), weights, arch="resnet18", method="moco-v2")
+    assert export_backbone.main([str(weights), str(tmp_path / "export.safetensors"), "--format", "torchvision"]) == 0
+    draw = np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(5):
+        path = tmp_path / "coco" / "images" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(path)
+        images.append({"id": number, "file_name": path.name, "height": 60, "width": 80})
+        box = {"bbox": [10, 10, 30, 40], "area": 1200, "iscrowd": 0, "category_id": 1 + number}
+        if number:  # the first has no objects
+            annotations.append({"id": number, "image_id": number, **box})
+    (tmp_path / "coco" / "annotations").mkdir()
+    document = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": k, "name": str(k)} for k in range(9)],
+    }
+    (tmp_path / "coco" / "annotations" / "instances_train.json").write_text(json.dumps(document))
+    script = str(EXAMPLES / "detector.py")
+    said = python(site, tmp_path, script, "export.safetensors", "coco", "3", "64").stdout.splitlines()
+    losses = [float(line.split()[-1]) for line in said if line.startswith("step ")]
+    assert len(losses) == 3 and np.isfinite(losses).all() and (tmp_path / "detector.pth").is_file()

@@ -1,7 +1,13 @@
-"""All checks of the kernels without a GPU, as one report: random shapes on PTX and on real threads, and planted faults.
+"""All checks of the kernels without a GPU, as one report: random shapes on PTX and under sanitizers, planted faults.
 
-`python -m tests.ptx.report [--shapes 240] [--parts ptx threads faults] [--output FILE]`, at night: hundreds of threads
-wait for each other at every barrier. Exit code 1 where a check speaks that should not, or misses a planted fault.
+`python -m tests.ptx.report [--shapes 240] [--parts ptx fibers threads faults] [--output FILE] [--minutes M]`. With
+`--minutes` it ends with code 75 at the first end of a piece behind that time; the same command goes on from there, as
+it does after an interruption: what is known stands in FILE.journal until the report is whole. Exit code 1 where a check
+speaks that should not, or misses a planted fault.
+
+Parts: "ptx" runs every shape on NVRTC's PTX; "fibers" runs the source of every shape with fibers that ThreadSanitizer
+takes for threads; "threads" runs the smallest shape of each variant of a source with threads of the operating system,
+which cost fifty times as much; "faults" plants every fault of `faults.py`, on PTX and on fibers.
 """
 
 from __future__ import annotations
@@ -10,26 +16,35 @@ import argparse
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import pooling_cases, test_batch_norm_act
+from tools.bench.rows import commit
 
 from .cases import Case
-from .faults import FAULTS
+from .faults import FAULTS, Fault
+from .journal import Journal, OtherRun
 from .module import PtxModule, watched_tensors
 from .test_faults import what_is_seen
 from .test_ptx import on
 from .test_random_shapes import cases, near
-from .threaded import SANITIZERS, Variants, record, repeated
+from .threaded import SANITIZERS, Recorder, Variant, complaints, record, repeated
 
-FAMILIES = 4
-PARTS = ("ptx", "threads", "faults")
+FAMILIES = ("norm", "soft", "box", "augmentation")
+PARTS = ("ptx", "fibers", "threads", "faults")
+GO_ON = 75
 WHAT = {"threads": "ThreadSanitizer", "addresses": "AddressSanitizer and UBSan"}
+ON_GPU_ALONE = "wrong sign in an instruction of the GPU alone"
+"""The planted fault that no compiler of the source can see: the sanitizers' builds leave that instruction out."""
+
+
+class TimeOver(Exception):
+    """The minutes are over; what is known is in the journal."""
 
 
 @contextmanager
@@ -49,7 +64,8 @@ def family(name: str) -> str:
 class Findings:
     """Lines of the report, and how many of them are bad."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal, deadline: float) -> None:
+        self.journal, self.deadline = journal, deadline
         self.lines: list[str] = []
         self.bad = 0
 
@@ -59,75 +75,158 @@ class Findings:
         self.lines.append(line)
         print(line, flush=True)
 
+    def piece(self, name: str, work: Any, *arguments: Any) -> Any:
+        """The result of a piece of work, from the journal or done now.
 
-def on_ptx(shapes: dict[str, Case], findings: Findings) -> None:
-    """Every shape on NVRTC's PTX of sm_80, threads and blocks in both orders."""
-    tally: Counter[str] = Counter()
+        Raises:
+            TimeOver: it is not known and the time is over.
+        """
+        if name not in self.journal.known and time.monotonic() > self.deadline:
+            raise TimeOver
+        return self.journal.result(name, lambda: work(*arguments))
+
+
+def on_ptx(case: Case) -> dict[str, Any]:
+    """One shape on NVRTC's PTX of sm_80, threads and blocks in both orders."""
     modules: list[PtxModule] = []
-    for name, case in shapes.items():
-        try:
-            with watched_tensors(), judged_by_few_values():
-                case(on((8, 0), modules))
-        except AssertionError as wrong:
-            findings.say(f"PTX, {name}: {str(wrong)[:500]}", bad=True)
-        else:
-            tally[family(name)] += 1
+    said = ""
+    try:
+        with watched_tensors(), judged_by_few_values():
+            case(on((8, 0), modules))
+    except AssertionError as wrong:
+        said = str(wrong)[:500] or "an assertion fails"
     launches, blocks = sum(len(each.launched) for each in modules), sum(each.blocks for each in modules)
-    said = ", ".join(f"{kind} {count}" for kind, count in tally.items())
-    findings.say(f"PTX of sm_80: {tally.total()} of {len(shapes)} random shapes without a report ({said})")
+    return {"said": said, "launches": launches, "blocks": blocks}
+
+
+def all_on_ptx(shapes: dict[str, Case], findings: Findings) -> None:
+    """Every shape on PTX."""
+    results = {name: findings.piece(f"ptx {name}", on_ptx, case) for name, case in shapes.items()}
+    for name, result in results.items():
+        if result["said"]:
+            findings.say(f"PTX, {name}: {result['said']}", bad=True)
+    silent = [family(name) for name, result in results.items() if not result["said"]]
+    counted = ", ".join(f"{kind} {silent.count(kind)}" for kind in FAMILIES)
+    findings.say(f"PTX of sm_80: {len(silent)} of {len(shapes)} random shapes without a report ({counted})")
+    launches, blocks = (sum(result[key] for result in results.values()) for key in ("launches", "blocks"))
     findings.say(f"  {launches} launches, {blocks} blocks, both orders of threads and blocks")
 
 
-def on_threads(shapes: dict[str, Case], folder: Path, findings: Findings) -> None:
-    """The launches of every shape with a thread of the operating system for each CUDA thread."""
-    variants: Variants = {}
+def recorded(shapes: dict[str, Case]) -> dict[Variant, list[Recorder]]:
+    """What each shape launches of each variant of a source."""
+    found: dict[Variant, list[Recorder]] = {}
     with judged_by_few_values():
         for case in shapes.values():
-            record(case, folder, variants)
-    launches = sum(len(recorder.launches) for recorder in variants.values())
-    for sanitizer in SANITIZERS:
-        silent = 0
-        for (source, options), recorder in variants.items():
-            said = repeated(source, options, recorder, sanitizer, folder, seconds=7200)
-            silent += not said
-            if said:
-                findings.say(f"{WHAT[sanitizer]}, {source.name} {' '.join(options)}: {said[:500]}", bad=True)
-        findings.say(f"{WHAT[sanitizer]}: {silent} of {len(variants)} variants without a report")
-    findings.say(f"  {len(shapes)} random shapes, {launches} launches, results with the bits of the serial run")
+            for variant, recorder in record(case).items():
+                found.setdefault(variant, []).append(recorder)
+    return found
+
+
+def under_sanitizers(shapes: dict[str, Case], form: str) -> list[dict[str, Any]]:
+    """Each variant of one kind of kernels under each sanitizer: all shapes on fibers, the smallest one on threads."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for variant, recorders in recorded(shapes).items():
+            taken = recorders if form == "fibers" else [min(recorders, key=lambda each: each.threads)]
+            launches = [launch for recorder in taken for launch in recorder.launches]
+            said = {each: repeated(variant, launches, each, form, Path(folder), seconds=3600) for each in SANITIZERS}
+            label = f"{variant[0].name} {' '.join(variant[1])}"
+            results.append({"variant": label, "shapes": len(taken), "launches": len(launches), "said": said})
+    return results
+
+
+def all_under_sanitizers(shapes: dict[str, Case], form: str, findings: Findings) -> None:
+    """Every kind of kernels under the sanitizers, one kind a piece."""
+    results = []
+    for kind in FAMILIES:
+        of_kind = {name: case for name, case in shapes.items() if family(name) == kind}
+        results += findings.piece(f"{form} {kind}", under_sanitizers, of_kind, form)
+    for sanitizer, called in WHAT.items():
+        for result in results:
+            if result["said"][sanitizer]:
+                findings.say(f"{called}, {form}, {result['variant']}: {result['said'][sanitizer][:500]}", bad=True)
+        silent = sum(not result["said"][sanitizer] for result in results)
+        findings.say(f"{called}, {form}: {silent} of {len(results)} variants without a report")
+    which = f"all {len(shapes)} random shapes" if form == "fibers" else "the smallest shape of each variant"
+    launches = sum(result["launches"] for result in results)
+    orders = ", each in both orders of threads and blocks" if form == "fibers" else ""
+    findings.say(f"  {which}, {launches} launches{orders}; results have the bits of the serial run")
+
+
+def seen_on_fibers(fault: Fault) -> dict[str, str]:
+    """What each sanitizer says of a planted fault, on fibers."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {each: complaints(fault.case, each, "fibers", Path(folder), fault.plant)[:500] for each in SANITIZERS}
 
 
 def planted(findings: Findings) -> None:
-    """Every planted fault on PTX."""
-    caught = 0
-    for name, fault in FAULTS.items():
-        seen = what_is_seen(fault)
-        good = any(check in seen for check in fault.seen)
-        caught += good
-        if not good:
-            findings.say(f"planted fault not seen: {name}: {seen[:300]}", bad=True)
-    findings.say(f"planted faults: {caught} of {len(FAULTS)} seen")
+    """Every planted fault, on PTX and on fibers."""
+    on_ptx = {name: findings.piece(f"fault on PTX {name}", what_is_seen, fault) for name, fault in FAULTS.items()}
+    for name, seen in on_ptx.items():
+        if not any(check in seen for check in FAULTS[name].seen):
+            findings.say(f"planted fault not seen on PTX: {name}: {seen[:300]}", bad=True)
+    caught = sum(any(check in seen for check in FAULTS[name].seen) for name, seen in on_ptx.items())
+    findings.say(f"planted faults on PTX: {caught} of {len(FAULTS)} seen by the check that is meant to see them")
+    visible = {name: fault for name, fault in FAULTS.items() if name != ON_GPU_ALONE}
+    said = {name: findings.piece(f"fault on fibers {name}", seen_on_fibers, fault) for name, fault in visible.items()}
+    for name in visible:
+        if not any(said[name].values()):
+            findings.say(f"planted fault not seen on fibers: {name}", bad=True)
+    for sanitizer, called in WHAT.items():
+        findings.say(f"  {called}, fibers: {sum(bool(each[sanitizer]) for each in said.values())} of {len(visible)}")
+    caught = sum(any(each.values()) for each in said.values())
+    findings.say(f"planted faults on fibers: {caught} of {len(visible)} seen; not tried: {ON_GPU_ALONE}")
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(description="Check the kernels on PTX, under sanitizers and with planted faults.")
+    parser.add_argument("--shapes", type=int, default=240, help="random shapes, a quarter for each kind of kernels")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="which checks; all when left out")
+    parser.add_argument(
+        "--output", type=Path, help="text file for the report; what is known stands beside it until then"
+    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end then, to be started again")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace, findings: Findings) -> None:
+    """The parts that were asked for.
+
+    Raises:
+        TimeOver: the minutes are over.
+    """
+    shapes = dict(cases(options.shapes // len(FAMILIES)))
+    if "ptx" in options.parts:
+        all_on_ptx(shapes, findings)
+    for form in ("fibers", "threads"):
+        if form in options.parts:
+            all_under_sanitizers(shapes, form, findings)
+    if "faults" in options.parts:
+        planted(findings)
 
 
 def main(argv: list[str]) -> int:
     """Run everything; prints the report and writes it where `--output` says."""
-    parser = argparse.ArgumentParser(description="Check the kernels on PTX, on real threads and with planted faults.")
-    parser.add_argument("--shapes", type=int, default=240, help="random shapes, a quarter for each kind of kernels")
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="which checks; all when left out")
-    parser.add_argument("--output", type=Path, help="text file to add the report to")
-    options = parser.parse_args(argv)
-    shapes, findings, began = dict(cases(options.shapes // FAMILIES)), Findings(), time.monotonic()
-    findings.say(f"python -m tests.ptx.report --shapes {options.shapes} --parts {' '.join(options.parts)}")
-    if "ptx" in options.parts:
-        on_ptx(shapes, findings)
-    if "threads" in options.parts:
-        with tempfile.TemporaryDirectory() as folder:
-            on_threads(shapes, Path(folder), findings)
-    if "faults" in options.parts:
-        planted(findings)
+    options, began = arguments(argv), time.monotonic()
+    heading = [f"python -m tests.ptx.report --shapes {options.shapes} --parts {' '.join(options.parts)}"]
+    heading.append(f"commit {commit()}")
+    beside = options.output and options.output.with_name(options.output.name + ".journal")
+    try:
+        journal = Journal(beside, ", ".join(heading))
+    except OtherRun as other:
+        print(other, file=sys.stderr)
+        return 2
+    findings = Findings(journal, began + 60 * options.minutes)
+    try:
+        run(options, findings)
+    except TimeOver:
+        print(f"{len(journal.known)} pieces are known; the same command goes on", file=sys.stderr)
+        return GO_ON
     print(f"{(time.monotonic() - began) / 60:.0f} minutes", file=sys.stderr)
     if options.output:
-        with options.output.open("a") as file:
-            file.write("\n".join(findings.lines) + "\n")
+        options.output.write_text("\n".join(heading + findings.lines) + "\n")
+    journal.remove()
     return 1 if findings.bad else 0
 
 

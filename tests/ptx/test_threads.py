@@ -1,4 +1,4 @@
-"""The kernels' sources on real threads under ThreadSanitizer, AddressSanitizer and UBSan; see `threaded.py`."""
+"""The kernels' sources, a thread or fiber for each CUDA thread, under the sanitizers; see `threaded.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from .cases import DEFAULT, F16, F32, Case, augmented, box, norm, soft
 from .faults import FAULTS
-from .threaded import SANITIZERS, complaints
+from .threaded import ORDERS, SANITIZERS, complaints
 
 CASES: dict[str, Case] = {
     "boxes, odd": box((2, 7, 3, 5), F16),
@@ -22,13 +22,15 @@ QUICK = "boxes, odd"
 PARAMETERS = [pytest.param(name, marks=[] if name == QUICK else [pytest.mark.slow]) for name in CASES]
 
 
+@pytest.mark.parametrize("form", ORDERS)
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_no_sanitizer_complains(name: str, sanitizer: str, tmp_path: Path) -> None:
-    assert complaints(CASES[name], sanitizer, tmp_path) == ""
+def test_no_sanitizer_complains(name: str, sanitizer: str, form: str, tmp_path: Path) -> None:
+    assert complaints(CASES[name], sanitizer, form, tmp_path) == ""
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ORDERS)
 @pytest.mark.parametrize(
     ("fault", "sanitizer", "word"),
     [
@@ -38,6 +40,6 @@ def test_no_sanitizer_complains(name: str, sanitizer: str, tmp_path: Path) -> No
         ("return before a barrier", "threads", "divergence"),
     ],
 )
-def test_a_sanitizer_sees_a_planted_fault(fault: str, sanitizer: str, word: str, tmp_path: Path) -> None:
+def test_a_sanitizer_sees_a_planted_fault(fault: str, sanitizer: str, word: str, form: str, tmp_path: Path) -> None:
     planted = FAULTS[fault]
-    assert word in complaints(planted.case, sanitizer, tmp_path, planted.plant)
+    assert word in complaints(planted.case, sanitizer, form, tmp_path, planted.plant)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,7 @@ def test_objects_without_area_or_drawable_mask_are_left_out(coco: Callable[..., 
         (lambda d: d["annotations"][3].update(bbox=[1, 2, float("nan"), 4]), "annotation 4 has the box"),
         (lambda d: d["annotations"][3].update(bbox=[1, 2, 3]), "annotation 4 has the box"),
         (lambda d: d["annotations"][3].pop("bbox"), "annotation 4 has the box None"),
+        (lambda d: d["annotations"][3].update(bbox=[30, 9, -20, 9]), "annotation 4 has the box .* of negative size"),
         (lambda d: d["annotations"][3].update(segmentation=[[1, 2, 3, 4]]), "annotation 4 has no polygon"),
         (lambda d: d["annotations"][3].update(segmentation=[]), "annotation 4 has no polygon"),
         (lambda d: d["annotations"][3].pop("area"), "annotation 4 lacks area"),
@@ -131,6 +132,7 @@ def test_objects_without_area_or_drawable_mask_are_left_out(coco: Callable[..., 
         (lambda d: d["annotations"][3].update(segmentation=[[1, 2, 3, 4, 5, 1e9]]), "a polygon far outside its image"),
         (lambda d: d["annotations"][3].update(segmentation="M 1 2"), "neither polygons nor run lengths"),
         (lambda d: d["annotations"][3].update(segmentation=runs([80, 64], [5120])), "run lengths of size"),
+        (lambda d: d["annotations"][3].update(segmentation=runs([64.0, 80.0], [5120])), r"size \[64.0, 80.0\], its"),
         (lambda d: d["annotations"][3].update(segmentation=runs([64, 80], [5119])), "cover 5119 pixels"),
         (
             lambda d: d["annotations"][3].update(segmentation=runs([64, 80], [6000, -880])),
@@ -155,7 +157,7 @@ def test_broken_ground_truth_is_refused_by_name(tmp_path: Path, change: Callable
         read_data(str(file), "val", True, 1)
 
 
-def runs(size: list[int], counts: object) -> dict[str, Any]:
+def runs(size: Sequence[float], counts: object) -> dict[str, Any]:
     return {"size": size, "counts": counts}
 
 

@@ -31,7 +31,7 @@ from train.backbone_io import build_encoder, save_backbone
 from train.errors import Stopped
 from train.eval.progress import Progress, in_threads
 from train.evaluate import main
-from train.stop import EvaluationWatch, watched
+from train.stop import STOP_SIGNALS, EvaluationWatch, SignalWatch, handlers_kept, watched
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -271,3 +271,30 @@ def test_inner_blocks_share_the_watch() -> None:
         assert stopped.value.code == 130
         assert fetch._stopping
     assert not fetch._stopping, "what this process does next waits for busy servers again"
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_every_signal_is_the_caller_s_again_after_a_run_in_its_process(number: signal.Signals) -> None:
+    def callers_own(*_: object) -> None:
+        raise AssertionError("only to be set")
+
+    before = signal.signal(number, callers_own)
+    try:
+        with pytest.raises(Stopped), handlers_kept():
+            SignalWatch()
+            assert signal.getsignal(number) != callers_own
+            fetch.stop_waiting()
+            raise Stopped("as after a signal")
+        assert signal.getsignal(number) == callers_own
+        assert not fetch._stopping, "what the caller does next waits for busy servers again"
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_handler_that_only_the_embedding_program_knows_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "getsignal", lambda _: None)
+        with handlers_kept():
+            pass
+    with pytest.raises(TypeError):
+        signal.signal(signal.SIGUSR1, None)

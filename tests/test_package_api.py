@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from tools.wheel.pretraining import Pretraining
 from train.backbone_io import build_encoder, save_backbone
 from train.keywords import arguments_of
 from train.measure.features import normalise
+from train.stop import STOP_SIGNALS
 
 SMALL = {"recipe": "regioncl-m-small", "arch": "resnet18", "image_size": 64, "global_batch": 8, "queue_size": 64}
 
@@ -108,7 +111,9 @@ def test_a_region_method_trains_in_a_loop_of_one_s_own(photos: Path) -> None:
 def test_the_loop_of_one_s_own_computes_what_training_computes(photos: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "bn": {"group_size": 4}, "seed": 5}
     steps = {"max_steps": 2, "log_every": 1, "device": "cpu", "report": False}
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     run = train(data=photos, out=tmp_path / "run", method="regioncl-m", **steps, **settings)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
     wanted = [row["loss"] for row in run.rows if row["kind"] == "train"]
     task = Pretraining("regioncl-m", device="cpu", **settings)
     loader, optimizer = task.loader(photos), task.optimizer()
@@ -196,3 +201,12 @@ def test_keywords_are_flags() -> None:
         "--run-dir=a b",
         "--weight-decay=-1.0",
     ]
+
+
+def test_a_thread_trains(photos: Path, tmp_path: Path) -> None:
+    flags = {**SMALL, "arch": "resnet10-w16", "image_size": 32, "bn": {"group_size": 4}, "max_steps": 1}
+    flags |= {"method": "moco-v2", "recipe": "moco-v2-small", "device": "cpu", "report": False, "data": photos}
+    # In a thread Python lets nobody set a handler; a server, or the interface of a program, trains there.
+    with ThreadPoolExecutor(1) as threads:
+        run = threads.submit(train, out=tmp_path / "thread", **flags).result()
+    assert [row["step"] for row in run.of_kind("end")] == [1]

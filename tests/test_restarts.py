@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
-from train.errors import RunEnd
+from train.errors import EXIT_HUNG, RunEnd
+from train.meeting import join
 from train.restarts import Start, leaving_if_another_starts_again, may_restart, meet
 
 
@@ -71,10 +73,22 @@ def test_a_rank_that_dies_twice_before_the_other_comes_leaves_no_wrong_mark(stor
 
 
 def test_who_has_not_come_is_named(store: TCPStore) -> None:
-    with pytest.raises(RunEnd, match=r"rank 1 has not started within 0 s"):
-        meet(store, 0, 2, limit_s=0.3)
-    with pytest.raises(RunEnd, match=r"rank 0 has not started within 0 s"):
-        meet(store, 1, 2, limit_s=0.3)
+    for absent, rank in ((1, 0), (0, 1)):
+        with pytest.raises(RunEnd, match=rf"rank {absent} has not started within 0 s") as ended:
+            meet(store, rank, 2, limit_s=0.3)
+        assert ended.value.code == EXIT_HUNG
+
+
+def test_a_started_again_process_waits_as_long_as_the_run_may_stand_still(
+    store: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+    with pytest.raises(RunEnd, match="rank 0 has not started within 1 s") as ended:
+        join("gloo", 1, 2, timedelta(seconds=1))
+    assert ended.value.code == EXIT_HUNG
 
 
 def test_a_process_that_waits_in_vain_for_one_started_again_leaves(store: TCPStore, capfd) -> None:

@@ -119,6 +119,6 @@ def _first_line(reason: str) -> str:
 
 def _join_again(store: dist.Store, backend: str, rank: int, world_size: int, limit: timedelta) -> None:
     """As `join`, under a launcher that may have started these processes before; see `restarts`."""
-    found = meet(store, rank, world_size)
+    found = meet(store, rank, world_size, limit.total_seconds())
     with leaving_if_another_starts_again(store, rank, found):
         dist.init_process_group(backend, store=found.store, rank=rank, world_size=world_size, timeout=limit)

@@ -22,12 +22,10 @@ from typing import Any
 
 from torch import distributed as dist
 
-from .errors import RunEnd
+from .errors import EXIT_HUNG, RunEnd
 
 _MARK, _START, _COUNT = "regatta/mark", "regatta/start", "regatta/starts"
 _POLL_S = 0.5
-MEET_S = 600.0
-"""How long a process waits for the others of its start: a machine that is started anew may have to boot."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,14 @@ def may_restart(environment: Mapping[str, str]) -> bool:
     return environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
 
 
-def meet(store: Any, rank: int, world_size: int, limit_s: float = MEET_S) -> Start:
+def meet(store: Any, rank: int, world_size: int, limit_s: float) -> Start:
     """Find the processes of this start.
 
     Args:
         store: the launcher's, which earlier starts have used too.
         rank: this process.
         world_size: number of processes.
-        limit_s: seconds to wait for the others.
+        limit_s: seconds to wait for the others; a machine that is started anew may have to boot.
 
     Raises:
         RunEnd: they have not come in time; the message says which.
@@ -71,7 +69,7 @@ def meet(store: Any, rank: int, world_size: int, limit_s: float = MEET_S) -> Sta
     try:
         store.wait([f"{_START}/{mine}"], timedelta(seconds=limit_s))
     except RuntimeError:  # its time is over, or the store has gone
-        raise RunEnd(f"rank 0 has not started within {limit_s:.0f} s; is its machine or launcher gone?") from None
+        raise _absent("0", limit_s) from None
     number, marks = json.loads(store.get(f"{_START}/{mine}"))
     return Start(dist.PrefixStore(f"regatta/start_{number}", store), marks)
 
@@ -86,8 +84,12 @@ def _unused_marks(store: Any, world_size: int, limit_s: float) -> list[str]:
             return marks
         if time.monotonic() > deadline:
             named = ", ".join(str(rank) for rank in late)
-            raise RunEnd(f"rank {named} has not started within {limit_s:.0f} s; is its machine or launcher gone?")
+            raise _absent(named, limit_s)
         time.sleep(_POLL_S / 5)
+
+
+def _absent(ranks: str, limit_s: float) -> RunEnd:
+    return RunEnd(f"rank {ranks} has not started within {limit_s:.0f} s; is its machine or launcher gone?", EXIT_HUNG)
 
 
 def _text(store: Any, key: str) -> str:

@@ -35,7 +35,7 @@ class SignalWatch:
     itself. So one request reaches a process twice, and the second must not end it before it has saved.
 
     Args:
-        hears: whether it is told signals at all.
+        hears: whether it is told signals. Outside the main thread it never is, since Python calls handlers there only.
 
     Attributes:
         asked: name of the signal, empty before.
@@ -46,7 +46,7 @@ class SignalWatch:
         self._asked_at = 0.0
         launched = "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
         self._echo_s = ECHO_S if launched else 0.0
-        if hears:
+        if hears and _in_main_thread():
             self._hear()
 
     def _hear(self) -> None:
@@ -67,6 +67,32 @@ class SignalWatch:
         # A wait for a busy server must not outlast the time that a scheduler leaves for saving.
         stop_waiting()
         self.asked, self._asked_at = signal.Signals(number).name, time.monotonic()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Within the block a watch may take over signals; afterwards they act as before it.
+
+    For work inside a caller's process, such as a notebook: a Ctrl-C after it must interrupt the caller's own code. A
+    command does not want this, because the echo of a signal would then end the process before its exit code.
+    """
+    if not _in_main_thread():
+        yield  # no watch can have taken signals over from here
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        # That this piece of work was asked to stop says nothing about the caller's next one.
+        stop_waiting(False)
+        for number, handler in before.items():
+            # None: set by a program that embeds Python, and out of Python's reach; no watch could name it again.
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 class EvaluationWatch(SignalWatch):
@@ -125,20 +151,17 @@ def watched(leave: bool = False) -> Iterator[EvaluationWatch]:
     if _current is not None:
         yield _current
         return
-    if threading.current_thread() is not threading.main_thread():
-        # Signals reach the main thread alone, which belongs to the caller.
-        yield EvaluationWatch(hears=False)
+    if not _in_main_thread():
+        # Not kept as the current one: the main thread may run an evaluation of its own at the same time.
+        yield EvaluationWatch()
         return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    _current = EvaluationWatch()
-    try:
-        with _leaving_in_time(_current) if leave else contextlib.nullcontext():
-            yield _current
-    finally:
-        _current = None
-        stop_waiting(False)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handlers_kept():
+        _current = EvaluationWatch()
+        try:
+            with _leaving_in_time(_current) if leave else contextlib.nullcontext():
+                yield _current
+        finally:
+            _current = None
 
 
 @contextlib.contextmanager

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,7 @@ from train.keywords import arguments_of
 from train.measure.embedding import Embedding, check_out, own_image_size
 from train.measure.embedding import embed as measure
 from train.record.run import Run, read_run
-
-
-@contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """The caller's own signal handlers again afterwards; training replaces them, so that a signal saves first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals can be neither read nor set here
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+from train.stop import handlers_kept
 
 
 def train(
@@ -63,7 +47,7 @@ def train(
     from train.main import run
 
     more = options if arch is None else {"arch": arch, **options}
-    with _handlers_kept():
+    with handlers_kept():
         code = run(arguments_of({"method": method, "data": data, "run_dir": out, **more}), callbacks)
     if code == EXIT_REQUEUE:
         raise Stopped(f"stopped and saved in {out}; the same call goes on from here")
@@ -133,7 +117,7 @@ def evaluate(
     from train.evaluate import run
 
     asked = {"checkpoint": checkpoint, "data": data, "val_data": val_data, **options}
-    with tempfile.TemporaryDirectory(prefix="regatta-eval-") as folder, _handlers_kept():
+    with tempfile.TemporaryDirectory(prefix="regatta-eval-") as folder, handlers_kept():
         asked.setdefault("output", Path(folder, "result.json"))
         run([protocol, *arguments_of(asked)])
         result: dict[str, Any] = json.loads(Path(asked["output"]).read_text())

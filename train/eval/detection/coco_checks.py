@@ -96,7 +96,8 @@ def check_annotation(
         masks: whether outlines are wanted.
 
     Raises:
-        UserMistake: an unknown image or category, a box that is not four finite numbers, an `iscrowd` that is neither 0
+        UserMistake: an unknown image or category, a box that is not four finite numbers or of
+            negative size, an `iscrowd` that is neither 0
             nor 1, or with `masks` an outline that is no outline of this image.
     """
     if not isinstance(entry, dict):
@@ -109,6 +110,9 @@ def check_annotation(
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(side) for side in box):
         raise UserMistake(f"{name} has the box {_shown(box)}; it must be four finite numbers: x, y, width, height")
+    # Of a box that was drawn from right to left, or two corners: as ground truth nothing could ever match it.
+    if box[2] < 0 or box[3] < 0:
+        raise UserMistake(f"{name} has the box {_shown(box)} of negative size; give x, y, width, height")
     if entry.get("iscrowd") not in (None, 0, 1):
         raise UserMistake(f"{name} has iscrowd {_shown(entry['iscrowd'])}; give 0 or 1")
     if masks:
@@ -204,10 +208,11 @@ def _check_polygon(name: str, polygon: Any, image: dict[str, Any]) -> None:
 
 def _check_encoding(name: str, outline: dict[str, Any], image: dict[str, Any]) -> None:
     size = [image["height"], image["width"]]
-    if outline.get("size") != size:
+    found = outline.get("size")
+    # 64.0 equals 64, but COCO's compiled tools take whole numbers only, and would say so after the training.
+    if found != size or not all(map(_is_whole, found)):
         raise UserMistake(
-            f"{name} has run lengths of size {_shown(outline.get('size'))}, its image is [height, width] {size}; "
-            "correct them"
+            f"{name} has run lengths of size {_shown(found)}, its image is [height, width] {size}; correct them"
         )
     runs = run_lengths(outline.get("counts"))
     # None longer than the image: a sum of very long ones could wrap around to the right number.

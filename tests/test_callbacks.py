@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train.callbacks
 import train.main
@@ -70,6 +71,11 @@ def test_callbacks_are_told_what_the_rows_say(tmp_path: Path) -> None:
     assert (started.run_dir, started.first_step, started.last_step, started.steps_per_epoch) == (tmp_path, 0, 6, 4)
     assert started.config["run"]["method"] == "moco-v2" and started.config["world_size"] == 1
     assert recorder.calls[0][0] == "start" and recorder.calls[-1] == ("end", "done")
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (shown,) = board.Tensors("config/text_summary")
+    assert (
+        '"method": "moco-v2"' in shown.tensor_proto.string_val[0].decode() and "train/loss" in board.Tags()["scalars"]
+    )
 
 
 def test_a_callback_may_stop_the_run_and_is_told_that_it_goes_on(tmp_path: Path) -> None:

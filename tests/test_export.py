@@ -240,6 +240,18 @@ def test_model_card_tells_what_the_run_was(tmp_path: Path) -> None:
         assert fact in card, fact
 
 
+@pytest.mark.parametrize(("target", "library"), [("hf", "transformers"), ("timm", "timm"), ("onnx", "onnx")])
+def test_the_hub_reads_the_card(tmp_path: Path, target: str, library: str) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    odd = 'a "method": of\nothers'
+    save_backbone(build_encoder("resnet18"), tmp_path / "b.safetensors", arch="resnet18", method=odd)
+    out = tmp_path / f"out{TARGETS[target].ending}"
+    assert main([str(tmp_path / "b.safetensors"), str(out), "--format", target]) == 0
+    card = hub.ModelCard.load(out / "README.md" if target == "hf" else out.with_name(f"{out.name}.md"))
+    assert (card.data.library_name, card.data.pipeline_tag) == (library, "image-feature-extraction")
+    assert {"self-supervised-learning", odd, "resnet18"} <= set(card.data.tags) and card.text.startswith("\n# resnet18")
+
+
 @pytest.mark.parametrize("name", ["it's", 'a"b', "a\\b", "a b {x} \u00e9", "'\"\\n", "a\nb"])
 @pytest.mark.parametrize("target", ["timm", "torchvision", "detectron2"])
 def test_a_card_s_code_names_the_file(tmp_path: Path, name: str, target: str) -> None:

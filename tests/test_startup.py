@@ -14,8 +14,9 @@ from models.hyperparameters import ARCHITECTURES, CONFIGS
 from models.methods import METHODS
 from models.resnet import BACKBONES
 from tests.test_layout import entry_files
-from tools import analyze, export_backbone
+from tools import analyze
 from tools.support.analyses import ANALYSES
+from tools.support.export_place import ENDINGS
 from tools.support.exports import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +80,11 @@ def test_a_wrong_value_needs_no_torch() -> None:
     assert found["code"] == 2 and "--dim" in found["said"] and "torch" not in found["modules"]
 
 
+def test_a_place_that_an_export_cannot_have_needs_no_torch() -> None:
+    found = answer(str(ROOT / "tools/export_backbone.py"), "run", "out.bin", "--format", "onnx")
+    assert found["code"] == 2 and "ends in .onnx" in found["said"] and "torch" not in found["modules"]
+
+
 def test_the_compiler_is_not_imported_with_batch_norm() -> None:
     program = "import sys, models.norm; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -88,4 +94,4 @@ def test_the_compiler_is_not_imported_with_batch_norm() -> None:
 def test_names_known_before_torch_are_those_that_there_are() -> None:
     assert tuple(BACKBONES) == ARCHITECTURES
     assert {name: method.Config for name, method in METHODS.items()} == CONFIGS and list(METHODS) == list(CONFIGS)
-    assert export_backbone.FORMATS == tuple(TARGETS) and analyze.ANALYSES == tuple(ANALYSES)
+    assert tuple(ENDINGS) == tuple(TARGETS) and analyze.ANALYSES == tuple(ANALYSES)

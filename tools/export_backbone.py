@@ -12,9 +12,8 @@ if not __package__:
 from collections.abc import Sequence
 
 from tools.support.cli import make_parser, parse
+from tools.support.export_place import ENDINGS, check_place
 from train.errors import run_to_exit_code
-
-FORMATS = ("torchvision", "timm", "detectron2", "hf", "onnx")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,18 +23,19 @@ def run(argv: Sequence[str]) -> int:
         "source", metavar="RUN_OR_FILE", help="a run's folder, our backbone file, or torchvision or timm weights"
     )
     parser.add_argument("out", metavar="OUT", help="file to write (hf: folder)")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="library that shall read it")
+    parser.add_argument("--format", choices=tuple(ENDINGS), required=True, help="library that shall read it")
     parser.add_argument("--arch", default="", help="architecture; empty finds it out")
     parser.add_argument("--image-size", type=int, default=0, help="for onnx and Swin; 0: the run's own, or 224")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     arguments = parse(parser, argv)
-    # Here and not above: PyTorch takes seconds, which `--help` and a mistyped flag should not cost.
+    out = Path(arguments.out)
+    check_place(out, arguments.format, arguments.overwrite)
+    # Here and not above: PyTorch takes seconds, which `--help` and a mistake in the arguments should not cost.
     from tools.support.exports import export
     from train.backbone_io import load
     from train.measure.embedding import own_image_size
 
     loaded = load(arguments.source, arguments.arch)
-    out = Path(arguments.out)
     size = own_image_size(loaded, arguments.image_size)
     card = export(loaded, out, arguments.format, size, arguments.overwrite)
     print(f"{arguments.format}: {out}; model card: {card}")

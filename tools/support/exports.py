@@ -24,6 +24,7 @@ from train.backbone_io import LoadedBackbone, backbone_state, torchvision_to_swi
 from train.errors import UserMistake
 from train.record.model_card import model_card
 
+from .export_place import ENDINGS, check_place
 from .foreign_exports import OWN_FORMATS, check_format
 from .foreign_exports import usage as foreign_usage
 
@@ -413,11 +414,11 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
-    "torchvision": Target(".safetensors", write_torchvision, usage_torchvision),
-    "timm": Target(".safetensors", write_timm, usage_timm),
-    "detectron2": Target(".pkl", write_detectron2, usage_detectron2, _DETECTRON2_INPUT),
-    "hf": Target("", write_hf, usage_hf),
-    "onnx": Target(".onnx", write_onnx, usage_onnx),
+    "torchvision": Target(ENDINGS["torchvision"], write_torchvision, usage_torchvision),
+    "timm": Target(ENDINGS["timm"], write_timm, usage_timm),
+    "detectron2": Target(ENDINGS["detectron2"], write_detectron2, usage_detectron2, _DETECTRON2_INPUT),
+    "hf": Target(ENDINGS["hf"], write_hf, usage_hf),
+    "onnx": Target(ENDINGS["onnx"], write_onnx, usage_onnx),
 }
 
 
@@ -442,12 +443,9 @@ def export(loaded: LoadedBackbone, out: Path, target: str, image_size: int = 224
         UserMistake: the ending does not fit, or something is there already.
     """
     kind = TARGETS[target]
-    if out.exists() and not overwrite:
-        raise UserMistake(f"OUT {out} exists; choose another name or give --overwrite")
+    check_place(out, target, overwrite)
     if is_foreign(loaded.arch) or loaded.arch in OWN_FORMATS:
         check_format(loaded.arch, target)
-    if kind.ending and out.suffix != kind.ending:
-        raise UserMistake(f"OUT {out}: a {target} export ends in {kind.ending}; for example {out.stem}{kind.ending}")
     if image_size < 32:
         raise UserMistake(f"--image-size {image_size}: at least 32, the stride of the backbone")
     # transformers' hub shows the README of a folder; a single file has its card beside it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -36,6 +37,13 @@ class Board:
         """Append a point to a curve."""
         if self._writer is not None:
             self._attempt(lambda: self._writer.add_scalar(name, value, step))
+
+    def describe(self, config: dict[str, Any]) -> None:
+        """Show the configuration of the run beside its curves, under the tab of texts."""
+        # Indented by four, as Markdown wants code that holds any sign.
+        lines = json.dumps(config, indent=1).splitlines()
+        if self._writer is not None:
+            self._attempt(lambda: self._writer.add_text("config", "\n".join(f"    {line}" for line in lines)))
 
     def close(self) -> None:
         """Write what waits, and release the files."""

@@ -75,7 +75,9 @@ class Metrics:
             self.at_step(first_step)
 
     def start(self, config: dict[str, Any]) -> None:
-        """Tell the callbacks that the run starts; `config` is the content of `config.json`."""
+        """Tell TensorBoard and the callbacks that the run starts; `config` is the content of `config.json`."""
+        if self._board is not None:
+            self._board.describe(config)
         if self._run_dir is not None:
             first, last, per_epoch = self._first_step, self._total_steps, self._steps_per_epoch
             self._listeners.start(Started(self._run_dir, config, first, last, per_epoch, self._told))

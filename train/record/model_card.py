@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from train.backbone_io import LoadedBackbone, version
 from train.record.evaluations import Measurement, describe, measurements, unread
 from train.record.run import Run, read_results, read_run
+
+_LIBRARIES = {
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "detectron2": "detectron2",
+    "hf": "transformers",
+    "onnx": "onnx",
+}
+"""Export format -> what the hub calls the library that reads it."""
 
 
 def evaluations(loaded: LoadedBackbone) -> list[Measurement]:
@@ -49,6 +59,21 @@ def _score_lines(loaded: LoadedBackbone, run: Run | None) -> list[str]:
     return lines
 
 
+def _front_matter(arch: str, method: str, target: str) -> list[str]:
+    """What the Hugging Face hub reads at the head of a README, as YAML: the library that loads it, and tags."""
+    # JSON's strings are YAML's too, and a name from a foreign file may hold any sign.
+    tags = ["self-supervised-learning", "regatta", method, arch]
+    return [
+        "---",
+        f"library_name: {_LIBRARIES[target]}",
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        *[f"- {json.dumps(tag)}" for tag in tags],
+        "---",
+        "",
+    ]
+
+
 def model_card(loaded: LoadedBackbone, target: str, usage: str, images: str, parameters: int) -> str:
     """Markdown text of the card.
 
@@ -77,6 +102,7 @@ def model_card(loaded: LoadedBackbone, target: str, usage: str, images: str, par
     scores = _score_lines(loaded, recorded)
     settings = _flat(run.get("recipe", {})) + _flat(run.get("model", {}))
     parts = [
+        *_front_matter(loaded.arch, method, target),
         f"# {loaded.arch} backbone, {method}",
         "",
         "Trained without labels; the output is a feature map or its global average, not class scores.",

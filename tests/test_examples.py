@@ -120,6 +120,6 @@ def test_detector(site: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "coco" / "annotations" / "instances_train.json").write_text(json.dumps(document))
     script = str(EXAMPLES / "detector.py")
-    said = python(site, tmp_path, script, "export.safetensors", "coco", "3", "64").stdout.splitlines()
+    said = python(site, tmp_path, script, "export.safetensors", "coco", "resnet18", "3", "64").stdout.splitlines()
     losses = [float(line.split()[-1]) for line in said if line.startswith("step ")]
     assert len(losses) == 3 and np.isfinite(losses).all() and (tmp_path / "detector.pth").is_file()

@@ -1,27 +1,26 @@
-"""Torchvision's Faster R-CNN on an export: `python detector.py EXPORT.safetensors COCO_FOLDER [STEPS] [SIDE]`.
+"""Torchvision's Faster R-CNN on an export: `python detector.py EXPORT.safetensors COCO_FOLDER [ARCH] [STEPS] [SIDE]`.
 
-EXPORT is what `regatta export RUN EXPORT.safetensors --format torchvision` writes for a ResNet. The folder holds
-`images` and `annotations/instances_train.json`. `regatta evaluate detect` follows the published protocols instead.
+EXPORT is what `regatta export RUN EXPORT.safetensors --format torchvision` writes for a ResNet (default: resnet50). The
+folder holds `images` and `annotations/instances_train.json`. `regatta evaluate detect` follows the published protocols.
 """
 
 import itertools
 import sys
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.transforms import v2
 
 export, folder = sys.argv[1:3]
-steps = int(sys.argv[3]) if len(sys.argv) > 3 else 1000
-side = int(sys.argv[4]) if len(sys.argv) > 4 else 800
+arch = sys.argv[3] if len(sys.argv) > 3 else "resnet50"
+steps = int(sys.argv[4]) if len(sys.argv) > 4 else 1000
+side = int(sys.argv[5]) if len(sys.argv) > 5 else 800
 
-with safe_open(export, framework="pt") as file:
-    arch, weights = file.metadata()["arch"], {name: file.get_tensor(name) for name in file.keys()}
 backbone = resnet_fpn_backbone(backbone_name=arch, weights=None, trainable_layers=5)
-backbone.body.load_state_dict(weights)  # all of it, or an error
+backbone.body.load_state_dict(load_file(export))  # all of it, or an error
 detector = FasterRCNN(backbone, num_classes=91, min_size=side)
 
 augment = v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])

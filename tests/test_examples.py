@@ -122,4 +122,4 @@ def test_detector(site: Path, tmp_path: Path) -> None:
     script = str(EXAMPLES / "detector.py")
     said = python(site, tmp_path, script, "export.safetensors", "coco", "resnet18", "3", "64").stdout.splitlines()
     losses = [float(line.split()[-1]) for line in said if line.startswith("step ")]
-    assert len(losses) == 3 and np.isfinite(losses).all() and (tmp_path / "detector.pth").is_file()
+    assert len(losses) == 3 and np.isfinite(losses).all() and (tmp_path / "detector.safetensors").is_file()

@@ -8,7 +8,7 @@ import itertools
 import sys
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -36,4 +36,4 @@ for step, (images, targets) in enumerate(itertools.islice(epochs, steps), 1):
     loss.backward()
     optimizer.step()
     print(f"step {step} of {steps}, loss {loss.item():.3f}")
-torch.save(detector.state_dict(), "detector.pth")
+save_file(detector.state_dict(), "detector.safetensors")

@@ -7,17 +7,20 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from .augmenter import BATCHES, BatchAugmenter, augmented_by
 from .classes import renumbered
 from .cuts import Cuts
 from .geometry import validate_view
 from .interface import Batch, PipelineConfig, PipelineStats
+from .refusal import TooManyBad
 from .rng import SLOT_SUBSTITUTE, integers, philox
 from .sampling import RankSlice, global_order, sharded_order, sharded_windows
 
 ORDERS = ("global", "sharded", "sequential")
 SUBSTITUTE_ATTEMPTS = 64
+_ENOUGH_TO_JUDGE = 1000  # images: of a share of a quarter, a sample of them is off by 0.014
 _told: set[str] = set()  # data of which this process has named a bad record
 
 
@@ -136,6 +139,7 @@ class EpochPipeline:
         self.data_hash = data_hash
         self.plan = EpochPlan(config, self.num_samples, block_sizes)
         self._epoch, self._first_step = 0, 0
+        self._replaced = 0
         self._stats = PipelineStats()
         # At most one iteration is under way, because iterations share the decoder's threads and buffers.
         self._running: Iterator[Batch] | None = None
@@ -177,6 +181,7 @@ class EpochPipeline:
                     batch = self._augment_batch(batch, epoch)
                     self._stats.augment_s += time.perf_counter() - started
                 self._stats.images += len(batch.index)
+                self._check_share(batch.index)
                 yield batch
                 # A second name for the batch would keep its buffers from being used again.
                 del batch
@@ -195,6 +200,26 @@ class EpochPipeline:
             _told.add(self.config.data)
             print(f"cannot be used: {reason}; told once for {self.config.data}, counted at the end", file=sys.stderr)
         self._stats.bad_records.setdefault(int(index), reason)
+
+    def _check_share(self, index: torch.Tensor) -> None:
+        """Count the images of a delivered batch in whose place others stand.
+
+        Raises:
+            TooManyBad: their share of all that were delivered is above the config's.
+        """
+        limit, bad = self.config.max_bad, self._stats.bad_records
+        if limit >= 1 or not bad:
+            return
+        self._replaced += sum(sample in bad for sample in index.tolist())
+        # Of the first few images half may be bad by chance; small data are judged after one pass.
+        enough = min(len(self.plan.population), _ENOUGH_TO_JUDGE)
+        if self._replaced > limit * max(self._stats.images, enough):
+            # `list`, since the decoder's thread may add to the dictionary at this moment.
+            raise TooManyBad(
+                f"{self._replaced} of {self._stats.images} images of {self.config.data} cannot be used, for example "
+                f"{list(bad.values())[0]}; --max-bad {limit:g} allows no more: copy them again, or pack them: the "
+                "packer lists what is wrong with each"
+            )
 
     def shown(self, epoch: int, index: np.ndarray) -> np.ndarray:
         """(B,) the samples whose pixels were delivered for the samples `index`: others where a record is bad.

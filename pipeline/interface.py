@@ -65,6 +65,8 @@ class PipelineConfig:
         dtype: of augmented views.
         load_kernels: compiles and launches the fused GPU kernel, for implementation "kernel" only.
         classes: number labels by these class names, where the store has names too; empty keeps the store's numbers.
+        max_bad: share of the images that may be unreadable; above it the iteration ends with `TooManyBad`. With 1 it
+            never does, for callers who judge by themselves.
     """
 
     data: str
@@ -85,6 +87,7 @@ class PipelineConfig:
     dtype: torch.dtype = torch.float32
     load_kernels: LoadKernels | None = None
     classes: tuple[str, ...] = ()
+    max_bad: float = 1.0
 
 
 @dataclass

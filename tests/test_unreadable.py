@@ -18,9 +18,12 @@ from tests.small_stores import damage_packed, pack
 from train.backbone_io import build_encoder, save_backbone
 from train.data import RunData
 from train.evaluate import main
+from train.main import main as train
 from train.measure.features import center_view, extract_features
 from train.measure.online import health_figures, knn_figures, labelled_features
+from train.pretrain import _unreadable
 from train.record.evaluations import measurements, unread
+from train.record.run import read_run
 from train.runtime import Runtime
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
@@ -167,11 +170,46 @@ def test_the_figures_of_training_leave_bad_images_out_and_count_them(photos, tmp
     data.close()
 
 
-def test_training_on_pointers_alone_ends_in_one_line(photos, tmp_path, capfd) -> None:
-    from train.main import main as train
+TRAINING = (
+    "--method moco-v2 --recipe moco-v2-small --arch resnet10-w16 --image-size 32 --queue-size 8 --bn.group-size 4 "
+    "--no-report --holdout 0 --device cpu --global-batch 8"
+).split()
 
+
+def test_training_on_pointers_alone_ends_in_one_line(photos, tmp_path, capfd) -> None:
     spoil(photos, 1)
-    flags = "--method moco-v2 --recipe moco-v2-small --image-size 32 --queue-size 8 --bn.group-size 4 --no-report"
-    size = ["--global-batch", "8", "--data", str(photos), "--run-dir", str(tmp_path / "run"), "--max-steps", "2"]
-    assert train([*flags.split(), *size]) == 3
+    assert train([*TRAINING, "--data", str(photos), "--run-dir", str(tmp_path / "run"), "--max-steps", "2"]) == 3
     assert "64 others" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_training_on_pointers_by_half_is_refused_unless_asked_for(photos, tmp_path, capfd) -> None:
+    spoil(photos, 2)
+    flags = [*TRAINING, "--data", str(photos), "--run-dir", str(tmp_path / "run"), "--max-steps", "3"]
+    assert train(flags) == 3
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "cannot be used, for example" in line and "git lfs pull; --max-bad 0.25 allows no more" in line
+    assert train([*flags, "--max-bad", "0.5"]) == 0
+    ends = [row for row in read_run(tmp_path / "run").rows if row["kind"] == "end"]
+    assert [row["bad_records"] for row in ends] == [12]
+
+
+@pytest.mark.parametrize(("every", "limit", "images"), [(2, 0.25, 15), (4, 0.25, None), (4, 0.2, 20), (24, 0.0, 5)])
+def test_a_share_is_judged_where_enough_images_have_come(photos, every, limit, images) -> None:
+    """After one pass, or before its end as soon as the rest could no longer change the judgement."""
+    spoil(photos, every)
+    config = PipelineConfig(str(photos), (center_view(32),), 5, order="sequential", drop_last=False, max_bad=limit)
+    pipeline = build_pipeline("folder", config, quiet=True)
+    if images is None:
+        assert sum(len(batch.index) for batch in pipeline) == 24
+    else:
+        with pytest.raises(TooManyBad, match=f"of {images} images of .* cannot be used"):
+            list(pipeline)
+    pipeline.close()
+
+
+def test_the_bad_images_of_all_ranks_are_counted() -> None:
+    own = SimpleNamespace(pipeline=SimpleNamespace(stats=lambda: SimpleNamespace(bad_records={3: "cut"})))
+    job = SimpleNamespace(
+        stream=own, runtime=SimpleNamespace(gather_objects=lambda mine: [mine, {7: "gone", 3: "cut"}])
+    )
+    assert _unreadable(job) == {3: "cut", 7: "gone"}  # type: ignore[arg-type]

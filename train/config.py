@@ -116,6 +116,14 @@ class RunConfig:
         least=0,
         free_on_resume=True,
     )
+    max_bad: float = option(
+        0.25,
+        "share of the images that may be unreadable; others take their place. Above it the run ends with code 3, from "
+        "1000 images on or, of fewer, after one epoch",
+        least=0,
+        most=1,
+        free_on_resume=True,
+    )
     on_non_finite: Literal["stop", "rollback"] = option(
         "stop",
         "after 25 steps in a row with a loss or gradient that is not finite: stop with code 4, or take the newest "

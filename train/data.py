@@ -133,6 +133,7 @@ def open_data(config: Config, runtime: Runtime) -> RunData:
             order=config.run.order,
             drop_last=True,
             population=population,
+            max_bad=config.run.max_bad,
         ),
         # The training loader alone tells how it was chosen; the others would repeat it.
         quiet=False,

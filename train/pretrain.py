@@ -215,7 +215,7 @@ def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool, doc
     job.metrics.row("resume" if resumed else "start", state.step, epoch, **facts)
     try:
         train(job, state, watch)
-        bad = job.stream.pipeline.stats().bad_records
+        bad = _unreadable(job)
         # By name, so that the page can list them; a few tell the kind, and a row must stay a line that can be read.
         named = {"bad": dict(itertools.islice(bad.items(), _NAMED))} if bad else {}
         job.metrics.row("end", state.step, state.step // job.steps_per_epoch, bad_records=len(bad), **named)
@@ -231,6 +231,16 @@ def _run_job(job: Job, state: TrainState, watch: SignalWatch, resumed: bool, doc
             + (f"; {len(bad)} damaged records were replaced, for example {next(iter(bad.items()))}" if bad else "")
         )
         _write_report(job)
+
+
+def _unreadable(job: Job) -> dict[int, str]:
+    """Sample and reason of every image that some rank could not read in this start of the run; all ranks must call it.
+
+    Without those of the others a run of eight ranks would own up to an eighth.
+    """
+    # A copy: a loader that is ahead of the last step may still add to it.
+    own = dict(job.stream.pipeline.stats().bad_records)
+    return {sample: reason for each in job.runtime.gather_objects(own) for sample, reason in each.items()}
 
 
 def _write_report(job: Job) -> None:

@@ -311,7 +311,10 @@ class SimCLRConfig:
 
     temperature: float = option(0.1, "softmax temperature (tau)", above=0)
     dim: int = option(128, "width of the embeddings", above=0)
-    hidden_dim: int = option(2048, "width of the projector's hidden layer", above=0)
+    hidden_dim: int = option(2048, "width of the projector's hidden layers", above=0)
+    projector_layers: int = option(
+        2, "linear layers of the projector: 2, or 3 as the SimSiam paper repeats it", least=2
+    )
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     zero_init_residual: bool = option(True, "start every residual branch of a ResNet at zero")
 
@@ -351,7 +354,10 @@ class SwAVConfig:
     )
     queue_start_epoch: int = option(15, "epoch, from 0, in which the queue begins to fill", least=0)
     dim: int = option(128, "width of the embeddings", above=0)
-    hidden_dim: int = option(2048, "width of the projector's hidden layer", above=0)
+    hidden_dim: int = option(2048, "width of the projector's hidden layers", above=0)
+    projector_layers: int = option(
+        2, "linear layers of the projector: 2, or 3 as the SimSiam paper repeats it", least=2
+    )
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")
     zero_init_residual: bool = option(False, "start every residual branch of a ResNet at zero")
 
@@ -376,6 +382,11 @@ class PixProConfig:
         True, "bring what is propagated to unit length first (the code), or propagate it as it is (Eq. 3)"
     )
     loss_scale: float = option(2.0, "factor of the loss: 2 in the released code, 1 in Eq. 5", above=0)
+    instance_weight: float = option(
+        0.0,
+        "weight of a second branch that compares whole images; 0, as in the released recipes: no such branch",
+        least=0,
+    )
     hidden_dim: int = option(4096, "width of the projector's hidden layer", above=0)
     dim: int = option(256, "width of the embeddings", above=0)
     conv_init: ConvInit = option("fan_out", "how the backbone's convolutions start: Kaiming-normal or as in PyTorch")

@@ -367,7 +367,17 @@ def pixpro(method: Any, inputs: StepInputs) -> Tensor:
             ]
             if cosines:
                 total.append(-config.loss_scale * mean_of(cosines))
+        if config.instance_weight:
+            total.append(config.instance_weight * config.loss_scale * _whole_images(method, inputs, image))
     return torch.stack(total).sum() / len(inputs.view1)
+
+
+def _whole_images(method: Any, inputs: StepInputs, image: int) -> Tensor:
+    """Minus both cosines of one image's two views in PixPro's second branch."""
+    maps = [method.instance_predictor(method.instance_projector(method.encoder(getattr(inputs, v)))) for v in VIEWS]
+    with torch.no_grad():
+        theirs = [method.momentum_instance_projector(method.momentum_encoder(getattr(inputs, v))) for v in VIEWS]
+    return -sum(n(gap(maps[a])[image]) @ n(gap(theirs[1 - a])[image]) for a in (0, 1))
 
 
 def _places(box: list[float], grid: tuple[int, ...], distance: str) -> tuple[list[tuple[float, float]], float]:

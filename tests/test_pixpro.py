@@ -40,10 +40,28 @@ TOY = "--method pixpro --arch resnet10-w16 --image-size 32 --global-batch 8 --da
         {"distance": "pixels", "loss_scale": 1.0, "unit_values": False},
         {"transform_layers": 0, "sharpness": 4.0},
         {"transform_layers": 2, "sharpness": 0.5, "reach": 1.5},
+        {"instance_weight": 0.5},
+        {"instance_weight": 1.0, "loss_scale": 1.0},
     ],
 )
 def test_the_papers_forms_and_ablations_are_the_formulas(changes: dict[str, Any]) -> None:
     check_against_formula("pixpro", *ready("pixpro", **changes))
+
+
+def test_the_branch_of_whole_images_is_there_when_it_counts_and_its_projector_is_averaged() -> None:
+    method, inputs = ready("pixpro", instance_weight=0.5)
+    assert not [name for name, _ in build("pixpro").named_parameters() if "instance" in name]
+    online = {name for name, parameter in method.named_parameters() if "instance" in name and parameter.requires_grad}
+    assert {name.split(".")[0] for name in online} == {"instance_projector", "instance_predictor"}
+    output = method(inputs)
+    output.loss.backward()
+    assert all(method.get_parameter(name).grad is not None for name in online)
+    before = method.momentum_instance_projector[0].weight.clone()
+    with torch.no_grad():
+        method.instance_projector[0].weight.add_(1.0)
+    method.after_step(output, 0.9)
+    moved = method.momentum_instance_projector[0].weight - before
+    assert torch.allclose(moved, 0.1 * (method.instance_projector[0].weight - before), atol=1e-6)
 
 
 def test_made_inputs_have_pairs_no_pairs_and_both_distances_differ() -> None:

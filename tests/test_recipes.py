@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -397,3 +399,37 @@ def test_milestones_and_the_decay_that_has_them_go_together(flags: list[str]) ->
         resolve(["--method", "moco-v2", *flags])
     both = ["--method", "moco-v2", "--schedule.decay", "steps", "--schedule.milestones", "3,5"]
     assert resolve(both).recipe.schedule.milestones == (3, 5)
+
+
+# Equations, tables and figures that the three papers, and PixPro's, have.
+NUMBERED = {
+    "RegionCL": {"Eq.": 3, "Table": 10, "Fig.": 4},
+    "CARE": {"Eq.": 5, "Table": 8, "Fig.": 4},
+    "LEWEL": {"Eq.": 5, "Table": 7, "Fig.": 3},
+    "PixPro": {"Eq.": 5},
+}
+ELSEWHERE = "MoCo|DenseCL|SimSiam|SimCLR|SwAV|BYOL|EMAN|Swin|Selvaraju|Barlow|Un-Mix|" + "|".join(NUMBERED)
+
+
+def citations() -> list[tuple[str, str, str, int]]:
+    """(place, paper, kind, number) of each numbered thing of those papers that a `Source:` in the code names."""
+    root = Path(__file__).resolve().parents[1]
+    found = []
+    for path in sorted(path for folder in ("models", "train", "pipeline") for path in (root / folder).rglob("*.py")):
+        for source in re.findall(r"Source: (.+?)(?:\n\s*\n|\"\"\"|\n\s*Differs)", path.read_text(), re.DOTALL):
+            # A citation belongs to the paper named last before it.
+            for paper, text in re.findall(rf"({ELSEWHERE})\b(.*?)(?=(?:{ELSEWHERE})\b|$)", source, re.DOTALL):
+                numbers = re.findall(r"(Eq\.|Tables?|Fig\.) ((?:\d+(?:, | and | to |-)?)+)", text)
+                found += [
+                    (f"{path.relative_to(root)}", paper, kind.rstrip("s"), int(number))
+                    for kind, listed in numbers
+                    for number in re.findall(r"\d+", listed)
+                    if paper in NUMBERED
+                ]
+    return found
+
+
+def test_citations_name_equations_and_tables_that_the_papers_have() -> None:
+    found = citations()
+    assert [each for each in found if each[3] > NUMBERED[each[1]].get(each[2], 0)] == []
+    assert {paper for _, paper, _, _ in found} == set(NUMBERED) and len(found) > 20

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from tools.analyze import main as analyze
 from tools.reproduce import main
+from tools.reproduction import runner
 from tools.reproduction.commands import Plan, jobs, pictures, result_file
 from tools.reproduction.cost import cost
+from tools.reproduction.drawn import drawn_sources
 from tools.reproduction.figure import points
 from tools.reproduction.scales import Sources
 from tools.reproduction.sheet import figures, sheet
@@ -20,6 +23,7 @@ from tools.reproduction.training import Line, lines
 from train.errors import UserMistake
 from train.eval.trials import Trials, run_trials, take_trials
 from train.evaluate import main as evaluate
+from train.main import main as train
 from train.record.published import PUBLISHED, candidates
 from train.resolve import resolve
 
@@ -179,8 +183,6 @@ def test_the_command_lists_prints_and_writes_an_array(tmp_path: Path, capsys: py
 def test_a_run_passes_over_what_is_done_and_ends_with_the_commands_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tools.reproduction import runner
-
     here = plan(tmp_path)
     every = jobs(lines(TABLES["care-table6"])[0], 0, here)
     codes = [0, 75]
@@ -199,12 +201,47 @@ def test_a_run_passes_over_what_is_done_and_ends_with_the_commands_code(
     assert runner.run(every, 1) == 75 and started[2:] == ["evaluate.py"], "training is done"
 
 
+class InProcess:
+    """Runs the commands of a table in this process; to import PyTorch for each would take most of the time."""
+
+    def call(self, command: list[str]) -> int:
+        """The exit code of `python SCRIPT ARGUMENTS...`."""
+        mains = {"main.py": train, "evaluate.py": evaluate, "analyze.py": analyze}
+        return int(mains[Path(command[1]).name](command[2:]))
+
+
+def run_whole(table: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every command of a table and see that each of its lines has all figures and each picture is drawn."""
+    monkeypatch.setattr(runner, "Commands", InProcess)
+    assert main([table, "--scale", "tiny", "--run", "--out", str(out)]) == 0
+    here, found = Plan(drawn_sources(out / "tiny-data"), "tiny", out), lines(TABLES[table])
+    assert not [line.training.missing for line in found if line.training.missing]
+    assert all(job.done.stat().st_size > 0 for job in pictures(table, found, 0, here))
+    measured = [(line, cell) for line in found for cell in line.cells if cell.protocol != "analyze"]
+    shown = {(line.training.name, cell.name): figures(cell, line, (0,), here) for line, cell in measured}
+    # No drawn picture has a label of ImageNet-ReaL, and no run reports the best of its epochs.
+    lost = [
+        (name, each.name)
+        for name, cells in shown.items()
+        for each in cells
+        if not each.ours and each.name not in ("real_top1", "best_top1")
+    ]
+    assert lost == [] and all(shown.values())
+
+
+# The cheapest of the tables: both protocols of ImageNet-100's ones, and the picture of all runs of a figure.
+@pytest.mark.parametrize("table", ["care-streams", "care-figure4"])
+def test_a_whole_table_runs_at_the_tiny_scale(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_whole(table, tmp_path, monkeypatch)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("table", list(TABLES))
-def test_every_table_runs_at_the_tiny_scale(table: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_table_runs_at_the_tiny_scale(
+    table: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # One folder for all tables, as a user has it: what another table has trained is not trained again.
-    out = tmp_path_factory.getbasetemp() / "papers"
-    assert main([table, "--scale", "tiny", "--run", "--out", str(out)]) == 0
+    run_whole(table, tmp_path_factory.getbasetemp() / "papers", monkeypatch)
 
 
 def test_a_line_runs_at_the_tiny_scale(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.methods.swav import SwAV
 from models.sinkhorn import balanced_assignments
@@ -35,8 +35,20 @@ def ready_swav(**changes: Any) -> tuple[Any, Any]:
     return ready("swav", **changes)
 
 
-def test_without_small_crops_the_loss_is_the_formula_s() -> None:
-    check_against_formula("swav", *ready_swav(small_crops=0))
+@pytest.mark.parametrize("layers", [2, 3])
+def test_without_small_crops_the_loss_is_the_formula_s(layers: int) -> None:
+    check_against_formula("swav", *ready_swav(small_crops=0, projector_layers=layers))
+
+
+@pytest.mark.parametrize("name", ["swav", "simclr"])
+def test_a_projector_of_three_layers_is_the_repetition_in_the_simsiam_paper(name: str) -> None:
+    """A batch norm and a ReLU after each but the last of three layers, of which the first two are equally wide."""
+    method, inputs = ready(name, projector_layers=3)
+    check_against_formula(name, method, inputs)
+    linears = [layer for layer in method.projector if isinstance(layer, nn.Linear)]
+    hidden = method.config.hidden_dim
+    assert [layer.out_features for layer in linears] == [hidden, hidden, method.config.dim]
+    assert [type(layer) for layer in method.projector[:6]] == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2
 
 
 def test_a_full_queue_takes_part_in_the_assignments_as_the_formula_says() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..cell_places import near_pairs
-from ..heads import dense_head
+from ..heads import dense_head, global_pool
 from ..hyperparameters import PixProConfig
-from ..losses import pair_consistency, unit
+from ..losses import negative_cosine, pair_consistency, unit
 from ..momentum import copy_and_freeze, ema_update
 from ..norm import convert_batch_norm
 from ..resnet import Trunk, build_backbone
@@ -62,6 +64,10 @@ class PixPro(Method):
     directions, where cells make a pair whose centres are nearer in the image than `reach` diagonals of a cell, and
     c = 2 is the released code's factor. An image whose two crops do not meet adds 0.
 
+    With `instance_weight` w a second branch compares whole images: L + w c L_inst, where L_inst is the sum over both
+    directions of -cos(u, sg v'), u the mean over cells of predictor(projector(f(view))) and v' that of the momentum
+    networks' projector(f(other view)).
+
     Args:
         config: hyper-parameters.
         arch: key of `BACKBONES`.
@@ -72,8 +78,9 @@ class PixPro(Method):
     Source: PixPro (arXiv 2011.10043) section 3; zdaxie/PixPro contrast/models/PixPro.py and
     tools/pixpro_base_r50_*ep.sh. Where the two differ the code's form is the default: a hidden layer of 4096 channels,
     propagated values of unit length, distances in shares of the image's sides, twice the loss.
-    Differs: the mean over an image's pairs is exact, where the code adds 1e-6 to their number. Of the paper's further
-    losses, that of whole images (L = L_PixPro + L_inst) and PixContrast are not built.
+    Differs: the mean over an image's pairs is exact, where the code adds 1e-6 to their number. The paper's contrastive
+    form (Eq. 2, PixContrast) is not built. Of the published backbones only those of the FPN rows 41.3 and 41.4 have the
+    second branch; their weights and its weight w were not released.
     """
 
     Config = PixProConfig
@@ -91,26 +98,61 @@ class PixPro(Method):
         self.encoder: Trunk = build_backbone(arch, config.conv_init, config.zero_init_residual)
         self.projector = dense_head(self.encoder.feature_dim, config.hidden_dim, config.dim, hidden_norm=True)
         self.propagation = Propagation(config)
+        dims = (config.hidden_dim, config.dim)
+        if config.instance_weight:
+            self.instance_projector = dense_head(self.encoder.feature_dim, *dims, hidden_norm=True)
+            self.instance_predictor = dense_head(config.dim, *dims, hidden_norm=True)
         # Before the copies are made, so that the momentum networks have batch norms of the same kind.
         convert_batch_norm(self, bn_mode, bn_group_size)
         self.momentum_encoder = copy_and_freeze(self.encoder)
         self.momentum_projector = copy_and_freeze(self.projector)
+        if config.instance_weight:
+            self.momentum_instance_projector = copy_and_freeze(self.instance_projector)
 
     def forward(self, inputs: StepInputs) -> StepOutput:
-        """Sum over both directions."""
+        """Sum over both directions, and over both branches where there are two."""
         views = (inputs.view1, inputs.view2)
-        smoothed = [self.propagation(self.projector(self.encoder(view))) for view in views]
-        targets = [self.target(view) for view in views]
-        pairs = self.pairs(inputs, smoothed[0])
-        first = self.config.loss_scale * pair_consistency(smoothed[0], targets[1], pairs).mean()
-        second = self.config.loss_scale * pair_consistency(smoothed[1], targets[0], pairs.mT).mean()
-        return StepOutput(first + second, {"view1": first.detach(), "view2": second.detach()})
+        maps = [self.encoder(view) for view in views]
+        target_maps = [self.target(view) for view in views]
+        first, second = self.cell_losses(inputs, maps, target_maps)
+        loss, parts = first + second, {"view1": first.detach(), "view2": second.detach()}
+        if self.config.instance_weight:
+            instance = self.instance_loss(maps, target_maps)
+            loss, parts["instance"] = loss + self.config.instance_weight * instance, instance.detach()
+        return StepOutput(loss, parts)
 
     @torch.no_grad()
     def target(self, images: Tensor) -> Tensor:
-        """Momentum embeddings (B, D, H, W) of images (B, 3, S, S)."""
-        projected: Tensor = self.momentum_projector(self.momentum_encoder(images))
-        return projected
+        """Momentum features (B, C, H, W) of images (B, 3, S, S)."""
+        feature_map: Tensor = self.momentum_encoder(images)
+        return feature_map
+
+    def cell_losses(
+        self, inputs: StepInputs, maps: Sequence[Tensor], target_maps: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The two directions' losses of pairs of cells.
+
+        Args:
+            inputs: whose crop boxes tell where the cells lie.
+            maps: features (B, C, H, W) of the first and the second view.
+            target_maps: the momentum network's features of both.
+        """
+        smoothed = [self.propagation(self.projector(each)) for each in maps]
+        with torch.no_grad():
+            targets = [self.momentum_projector(each) for each in target_maps]
+        pairs = self.pairs(inputs, smoothed[0])
+        first = self.config.loss_scale * pair_consistency(smoothed[0], targets[1], pairs).mean()
+        second = self.config.loss_scale * pair_consistency(smoothed[1], targets[0], pairs.mT).mean()
+        return first, second
+
+    def instance_loss(self, maps: Sequence[Tensor], target_maps: Sequence[Tensor]) -> Tensor:
+        """The sum of both directions' losses of whole images, from features as in `cell_losses`."""
+        # Cells are averaged behind the heads and not before them, as in the released code.
+        online = [global_pool(self.instance_predictor(self.instance_projector(each))) for each in maps]
+        with torch.no_grad():
+            targets = [global_pool(self.momentum_instance_projector(each)) for each in target_maps]
+        both = negative_cosine(online[0], targets[1]) + negative_cosine(online[1], targets[0])
+        return self.config.loss_scale * both.mean()
 
     def pairs(self, inputs: StepInputs, embedding: Tensor) -> Tensor:
         """(B, S, S) bool, which cells of the first view lie near which of the second; `embedding` has their grid."""

@@ -33,7 +33,8 @@ class SimCLR(Method):
         bn_group_size: images of a group in mode "group"; 0 is the rank's whole batch.
 
     Source: SimCLR (arXiv 2002.05709) Eq. 1 and Algorithm 1; google-research/simclr at its first release, whose
-    projector has two layers. As in that code L is the sum of both views' terms, twice the mean of Algorithm 1.
+    projector has two layers; SimSiam (arXiv 2011.10566) appendix C for `projector_layers` 3. As in SimCLR's code L is
+    the sum of both views' terms, twice the mean of Algorithm 1.
     Differs: linear and convolutional weights start as elsewhere in this library, not as truncated normals.
     """
 
@@ -48,8 +49,8 @@ class SimCLR(Method):
         self.config = config
         self.encoder: Trunk = build_backbone(arch, config.conv_init, config.zero_init_residual)
         self.projector = mlp_head(
-            (self.encoder.feature_dim, config.hidden_dim, config.dim),
-            biases=(False, False),
+            (self.encoder.feature_dim, *[config.hidden_dim] * (config.projector_layers - 1), config.dim),
+            biases=[False] * config.projector_layers,
             hidden_norm=True,
             output_norm="scale",
         )

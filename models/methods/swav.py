@@ -39,7 +39,8 @@ class SwAV(QueueMethod):
         bn_mode: "group", "sync" or "plain" batch norm; the paper synchronises.
         bn_group_size: images of a group in mode "group"; 0 is the rank's whole batch.
 
-    Source: SwAV (arXiv 2006.09882) Eq. 1 to 5 and Algorithm 1; facebookresearch/swav main_swav.py.
+    Source: SwAV (arXiv 2006.09882) Eq. 1 to 5 and Algorithm 1; facebookresearch/swav main_swav.py;
+    SimSiam (arXiv 2011.10566) appendix C for `projector_layers` 3.
     Differs: the prototypes are normalised after each optimizer step instead of before the next one, which gives the
     same weights. The queue is one of the global batch instead of one on each device, which holds the same embeddings.
     """
@@ -55,7 +56,9 @@ class SwAV(QueueMethod):
         self.config = config
         self.encoder: Trunk = build_backbone(arch, config.conv_init, config.zero_init_residual)
         self.projector = mlp_head(
-            (self.encoder.feature_dim, config.hidden_dim, config.dim), biases=(True, True), hidden_norm=True
+            (self.encoder.feature_dim, *[config.hidden_dim] * (config.projector_layers - 1), config.dim),
+            biases=[True] * config.projector_layers,
+            hidden_norm=True,
         )
         self.prototypes = nn.Linear(config.dim, config.prototypes, bias=False)
         self._normalise_prototypes()

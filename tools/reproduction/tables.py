@@ -151,6 +151,12 @@ _LEWEL_CELLS = (Cell("linear", ""), Cell("segment", "VOC12 FCN"))
 _COUPLED = {"global_loss": "true", "aligned_loss": "true", "coupled": "true"}
 _CARE_BYOL = {"byol": "byol-paper"}
 """CARE cites and repeats BYOL with BYOL's own settings, LEWEL with those of its code base (EMAN)."""
+_REPEATED = (("simclr", 200), ("swav", 200))
+"""Baselines of LEWEL's Tables 3 and 4 that come, as its BYOL and SimSiam there, from the SimSiam paper's Table 5."""
+_SEARCHED = (
+    "The fine-tuning rate was searched for each model: --sweep-lrs. SimCLR and SwAV are the SimSiam paper's "
+    "repetitions, with projectors of three layers."
+)
 _KEEP_ALL = ("--keep-checkpoints", "0")
 
 TABLES: dict[str, Table] = {
@@ -228,9 +234,11 @@ TABLES: dict[str, Table] = {
             Pick("linear", source="CARE paper, table 1a"),
             Pick("linear", (("simsiam", 100), ("simsiam", 200), ("simsiam", 400)), source="SimSiam"),
             Pick("linear", (("byol", 100), ("byol", 200), ("byol", 400)), source="SimSiam paper"),
+            Pick("linear", tuple((m, e) for m in ("simclr", "swav") for e in (100, 200, 400)), source="SimSiam paper"),
             Pick("linear", (("care", 100), ("care", 200), ("care", 400)), ("resnet50",), source="CARE repository"),
         ),
         recipes=_CARE_BYOL,
+        note="SimCLR and SwAV are the SimSiam paper's repetitions, with projectors of three layers.",
     ),
     "care-table1b": Table(
         "Linear classification with larger backbones",
@@ -292,13 +300,20 @@ TABLES: dict[str, Table] = {
     "lewel-table2": Table("Fine-tuning on 1% and 10% of the labels", (Pick("semi", source="LEWEL paper"),)),
     "lewel-table3": Table(
         "VOC: detection and segmentation",
-        (Pick("detect", tasks="VOC", source="LEWEL paper"), Pick("segment", tasks="VOC12", source="tables? 3")),
-        note="The fine-tuning rate was searched for each model: --sweep-lrs.",
+        (
+            Pick("detect", tasks="VOC", source="LEWEL paper"),
+            Pick("detect", _REPEATED, tasks="VOC", source="SimSiam paper"),
+            Pick("segment", tasks="VOC12", source="tables? 3"),
+        ),
+        note=_SEARCHED,
     ),
     "lewel-table4": Table(
         "Mask R-CNN on COCO, 1x schedule",
-        (Pick("detect", tasks="COCO", source="LEWEL paper"),),
-        note="The fine-tuning rate was searched for each model: --sweep-lrs.",
+        (
+            Pick("detect", tasks="COCO", source="LEWEL paper"),
+            Pick("detect", _REPEATED, tasks="COCO", source="SimSiam paper"),
+        ),
+        note=_SEARCHED,
     ),
     "lewel-table5": Table(
         "Global, aligned and coupled losses",

@@ -229,8 +229,8 @@ def run_whole(table: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lost == [] and all(shown.values())
 
 
-# The cheapest of the tables: both protocols of ImageNet-100's ones, and the picture of all runs of a figure.
-@pytest.mark.parametrize("table", ["care-streams", "care-figure4"])
+# The cheapest of the tables: one with figures and one with a picture.
+@pytest.mark.parametrize("table", ["care-streams", "lewel-appendix-c1"])
 def test_a_whole_table_runs_at_the_tiny_scale(table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_whole(table, tmp_path, monkeypatch)
 

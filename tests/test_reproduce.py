@@ -31,6 +31,9 @@ EVERY_LINE = [(name, number, line) for name, table in TABLES.items() for number,
 SOURCES = Sources(("train", "val"), ("train100", "val100"), "coco", "voc", "city", "weights.pth", "real.json", "boxes")
 
 
+RIVALS = ("regioncl-m", "moco-v2")
+
+
 def plan(tmp_path: Path, scale: Any = "full", **more: Any) -> Plan:
     return Plan(SOURCES, scale, tmp_path, **more)
 
@@ -94,6 +97,9 @@ def test_commands_of_a_detector_and_a_segmenter(tmp_path: Path) -> None:
     assert texts[0].startswith("torchrun --standalone --nproc_per_node=8 train/main.py --method lewel-")
     assert "--detector mask-rcnn-c4" in texts[1] and "--trials 5 --sweep-lrs 0.02,0.04" in texts[1]
     assert "--detector mask-rcnn-fpn --box-head 4conv1fc --schedule 1x" in texts[2]
+    own, cited = (next(x for x in lines(TABLES["regioncl-table4"]) if x.training.name == n) for n in RIVALS)
+    assert ["--longest-side 1200" in job.text() for job in jobs(own, 0, plan(tmp_path))[1:]] == [True, False]
+    assert not [job for job in jobs(cited, 0, plan(tmp_path)) if "--longest-side" in job.text()]
     line = lines(TABLES["regioncl-table7"])[1]
     assert "--model upernet --schedule 80k" in jobs(line, 0, plan(tmp_path))[-1].text()
 

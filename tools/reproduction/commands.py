@@ -136,7 +136,7 @@ def _protocol_flags(cell: Cell, training: Training, plan: Plan) -> list[str]:
         detector = _detector(cell)
         # A mask head trains on a quarter of them, which costs a CPU more than all else; RetinaNet has no proposals.
         regions = ["--regions", "16"] if plan.scale == "tiny" and "retinanet" not in detector else []
-        return [*_pair(_detection_data(cell, plan)), *detector, *small, *regions]
+        return [*_pair(_detection_data(cell, plan)), *detector, *_long_side(training, detector, plan), *small, *regions]
     if cell.protocol == "segment":
         return [*_pair(_segmentation_data(cell, plan)), *_segmenter(cell), *small]
     data, held_out = _images(training, plan)
@@ -171,6 +171,12 @@ def _detector(cell: Cell) -> list[str]:
     length = words.split()[-1]
     # A tiny run has its own number of steps, which takes the place of the schedule's.
     return flags + (["--schedule", length] if length in ("1x", "2x", "12k") else [])
+
+
+def _long_side(training: Training, detector: Sequence[str], plan: Plan) -> list[str]:
+    """RegionCL's C4 logs have 1200 px in training, where MoCo's configuration, which the others take, has 1333."""
+    own = training.method.startswith("regioncl") and "mask-rcnn-c4" in detector and plan.scale != "tiny"
+    return ["--longest-side", "1200"] if own else []
 
 
 def _segmentation_data(cell: Cell, plan: Plan) -> str:

@@ -22,6 +22,8 @@ _TINY_TRAINING = (
 ).split()
 _TINY_MODEL = {"queue-size": "16", "hidden-dim": "32", "predictor-hidden-dim": "16", "t-bn-group-size": "4"}
 """Sizes of heads and queues in proportion to a batch of 8, for the methods that have them."""
+# Transformers have recipes and heads of their own, so their rows keep one; the smaller ViT stands for both.
+_TINY_ARCHITECTURES = {"swin-t": "swin-t", "vit-s": "vit-s", "vit-b": "vit-s"}
 _TINY_EVALUATION: dict[str, str] = {
     "knn": "--image-size 32",
     "linear": "--image-size 32 --epochs 1 --global-batch 32",
@@ -80,8 +82,7 @@ def _tiny(training: Training) -> list[str]:
     fields = CONFIGS[training.method].__dataclass_fields__
     model = {f"--{name}": size for name, size in _TINY_MODEL.items() if name.replace("-", "_") in fields}
     shared = dict(zip(_TINY_TRAINING[:-1:2], _TINY_TRAINING[1::2], strict=True))
-    # A Swin stays what it is: MoBY and its table have no other backbone.
-    arch = {} if training.arch == "swin-t" else {"--arch": "resnet10-w16"}
+    arch = {"--arch": _TINY_ARCHITECTURES.get(training.arch, "resnet10-w16")}
     group = recipe_config(training.recipe)["recipe"]["bn"]["group_size"]
     # What the row itself says stays, except for the sizes that a batch of 8 cannot have.
     own = _replaced(training.flags, ("--epochs", "--arch", "--hidden-dim"))

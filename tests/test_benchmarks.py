@@ -38,6 +38,27 @@ def test_inner_divides_and_time_limit_stops():
     assert len(seconds["a"]) == 3 and len(calls) == 21
 
 
+def test_on_a_gpu_the_host_runs_ahead_as_in_training(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            said.append("event")
+
+        def elapsed_time(self, end):
+            return 10_000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+    calls = {"a": lambda: said.append("call")}
+    seconds = time_interleaved(calls, device=torch.device("cuda"), rounds=2, warmup=0)
+    assert said == ["wait", "event", *["call"] * 5, "event", "wait"] * 2
+    assert seconds == {"a": [2.0, 2.0]}
+
+
 def test_rows_are_appended_below_one_header(tmp_path):
     path = tmp_path / "deep" / "bench.csv"
     for run in range(2):

@@ -24,7 +24,7 @@ from pipeline.cuts import Cuts
 from pipeline.epoch import EpochPipeline
 from pipeline.interface import Batch, PipelineConfig, ViewSpec
 from pipeline.prefetch import deliver_batches
-from tests.fake_cuda import DEVICE, fake_gpu, on_gpu
+from tests.fake_cuda import DEVICE, HostWaits, fake_gpu, on_gpu
 from tests.method_cases import SWIN_METHODS, small_backbones
 from tests.runs import last_wins
 from train.build import build_method, build_state, feature_grid
@@ -35,7 +35,7 @@ from train.eval.segmentation.augment import Crop
 from train.eval.segmentation.feed import TrainBatch
 from train.inputs import InputBuilder, InputStream, finished_views
 from train.loop import take_step
-from train.measure.features import normalise
+from train.measure.features import _mean_and_scale, normalise
 from train.measure.knn import knn_predict
 from train.optim import build_optimizer
 from train.resolve import resolve
@@ -280,6 +280,20 @@ def test_evaluation_computes_on_the_device(recipe: str) -> None:
         with watch:
             train_heads(heads, lambda _: [(bank, on_device)], 1, 1, LINEAR_RECIPES[recipe], [0.1, 1.0])
         assert all(p.grad is not None and p.grad.device == DEVICE for p in heads.parameters())
+
+
+def test_images_of_an_evaluation_are_normalised_without_a_wait() -> None:
+    with fake_gpu() as watch:
+        _mean_and_scale.cache_clear()
+        images = torch.empty(20, 3, SIZE, SIZE, dtype=torch.uint8, device=DEVICE)
+        normalise(images)
+        with watch:
+            assert normalise(images).device == DEVICE
+        _mean_and_scale.cache_clear()
+        # The watch speaks where each batch makes its constants: without this, silence would say nothing.
+        with watch, pytest.raises(HostWaits):
+            normalise(images)
+    _mean_and_scale.cache_clear()
 
 
 def test_the_number_of_terms_of_a_detection_loss_is_made_on_the_device() -> None:

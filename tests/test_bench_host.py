@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from models.methods import METHODS
 from models.ops.batch_norm_act_kernels import BatchNormActKernels
 from tools import bench_host
 from tools.bench import traffic as traffic_module
@@ -101,3 +102,15 @@ def test_bytes_of_our_kernels_count_where_they_are_called(monkeypatch: pytest.Mo
     assert moved(lambda: kernels.forward(x, None, None, None, 1, 1e-5, True, True)) == 3 * size + 2 * vector
     mask = x.numel() // 4
     assert moved(lambda: kernels.forward(x, x, None, None, 1, 1e-5, True, True)) == 4 * size + 2 * vector + mask
+
+
+def test_the_published_rows_of_every_method_meet_the_bar() -> None:
+    with (ROOT / "tools" / "results" / "bench_host.csv").open() as file:
+        found = [row for row in csv.DictReader(file) if row["metric"] == "host time over plain"]
+    newest: dict[str, dict[str, float]] = {}
+    for row in found:
+        newest.setdefault(row["setting"].partition(",")[0], {})[row["contender"]] = float(row["median"])
+    assert set(newest) == set(METHODS)
+    # A run takes the kernels where they are right and faster on the card, and the graph where the method has one.
+    assert max(each["ours + kernels"] for each in newest.values()) <= 1.25
+    assert all(each.get("ours + kernels + graph", 0.0) <= 1.25 for each in newest.values())

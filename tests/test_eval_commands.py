@@ -80,7 +80,9 @@ def test_a_hundred_short_epochs_are_not_a_hundred_lines(
     assert capsys.readouterr().out.count("top-1 ") - 1 < 3, "one line, and a table"
     monkeypatch.setattr(protocol_session, "SELDOM_S", 0)
     assert evaluate(*where, *few)["results"] == result["results"]
-    assert len(re.findall(r"^epoch \d+/12: top-1", capsys.readouterr().out, re.MULTILINE)) == 12
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^epoch \d+/12: top-1", said, re.MULTILINE)) == 12
+    assert re.search(r"^replaces the result of .* in .*out\.json$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("protocol", "more"), [("knn", ["--k", "1"]), ("linear", ["--recipe", "logistic"])])

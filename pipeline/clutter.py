@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 # Folders of network storage, of systems' bins and of archives, in lower case. Names that begin with a dot are clutter
@@ -22,6 +23,7 @@ _FOLDERS = frozenset(
         "__pycache__",
     }
 )
+_LOST = re.compile(r"found\.\d{3}")  # what Windows saved from a damaged disk
 _FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini"})
 
 
@@ -37,7 +39,11 @@ def is_clutter(name: str) -> bool:
     lower = name.lower()
     if lower.startswith((".", "~$", "synophoto_thumb", "synofile_thumb")) or lower in _FOLDERS or lower in _FILES:
         return True
-    return lower.endswith("~") or (len(lower) > 2 and lower.startswith("#") and lower.endswith("#"))
+    return (
+        bool(_LOST.fullmatch(lower))
+        or lower.endswith("~")
+        or (len(lower) > 2 and lower.startswith("#") and lower.endswith("#"))
+    )
 
 
 def has_clutter(parts: Iterable[str]) -> bool:

@@ -11,9 +11,21 @@ from pipeline.listing import list_images
 
 CLUTTER = (
     "._photo.jpg .DS_Store .ipynb_checkpoints .@__thumb @eaDir @Recycle #recycle $RECYCLE.BIN __MACOSX lost+found "
-    "Thumbs.db desktop.ini ~$photo.jpg photo.jpg~ #photo.jpg# SYNOPHOTO_THUMB_XL.jpg"
+    "Thumbs.db desktop.ini ~$photo.jpg photo.jpg~ #photo.jpg# SYNOPHOTO_THUMB_XL.jpg FOUND.000"
 ).split()
-DATA = ["photo.jpg", "#hash", "@home", "$5 bill.jpg", "a~b.png", "_private.jpg", "recycling", "C#", "#1 best"]
+DATA = [
+    "photo.jpg",
+    "#hash",
+    "@home",
+    "$5 bill.jpg",
+    "a~b.png",
+    "_private.jpg",
+    "recycling",
+    "FOUND",
+    "found.0001",
+    "C#",
+    "#1 best",
+]
 
 
 @pytest.mark.parametrize("name", CLUTTER)

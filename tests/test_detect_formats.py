@@ -317,6 +317,14 @@ def test_a_voc_corner_that_is_no_number_is_refused(tmp_path: Path, value: str) -
         read_objects(path)
 
 
+def test_a_voc_box_that_was_drawn_from_right_to_left_is_refused(tmp_path: Path) -> None:
+    write_voc(tmp_path, "VOC2007", "trainval", VOC)
+    path = tmp_path / "VOC2007/Annotations/000001.xml"
+    path.write_text(re.sub("<xmin>5</xmin>", "<xmin>35</xmin>", path.read_text()))
+    with pytest.raises(UserMistake, match=r"000001.xml .* box 35, 6, 30, 40 of dog ends before it begins"):
+        read_objects(path)
+
+
 def test_voc_names_with_blanks_numbers_and_other_endings(tmp_path: Path) -> None:
     names = {"my photo 1": VOC["000001"], "plain": [], "scan": []}
     write_voc(tmp_path, "VOC2007", "trainval", names)

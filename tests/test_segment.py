@@ -766,6 +766,22 @@ def spoil_one_class_in_colours(root: Path) -> str:
     return message
 
 
+def spoil_one_value(root: Path) -> str:
+    """Masks of objects whose value is 1, without a pixel of the background."""
+    (root / "classes.json").unlink()
+    for label in root.glob("train/labels/*.png"):
+        Image.fromarray(np.full((48, 64), 1, dtype=np.uint8)).save(label)
+    for label in root.glob("val/labels/*.png"):
+        Image.fromarray(np.asarray(Image.open(label)) % 2).save(label)
+    return "--data: of the 2 classes only class 1 occurs in the labels, whose values are [1]"
+
+
+def spoil_validation(root: Path) -> str:
+    for label in root.glob("val/labels/*.png"):
+        Image.fromarray(np.full((48, 64), 9, dtype=np.uint8)).save(label)
+    return "--val-data: no pixel of the labels counts, their values [9] are ignored"
+
+
 def turn_by_exif(path: Path, orientation: int = 6) -> None:
     """Say in a photo's EXIF that it is to be turned, by default by 90 degrees, as phones do."""
     exif = Image.Exif()
@@ -786,6 +802,8 @@ SPOILERS = [
     spoil_turned,
     spoil_one_class,
     spoil_one_class_in_colours,
+    spoil_one_value,
+    spoil_validation,
     spoil_names,
     spoil_folder,
 ]
@@ -846,6 +864,17 @@ def test_clutter_is_no_image(street: Path, tmp_path: Path) -> None:
         (data / "images" / name).parent.mkdir(exist_ok=True)
         (data / "images" / name).write_bytes(b"x")
     assert len(read_layout(str(data), "train").pairs) == 8
+
+
+def test_labels_without_an_image_are_told(street: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(street / "train", data)
+    (data / "images/3.jpg").unlink()
+    (data / "labels/._5.png").write_bytes(b"x")
+    (data / "labels/preview.jpg").write_bytes(b"x")
+    found = read_layout(str(data), "train")
+    assert len(found.pairs) == 7
+    assert found.notes == (f"1 labels of {data} have no image and are left out, for example {data}/labels/3.png",)
 
 
 @pytest.mark.parametrize("spoil", SPOILERS, ids=lambda spoil: spoil.__name__)

@@ -14,7 +14,7 @@ from ..errors import UserMistake
 from ..state import TuningState
 from .options import SegmentConfig
 from .segmentation.feed import TrainingFeed
-from .segmentation.labels import LabelMap, check_values, inspect_all, label_map
+from .segmentation.labels import LabelMap, check_occurrence, check_values, inspect_all, label_map
 from .segmentation.layouts import DataSet, read_layout
 from .segmentation.network import build_segmenter, require_resnet
 from .segmentation.protocol import PUBLISHED, Plan, make_plan, task_name
@@ -74,6 +74,8 @@ def open_data(session: ProtocolSession, config: SegmentConfig) -> Data:
     """
     train = read_layout(config.data, "train", config.train_split)
     val = read_layout(config.val_data, "val", config.val_split)
+    for note in (*train.notes, *val.notes):
+        session.say(note)
     threads = decoding_threads(config.workers)
     # Every file of both parts before the first step: a bad one would end the run hours later.
     found = []
@@ -83,6 +85,8 @@ def open_data(session: ProtocolSession, config: SegmentConfig) -> Data:
     labels = _names(config, train, val, found[0].present)
     for part, inspection in zip((train, val), found, strict=True):
         check_values(part.pairs, inspection, labels)
+    check_occurrence(found[0], labels, "train")
+    check_occurrence(found[1], labels, "val")
     return Data(train, val, labels, found[0].data_hash, found[1].data_hash)
 
 

@@ -151,6 +151,9 @@ def _object(path: Path, entry: ElementTree.Element) -> VocObject:
         raise UserMistake(f"{path}: class {name[:100]!r} is none of VOC's; known are {', '.join(NAMES)}")
     box = entry.find("bndbox")
     x0, y0, x1, y1 = (_number(box, side) for side in ("xmin", "ymin", "xmax", "ymax"))
+    # Of a box that was drawn from right to left: as ground truth nothing could ever match it.
+    if x1 < x0 or y1 < y0:
+        raise ValueError(f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} ends before it begins")
     return VocObject(NAMES.index(name), (x0, y0, x1, y1), _is_difficult(entry))
 
 

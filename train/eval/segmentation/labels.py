@@ -194,3 +194,31 @@ def check_values(pairs: Sequence[Pair], inspection: Inspection, labels: LabelMap
         present = np.array(finding.present, dtype=np.uint8)
         if (labels.table[present] == _INVALID).any():
             raise UserMistake(_out_of_range(pair.label, present, labels))
+
+
+def check_occurrence(inspection: Inspection, labels: LabelMap, part: str) -> None:
+    """Refuse labels that leave nothing to learn or to measure.
+
+    With one class every network is right at once; without a labelled pixel the mean IoU is NaN. Both would end well.
+
+    Args:
+        inspection: of all pairs.
+        labels: the classes.
+        part: "train", which needs two classes, or "val", which needs one.
+
+    Raises:
+        UserMistake: naming what there is.
+    """
+    values = list(inspection.present)
+    found = np.unique(labels.table[values])
+    names = [labels.names[number] for number in found if number < labels.classes]
+    if part == "train" and len(names) < 2:
+        raise UserMistake(
+            f"--data: of the {labels.classes} classes only {names[0] if names else 'none'} occurs in the labels, whose "
+            f"values are {values[:4]}; label at least two, or give another --ignore-index"
+        )
+    if not names:
+        raise UserMistake(
+            f"--val-data: no pixel of the labels counts, their values {values[:4]} are ignored; give others, or "
+            "another --ignore-index"
+        )

@@ -72,6 +72,7 @@ class DataSet:
         names: label value -> class; empty where the layout does not say.
         ignored: label values that do not count.
         split: which part of the data set these are.
+        notes: lines about what was left out.
     """
 
     layout: str
@@ -79,6 +80,7 @@ class DataSet:
     names: dict[int, str]
     ignored: tuple[int, ...]
     split: str
+    notes: tuple[str, ...] = ()
 
 
 def read_layout(folder: str, part: str, split: str = "") -> DataSet:
@@ -161,14 +163,25 @@ def _cityscapes(root: Path, part: str, split: str) -> DataSet:
 
 
 def _plain(root: Path, part: str) -> DataSet:
-    folder = root / "images"
-    images = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_ENDINGS]
-    images = [path for path in images if not has_clutter(path.relative_to(folder).parts)]
+    images, labels = root / "images", root / "labels"
     pairs = [
-        Pair(image, (root / "labels" / image.relative_to(root / "images")).with_suffix(".png")) for image in images
+        Pair(images / name, (labels / name).with_suffix(".png")) for name in _files(images) if _is_image(name.suffix)
     ]
     names, ignored = _described(root)
-    return DataSet("plain", _some(pairs, root, part), names, ignored, part)
+    # Not refused: tools leave coloured pictures beside the labels. But an image may have been lost, too.
+    without = sorted({labels / name for name in _files(labels) if name.suffix == ".png"} - {p.label for p in pairs})
+    notes = [f"{len(without)} labels of {root} have no image and are left out, for example {each}" for each in without]
+    return DataSet("plain", _some(pairs, root, part), names, ignored, part, tuple(notes[:1]))
+
+
+def _files(folder: Path) -> list[Path]:
+    """What lies in a folder, relative to it and in order, without what systems leave there."""
+    found = (path.relative_to(folder) for path in sorted(folder.rglob("*")))
+    return [path for path in found if not has_clutter(path.parts)]
+
+
+def _is_image(ending: str) -> bool:
+    return ending.lower() in IMAGE_ENDINGS
 
 
 def _described(root: Path) -> tuple[dict[int, str], tuple[int, ...]]:

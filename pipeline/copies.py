@@ -163,10 +163,17 @@ def _alone(copy: Path, address: str) -> Iterator[None]:
 
 
 def _locked(descriptor: int) -> bool:
+    # Of the open file, where `claim` locks for the process: threads of one process must keep each other out as well.
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as reason:
+        # Some file servers know no locks. A claim does without one; here two processes would write into one file.
+        raise OSError(
+            f"the disk of the cache refuses locks ({reason.strerror}), which keep processes from writing one copy at "
+            f"once; name a folder on another disk in the environment variable {CACHE}"
+        ) from None
     return True
 
 

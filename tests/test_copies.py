@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import re
 import shutil
@@ -273,3 +274,13 @@ def test_training_on_an_address(
     argv += ["--device", "cpu", "--no-report", "--max-steps", "1", "--run-dir", str(tmp_path / "run")]
     assert main(argv) == 0
     assert f"{COUNT} images are few" in capfd.readouterr().out
+
+
+def test_a_cache_on_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(copies.fcntl, "flock", refuses)
+    with pytest.raises(OSError, match=r"refuses locks \(No locks available\).* REGATTA_CACHE"):
+        with copies._alone(tmp_path / "photos.beton", "http://example.org/photos.beton"):
+            pass

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tools.support.drawn_sets import coco_document, rectangle, write_cityscapes, write_coco, write_voc
 from train.errors import UserMistake
@@ -183,15 +184,26 @@ def test_every_cut_of_run_lengths_is_seen(tmp_path: Path) -> None:
             read_data(str(write_coco(tmp_path, document)), "train", True, 1)
 
 
-@pytest.mark.parametrize("numbering", ["from zero", "anew in each image", "all alike", "none"])
+NUMBERINGS: dict[str, Callable[[int, int], object]] = {
+    "from zero": lambda place, _: place,
+    "anew in each image": lambda _, seen: seen,
+    "all alike": lambda *_: 1,
+    "null": lambda *_: None,
+    "downwards from zero": lambda place, _: -place,
+    "text": lambda place, _: str(place),
+    "beyond 64 bits": lambda place, _: 2**70 + place,
+}
+
+
+@pytest.mark.parametrize("numbering", [*NUMBERINGS, "none"])
 def test_annotation_ids_do_not_change_the_ap(tmp_path: Path, numbering: str) -> None:
     document = coco_document(3)
     seen: Counter[int] = Counter()
     for place, entry in enumerate(document["annotations"]):
         seen[entry["image_id"]] += 1
-        number = {"from zero": place, "anew in each image": seen[entry["image_id"]], "all alike": 1}.get(numbering)
         entry.pop("id")
-        entry.update({} if number is None else {"id": number})
+        if numbering in NUMBERINGS:
+            entry["id"] = NUMBERINGS[numbering](place, seen[entry["image_id"]])
     data = read_data(str(write_coco(tmp_path, document, "val")), "val", False, 1)
     found = [
         {
@@ -406,6 +418,22 @@ def test_every_image_is_looked_at_and_a_bounded_number_decoded(
     monkeypatch.setattr(proof, "MOST_DECODED", 1)
     with pytest.raises(UserMistake, match=f"{damaged.name} does not exist"):
         proof.prove_images(records, ALONE, 2)
+
+
+@pytest.mark.parametrize("orientation", [3, 5, 6, 8])
+def test_a_photo_is_as_large_as_its_exif_says(coco: Callable[..., Any], orientation: int) -> None:
+    """Boxes of the upright photo fit; boxes of the unturned pixels would lie in the wrong place."""
+    record = coco().records[0]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(record.path) as image:
+        image.load()
+        image.save(record.path, exif=exif)
+    if orientation >= 5:
+        with pytest.raises(UserMistake, match="64 x 80 pixels, annotated as 80 x 64"):
+            proof.prove_images([record], ALONE, 1)
+        record = dataclasses.replace(record, width=64, height=80)
+    assert proof.prove_images([record], ALONE, 1) == 1
 
 
 def test_decoded_images_are_spread_over_the_part() -> None:

@@ -253,6 +253,19 @@ def test_a_stray_tar_makes_no_shards_of_a_folder(tmp_path):
     assert read_manifest(manifest_path(tmp_path / "a.beton")).details["passed_over"] == {".tar": 2}
 
 
+@pytest.mark.parametrize(
+    "name", ["n1/inner.tar", "all.zip", "n1.tar.gz", "table.parquet", "photos.beton", "list.txt", "index.json"]
+)
+def test_what_else_lies_beside_the_classes_makes_no_other_data_of_a_folder(tmp_path, name):
+    for folder in ("n1", "n2"):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        (tmp_path / "photos" / folder / "0.jpg").write_bytes(jpeg(0))
+    (tmp_path / "photos" / name).write_bytes(b"whatever it holds")
+    assert choose_loader(str(tmp_path / "photos"))[0] == "folder"
+    store = FileStore(str(tmp_path / "photos"))
+    assert store.classes == ("n1", "n2") and store.labels.tolist() == [0, 1]
+
+
 CLASS_NAMES = ["tench", "great white shark", "#misc", "Café", "#1 dog"]
 
 

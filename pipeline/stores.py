@@ -91,7 +91,11 @@ class PackedStore:
 
 
 class FileStore:
-    """Plain image files of any format; nothing vouches for them, so every one is decoded to its end."""
+    """Plain image files of any format; nothing vouches for them, so every one is decoded to its end.
+
+    Attributes:
+        passed_over: what the folder holds beside images: kind and number.
+    """
 
     def __init__(self, path: str):
         source = Path(path)
@@ -103,6 +107,7 @@ class FileStore:
                 f"{source} names addresses, which a packer fetches: tools/make_ffcv_dataset.py {source} DEST"
             )
         self.files, self.labels, self.classes = listing.files, listing.labels, listing.classes
+        self.passed_over = listing.passed_over
         # Encoded once; C++ wants bytes that end in a zero.
         self._encoded = [os.fsencode(file) + b"\0" for file in self.files]
         # Hashing every byte of a large folder would take minutes: names and sizes stand for the content.

@@ -207,6 +207,16 @@ def test_a_share_is_judged_where_enough_images_have_come(photos, every, limit, i
     pipeline.close()
 
 
+def test_what_a_folder_holds_beside_images_is_told_before_training(photos) -> None:
+    for name in ("class0/._00.jpg", "@eaDir/00.jpg", "class1/clip.mp4"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"x")
+    train = opened(photos)
+    found = RunData(train, train, "training", None, None, np.arange(24)).text()
+    assert found == "data: 24 images of 4 classes, all trained on; passed over 2 system files, 1 .mp4"
+    train.close()
+
+
 def test_the_bad_images_of_all_ranks_are_counted() -> None:
     own = SimpleNamespace(pipeline=SimpleNamespace(stats=lambda: SimpleNamespace(bad_records={3: "cut"})))
     job = SimpleNamespace(

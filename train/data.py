@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.interface import Pipeline, PipelineConfig
+from pipeline.listing import describe_passed_over
 from pipeline.loaders import build_pipeline
 from pipeline.sampling import hold_out
+from pipeline.stores import FileStore
 
 from .config import Config
 from .errors import UserMistake
@@ -69,6 +71,10 @@ class RunData:
             found += f" of {len(self.train.classes):,} classes"
         kept = self.train.num_samples - len(self.population)
         found += f", {len(self.population):,} trained on and {kept:,} held out" if kept else ", all trained on"
+        # A packer has told it already; who trains on a folder hears it only here.
+        store = getattr(self.train, "store", None)
+        if isinstance(store, FileStore) and store.passed_over:
+            found += f"; passed over {describe_passed_over(store.passed_over)}"
         return found + (f"; --val-data: {self.queries.num_samples:,} images" if self.queries is not None else "")
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
     python -m tests.ptx.counts [CONTENDER]    appends rows to tools/results/kernel_counts.csv
     python -m tests.ptx.counts blocks         batch norm with 1024 blocks and with as many as a card runs at once
+    python -m tests.ptx.counts views          the augmentation alone
 
 Counts are exact and the same on every machine; they are no times.
 """
@@ -128,9 +129,11 @@ if __name__ == "__main__":
     rows = Report("kernel_counts")
     asked = sys.argv[1] if len(sys.argv) > 1 else "ours"
     for each in capabilities():
-        if asked != "blocks":
+        if asked == "blocks":
+            for name, number in BLOCKS.items():
+                add_rows(rows, count_joins(number), name, each)
+        elif asked == "views":
+            add_rows(rows, count_views, "one store for four values", each)
+        else:
             count(rows, asked, each)
-            continue
-        for name, number in BLOCKS.items():
-            add_rows(rows, count_joins(number), name, each)
     print(rows.append_csv())

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from .cases import ALL, DEFAULT, Make
+from .cases import ALL, DEFAULT, F32, Make, augmented
+from .counts import Counter
 from .module import PtxModule, capabilities, need_tools, watched_tensors
 
 
@@ -38,6 +39,17 @@ def test_kernels_on_one_architecture(name: str) -> None:
     modules: list[PtxModule] = []
     DEFAULT[name](on((8, 0), modules))
     assert any(module.launched for module in modules)
+
+
+def test_the_augmentation_stores_whole_sectors() -> None:
+    counts: dict[str, dict[str, int]] = {}
+
+    def make(source: Path, options: tuple[str, ...], shared: Mapping[str, int]) -> Any:
+        return Counter(PtxModule(source, options, shared_bytes=shared, both_orders=False), counts)
+
+    augmented((36, 68), F32, "mocov2", batch=1)(make)
+    # Rows begin in the middle of a sector here, so a few are counted twice; value by value each would be, four times.
+    assert counts["augment"]["store sectors"] < 1.5 * (36 * 68 * 3 * 4 / 32)
 
 
 @pytest.mark.slow

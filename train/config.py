@@ -14,6 +14,8 @@ from models.hyperparameters import ARCHITECTURES, CONFIGS
 from models.options import option
 from pipeline.profiles import PROFILES
 
+from .measure import MAX_BAD
+
 BnMode = Literal["group", "sync", "plain"]
 TWO_VIEW_PROFILES = tuple(name for name, profile in PROFILES.items() if profile.num_views == 2)
 
@@ -117,7 +119,7 @@ class RunConfig:
         free_on_resume=True,
     )
     max_bad: float = option(
-        0.25,
+        MAX_BAD,
         "share of the images that may be unreadable; others take their place. Above it the run ends with code 3, from "
         "1000 images on or, of fewer, after one epoch",
         least=0,

@@ -138,14 +138,38 @@ def test_signals_reach_every_process(tmp_path: Path) -> None:
         "open(f'{folder}/{rank}', 'w').close()\n"
         "time.sleep(60)"
     )
+    launcher = launched(tmp_path, body)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(30) == 75
+
+
+def test_no_process_outlives_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    body = (
+        f"folder = {str(tmp_path)!r}\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (open(f'{folder}/{rank} asked', 'w').close(), sys.exit(75)))\n"
+        "open(f'{folder}/{rank}', 'w').close()\n"
+        "time.sleep(60)"
+    )
+    launcher = launched(tmp_path, body)
+    launcher.kill()
+    assert launcher.wait(30) == -signal.SIGKILL
+    wait_for(tmp_path / "0 asked", tmp_path / "1 asked")
+
+
+def launched(tmp_path: Path, body: str) -> subprocess.Popen[bytes]:
+    """A launcher of two processes, each of which has left a file named by its rank."""
     call = f"run_processes(2, {script(tmp_path, body)!r}, [])"
     program = f"import sys; from train.launch import run_processes; sys.exit({call})"
     launcher = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=clean())
+    wait_for(tmp_path / "0", tmp_path / "1")
+    return launcher
+
+
+def wait_for(*files: Path) -> None:
     deadline = time.monotonic() + 30
-    while not all((tmp_path / str(rank)).exists() for rank in range(2)) and time.monotonic() < deadline:
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, files
         time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(30) == 75
 
 
 def test_processes_and_another_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,15 @@ nothing that torchrun has: the processes get the same environment variables from
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from .errors import EXIT_REQUEUE, UserMistake
@@ -22,6 +24,7 @@ STARTED_HERE = "REGATTA_PROCESSES"
 """Environment variable that tells a process that it was started here, and with how many others."""
 _POLL_S = 0.1
 _GRACE_S = 5.0
+_PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -57,8 +60,9 @@ def run_processes(count: int, script: str, arguments: Sequence[str]) -> int:
         others are then ended too: they would wait for the one that has gone.
     """
     port = _free_port()
+    follow = functools.partial(_end_with, os.getpid(), _prctl())
     children = [
-        subprocess.Popen([sys.executable, script, *arguments], env=_environment(rank, count, port))
+        subprocess.Popen([sys.executable, script, *arguments], env=_environment(rank, count, port), preexec_fn=follow)
         for rank in range(count)
     ]
     with _forwarding(children):
@@ -66,6 +70,20 @@ def run_processes(count: int, script: str, arguments: Sequence[str]) -> int:
             return _wait(children)
         finally:
             _end(children)
+
+
+def _prctl() -> Callable[[int, int], int] | None:
+    """Linux's call for settings of the calling process; None elsewhere."""
+    return getattr(ctypes.CDLL(None), "prctl", None)
+
+
+def _end_with(parent: int, prctl: Callable[[int, int], int] | None) -> None:
+    """In a new process: be asked to stop when `parent` ends, also where that is killed and can pass nothing on."""
+    if prctl is None:
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the call
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _free_port() -> int:

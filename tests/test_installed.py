@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from tests.test_few_images import photos_in
-from tests.test_packaging import wheel  # noqa: F401
 from train.record.run import read_run
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def programs(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of programs of a fresh environment, in which pip has installed the wheel.
 
     PyTorch and the other libraries are those of the environment that runs the tests; pip checks their versions.

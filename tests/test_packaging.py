@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,24 +17,6 @@ from tools.wheel.build import COMMANDS, LEFT_OUT, renamed, rewritten
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = (".cpp", ".h", ".cu", ".cuh")
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from the files that git tracks, away from the checkout, without a network."""
-    folder = tmp_path_factory.mktemp("wheel")
-    names = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, check=True).stdout
-    for name in filter(None, names.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / "source" / name)
-    readme = folder / "source" / "README.md"
-    if not readme.exists():
-        readme.write_text("# regatta\n")
-    build = f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=folder / "source", check=True, capture_output=True, timeout=120)
-    (built,) = folder.glob("*.whl")
-    return built
 
 
 def contents(wheel: Path) -> list[str]:

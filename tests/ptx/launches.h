@@ -1,7 +1,9 @@
-// Launches of a kernel as `threaded.py` records them, read back and run; and what a CUDA source needs of a C++ compiler.
+// Launches of a kernel as `threaded.py` records them, read back and run.
 //
 // Included by `threads.h` and `fibers.h`, which say what a thread of a block is.
 #pragma once
+
+#include "../cuda_source.h"
 
 #include <algorithm>
 #include <cmath>
@@ -11,40 +13,12 @@
 #include <cstring>
 #include <vector>
 
-#define __device__
-#define __global__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __shared__ static
-
 using std::max;
 using std::min;
 
 struct Index {
     unsigned x, y, z;
 };
-
-static inline float __uint_as_float(unsigned word) {
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-static inline unsigned __float_as_uint(float value) {
-    unsigned word;
-    memcpy(&word, &value, 4);
-    return word;
-}
-static inline float shim_half_to_float(unsigned short bits) {
-    _Float16 half;
-    memcpy(&half, &bits, 2);
-    return (float)half;
-}
-static inline unsigned short shim_float_to_half(float value) {
-    const _Float16 half = (_Float16)value;
-    unsigned short bits;
-    memcpy(&bits, &half, 2);
-    return bits;
-}
 
 enum { MOST_THREADS = 1024, RETURNED = -1 };
 static float dynamic_shared[64 * 1024 / 4];

@@ -5,7 +5,8 @@
 Training, one of the loaders in a loop of its own, and an evaluation each run with nothing beside them and beside one
 busy process for every two cores, in turn within a round. Threads of OpenMP either sleep while they wait, which is
 what the commands choose, or spin, which is what OpenMP does by itself: whoever spins takes time from the thread that
-it waits for. CPU only, and the machine must have nothing else to do.
+it waits for. CPU only, and the machine must have nothing else to do. The spinning contender is slow beside a busy core:
+with the defaults two cores were not done in ten minutes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from dataclasses import dataclass
 from itertools import product
 from statistics import median
 
-from tools.bench.rows import ROOT, Report
+from tools.bench.apart import output_of
+from tools.bench.rows import Report
 from tools.support import cli
 from tools.support.sample_photos import cut_photos
 from train.record.comparison import images_per_second
@@ -78,12 +80,7 @@ def run(command: Sequence[str], policy: str) -> str:
     Raises:
         RuntimeError: with the last line of what it said, when it failed.
     """
-    environment = os.environ | {"OMP_WAIT_POLICY": policy}
-    answer = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if answer.returncode:
-        last = (answer.stderr.strip().splitlines() or [f"ended with {answer.returncode}"])[-1]
-        raise RuntimeError(f"{' '.join(command[:2])}: {last}")
-    return answer.stdout
+    return output_of(command, " ".join(command[:2]), os.environ | {"OMP_WAIT_POLICY": policy})
 
 
 def training(bench: Bench, policy: str) -> float:

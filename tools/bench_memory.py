@@ -19,7 +19,6 @@ if not __package__:
 
 import argparse
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops import queue_contrast
-from tools.bench.rows import ROOT, Report
+from tools.bench.apart import output_of
+from tools.bench.rows import Report
 from tools.support import cli
 
 METHODS = ("regioncl-m", "densecl", "regioncl-d")
@@ -101,12 +101,8 @@ def in_a_process(contender: str, rows: int, queue: int) -> dict[str, float]:
         "import json, sys; from tools.bench_memory import measure; "
         "print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))"
     )
-    command = [sys.executable, "-c", code, contender, str(rows), str(queue)]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if answer.returncode:
-        last = (answer.stderr.strip().splitlines() or [f"ended with {answer.returncode}"])[-1]
-        raise RuntimeError(f"{contender}, {rows} rows: {last}")
-    found: dict[str, float] = json.loads(answer.stdout)
+    command = ["-c", code, contender, str(rows), str(queue)]
+    found: dict[str, float] = json.loads(output_of(command, f"{contender}, {rows} rows"))
     return found
 
 

@@ -431,7 +431,6 @@ def _train_by_steps(
                         history.append([done, dataclasses.asdict(accuracy(logits, val.labels, real))])
                 # The progress line names one head; the result file has them all.
                 best = max(head_records(lrs, state), key=lambda record: record.history[-1][1].top1)
-                # Of the last epoch the table below tells; the result file has them all.
                 session.say_seldom(
                     f"epoch {done}/{epochs}: top-1 {percent(best.history[-1][1].top1)} at lr {best.lr:g}"
                 )

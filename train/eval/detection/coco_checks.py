@@ -96,9 +96,8 @@ def check_annotation(
         masks: whether outlines are wanted.
 
     Raises:
-        UserMistake: an unknown image or category, a box that is not four finite numbers or of
-            negative size, an `iscrowd` that is neither 0
-            nor 1, or with `masks` an outline that is no outline of this image.
+        UserMistake: an unknown image or category, a box that is not four finite numbers or has a negative size, an
+            `iscrowd` that is neither 0 nor 1, or with `masks` an outline that is no outline of this image.
     """
     if not isinstance(entry, dict):
         raise UserMistake(f"{name} is no JSON object; remove it")

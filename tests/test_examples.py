@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_packaging import wheel  # noqa: F401
 from tools import export_backbone
 from train.backbone_io import build_encoder, save_backbone
 
@@ -22,7 +21,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "tools" / "examples"
 
 
 @pytest.fixture(scope="module")
-def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds the unpacked wheel."""
     folder = tmp_path_factory.mktemp("site")
     with zipfile.ZipFile(wheel) as archive:

@@ -27,12 +27,11 @@ import numpy as np
 from . import fetch
 from .atomic import remove, write_atomically
 from .beton import FORMAT_VERSION, HEADER, BetonReader
+from .endings import PACKED, TABLE
 from .fetch import Remote, ask, fetch_rest, public_url, shown
 from .manifest import manifest_of, manifest_path, read_manifest
-from .parquet import ENDING as PARQUET
 from .parquet import MAGIC as PARQUET_MAGIC
 from .parquet import ParquetImages
-from .parts import ENDING as PACKED
 from .parts import part_of, whole_path
 from .refusal import SourceBusy, SourceClosed
 from .shards import expand_braces
@@ -47,7 +46,7 @@ _settled: dict[str, str] = {}  # address -> its copy: a process works on one ver
 
 def is_single_file(data: str) -> bool:
     """Whether the text is the address of a packed or parquet file, or several of them separated by commas."""
-    return all("://" in part and _name(part).endswith((PACKED, PARQUET)) for part in _split(data))
+    return all("://" in part and _name(part).endswith((PACKED, TABLE)) for part in _split(data))
 
 
 def is_streamed(data: str) -> bool:

@@ -22,6 +22,7 @@ from ffcv.pipeline.state import State
 from ffcv.traversal_order.base import TraversalOrder
 
 from .decoder import image_sizes, native_library
+from .endings import is_packed
 from .interface import PipelineConfig
 from .layouts import JOB, LOW_64, PACKED
 from .native_loader import NativePipeline
@@ -94,7 +95,7 @@ class FfcvPipeline(NativePipeline):
     store: PackedStore
 
     def __init__(self, config: PipelineConfig):
-        if not config.data.endswith(".beton"):
+        if not is_packed(config.data):
             raise ValueError(
                 f"--loader ffcv reads packed files, not {config.data}; pack the images with "
                 "tools/make_ffcv_dataset.py or choose --loader folder"

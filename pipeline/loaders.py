@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from .copies import is_single_file, local_copies
+from .endings import is_packed, is_table
 from .interface import Pipeline, PipelineConfig
 from .native_build import NativeUnavailable, load
-from .parquet import ENDING
 from .stores import data_parts, is_shard_pattern
 
 
@@ -109,13 +109,13 @@ def choose_loader(data: str) -> tuple[str, str]:
     path = Path(parts[0])
     if not path.exists():
         raise ValueError(f"{data} does not exist; check the path, or pack images with tools/make_ffcv_dataset.py")
-    if path.suffix == ".beton":
+    if is_packed(parts[0]):
         # Our own reader gives the same pixels, so a missing FFCV changes no run.
         missing = _ffcv_lacks()
         if missing is None:
             return "ffcv", "the data is a packed file"
         return "folder", f"the data is a packed file and {missing}, so our own reader serves it"
-    if path.suffix == ENDING:
+    if is_table(parts[0]):
         return "folder", "the data is a parquet file; packed, it is read faster"
     return "folder", "the data is a folder" if path.is_dir() else "the data is a list of files"
 

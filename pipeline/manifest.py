@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .beton import BetonReader
+from .endings import PACKED
 
 _FORMAT = "regatta-manifest"
 _VERSION = 1
@@ -101,8 +102,7 @@ def rejected_path(beton: str | Path) -> Path:
 
 
 def _beside(beton: Path, ending: str) -> Path:
-    stem = beton.name[: -len(".beton")] if beton.name.endswith(".beton") else beton.name
-    return beton.with_name(stem + ending)
+    return beton.with_name(beton.name.removesuffix(PACKED) + ending)
 
 
 def read_manifest(path: str | Path) -> Manifest:

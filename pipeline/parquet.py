@@ -16,7 +16,6 @@ import numpy as np
 
 from .classes import joined
 
-ENDING = ".parquet"
 MAGIC = b"PAR1"
 """The first bytes of every parquet file whose footer is not encrypted."""
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .endings import PACKED
 from .manifest import Manifest, manifest_path, read_manifest
 
 _NAME = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")
-ENDING = ".beton"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def arranged(paths: Sequence[str]) -> list[Whole]:
 
 def _manifest_of(path: str) -> Manifest | None:
     beside = manifest_path(path)
-    return read_manifest(beside) if path.endswith(ENDING) and beside.exists() else None
+    return read_manifest(beside) if path.endswith(PACKED) and beside.exists() else None
 
 
 def _complete(members: list[tuple[PartOf, str, Manifest]], sets: int) -> Whole:
@@ -127,7 +127,7 @@ def _complete(members: list[tuple[PartOf, str, Manifest]], sets: int) -> Whole:
     wanted = list(prints)
     missing = [number for number in wanted if number not in by_number]
     if missing:
-        pattern = f"{whole.with_suffix('')}-*-of-{first.of}{ENDING}"
+        pattern = f"{whole.with_suffix('')}-*-of-{first.of}{PACKED}"
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         other = " (parts of another data set, of other images or settings, do not stand for it)" if sets > 1 else ""
         raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .endings import is_tar
 from .fetch import fetch, member_url, public_url, shown
 from .layouts import CHECK_CRC
 from .parts import divided_into
@@ -63,7 +64,7 @@ def split_location(data: str) -> tuple[str, list[str] | None]:
     # A signature stays behind the path: of the index and of every shard.
     data, mark, query = data.partition("?") if data.startswith(("http://", "https://")) else (data, "", "")
     data = data.removesuffix("/" + INDEX_NAME)
-    if not data.endswith(".tar"):
+    if not is_tar(data):
         return (data.rstrip("/") or "/") + mark + query, None
     paths = expand_braces(data)
     folders = {path.rpartition("/")[0] for path in paths}

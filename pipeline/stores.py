@@ -17,10 +17,11 @@ from .beton import BetonReader
 from .classes import joined
 from .clutter import is_clutter
 from .copies import count_behind, is_single_file, local_copies
+from .endings import is_packed, is_table, is_tar
 from .layouts import CHECK_CRC, REFUSE_ROTATED, WHOLE_IMAGE
 from .listing import image_names, list_images
 from .manifest import manifest_of
-from .parquet import ENDING, ParquetImages
+from .parquet import ParquetImages
 from .parts import Whole, arranged, divided_into
 from .shard_store import open_shards
 from .shards import INDEX_NAME
@@ -236,7 +237,7 @@ def data_parts(data: str) -> list[str]:
     """
     if is_single_file(data):
         return local_copies(data)
-    if "://" in data or data.endswith(".tar") or os.path.exists(data):
+    if "://" in data or is_tar(data) or os.path.exists(data):
         return [data]
     if "," in data:
         parts = [part for text in data.split(",") if text for part in data_parts(text)]
@@ -281,7 +282,7 @@ def _count_part(part: str, enough: int) -> int:
     if os.path.isdir(part):
         # Not the whole walk: a folder of millions takes minutes.
         return sum(1 for _ in itertools.islice(image_names(Path(part)), enough))
-    if part.endswith((".beton", ENDING)):
+    if is_packed(part) or is_table(part):
         return len(_open_one(part).labels)
     # The lines of a list alone: its store asks the disk for every file.
     return len(list_images(Path(part)).names)
@@ -295,7 +296,7 @@ def is_shard_pattern(data: str) -> bool:
     if is_single_file(data):
         return False
     path = Path(data)
-    if data.endswith(".tar") or "://" in data:
+    if is_tar(data) or "://" in data:
         return True
     return ((path / INDEX_NAME).is_file() or divided_into(path) > 0) and any(path.glob("*.tar"))
 
@@ -329,6 +330,6 @@ def _open_whole(whole: Whole) -> PackedStore | FileStore | TableStore | JoinedSt
 
 
 def _open_one(path: str) -> PackedStore | FileStore | TableStore:
-    if path.endswith(".beton"):
+    if is_packed(path):
         return PackedStore(path)
-    return TableStore(path) if path.endswith(ENDING) else FileStore(path)
+    return TableStore(path) if is_table(path) else FileStore(path)

@@ -18,7 +18,7 @@ from pipeline.interface import PipelineConfig, ViewSpec
 from pipeline.loaders import build_pipeline, choose_loader
 from pipeline.manifest import manifest_path, read_manifest
 from pipeline.stores import data_parts
-from tools import make_ffcv_dataset
+from tools import make_ffcv_dataset, make_webdataset
 from tools.support.cli import call
 from tools.support.open_source import open_source
 from train.eval import splits
@@ -238,3 +238,19 @@ def test_a_folder_of_an_object_store(tmp_path):
     assert remote.details["passed_over"] == {"system files": 1, ".bak": 1}
     assert open_source(f"memory://photos-bucket/set,{local}".partition(",")[0]).classes == ("x", "y")
     assert pack("memory://photos-bucket/nothing", tmp_path / "n.beton") == 2
+
+
+@pytest.mark.parametrize("ending", ["beton", "parquet", "tar"])
+def test_a_folder_is_a_folder_whatever_its_name_ends_in(tmp_path, ending):
+    plain, named = folder(tmp_path / "plain", "xy"), folder(tmp_path / f"photos.{ending}", "xy")
+    assert choose_loader(str(named)) == ("folder", "the data is a folder")
+    assert seen(str(named))[:2] == seen(str(plain))[:2]
+    assert splits.class_names(str(named)) == ["x", "y"] and len(splits.source_names(str(named))) == 6
+    assert pack(named, tmp_path / "packed.beton") == 0
+    assert BetonReader(tmp_path / "packed.beton").labels.tolist() == [0] * 3 + [1] * 3
+
+
+def test_a_folder_of_shards_may_have_the_ending_of_one(tmp_path):
+    shards = tmp_path / "shards.tar"
+    assert call(make_webdataset.main, [str(folder(tmp_path / "photos", "xy")), str(shards)]) == 0
+    assert choose_loader(str(shards))[0] == "webdataset" and seen(str(shards))[0] == [0] * 3 + [1] * 3

@@ -169,3 +169,10 @@ def test_sixty_photos_to_an_embedding(photos: Path, tmp_path: Path) -> None:
     assert made.features.shape == (60, 256) and np.isfinite(made.features).all()
     recorded = json.loads((tmp_path / "features.run" / "config.json").read_text())
     assert recorded["run"]["recipe"] == "regioncl-m-small"
+
+
+def test_no_image_at_all_chooses_nothing(images) -> None:
+    """What is wrong with the data is told when they are opened, not sizes for no image."""
+    images(0)
+    argv = ["--method", "moco-v2", "--data", "photos"]
+    assert fitted(argv, resolve(argv)) == (argv, "")

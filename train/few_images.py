@@ -56,8 +56,8 @@ def fitted(
             f"{images:,} images make {images // batch} steps an epoch with recipe {config.run.recipe}, which is made "
             f"for more; --recipe {small} is made for few images"
         )
-    if "global-batch" in given:
-        return arguments, ""  # refused by the flag's name when the data are opened
+    if "global-batch" in given or not images:
+        return arguments, ""  # refused in the right words when the data are opened
     recipe, model = RECIPES[small][1]()
     fits: dict[str, int | str] = {**_sizes(images, recipe, model), **_arch(recipe, config.run.device)}
     chosen = {name: value for name, value in fits.items() if name not in given}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.endings import is_packed, is_tar
 from pipeline.images import decode_rgb
 from pipeline.interface import PipelineConfig
 from pipeline.loaders import build_pipeline
@@ -84,7 +85,8 @@ def contents(examination: Examination) -> Iterator[Finding]:
     looks = look(store, examination.images.num_samples)  # type: ignore[union-attr]
     total = examination.images.num_samples  # type: ignore[union-attr]
     of = f"all {total:,}" if len(looks) == total else f"{len(looks):,} of {total:,}"
-    yield from _bad(looks, of, packed=str(examination.config.run.data).endswith((".beton", ".tar")))
+    data = examination.config.run.data
+    yield from _bad(looks, of, packed=is_packed(data) or is_tar(data))
     side = examination.config.recipe.image_size
     small = [each for each in looks if not each.problem and min(each.sides) < side // 2]
     yield from _some(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from pipeline.endings import is_packed, is_tar
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from train.build import build_state, last_step
@@ -213,7 +214,7 @@ def limit(examination: Examination) -> Finding:
 
 def _faster_decoding(examination: Examination) -> str:
     data = examination.config.run.data
-    if not data.endswith((".beton", ".tar")) and "://" not in data:
+    if not (is_packed(data) or is_tar(data) or "://" in data):
         return f"pack once: python tools/make_ffcv_dataset.py {data} photos.beton, then --data photos.beton"
     return "pack with a smaller --max-resolution, or decode on the GPU with --loader dali"
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pipeline.classes import joined
 from pipeline.clutter import is_clutter
+from pipeline.endings import is_table, is_tar
 from pipeline.listing import list_images
-from pipeline.parquet import ENDING, ParquetImages
+from pipeline.parquet import ParquetImages
 from pipeline.refusal import ImageRefused
 from pipeline.shards import expand_braces
 
@@ -49,11 +50,11 @@ def _open_one(text: str) -> Source:
     path = Path(text)
     if "://" in text:
         return open_remote(text)
-    if text.endswith(".tar") and not path.is_dir():
+    if is_tar(text):
         return open_tars(_tar_files(text))
     if not path.exists():
         raise ValueError(f"{text} does not exist; give a folder of images, a list of paths or a shard pattern")
-    if text.endswith(ENDING):
+    if is_table(text):
         images = ParquetImages([path])
         places = [ParquetCell(images, index) for index in range(len(images))]
         return Source(images.names, images.labels, images.classes, places)

@@ -9,9 +9,9 @@ import numpy as np
 
 from pipeline.beton import BetonReader
 from pipeline.classes import composed
+from pipeline.endings import is_packed, is_table
 from pipeline.listing import list_images
 from pipeline.manifest import manifest_of
-from pipeline.parquet import ENDING
 from pipeline.parts import Whole, arranged
 from pipeline.rng import permutation
 from pipeline.shard_store import open_shards
@@ -61,7 +61,7 @@ def _names_of(whole: Whole, data: str) -> list[str] | None:
     if whole.manifest is not None:
         return whole.manifest.sources
     path = Path(whole.paths[0])
-    if path.suffix == ".beton":
+    if is_packed(whole.paths[0]):
         manifest = manifest_of(BetonReader(path))
         return None if manifest is None else manifest.sources
     if path.is_dir() and not is_shard_pattern(data):
@@ -81,7 +81,7 @@ def class_names(data: str) -> list[str] | None:
     """
     try:
         parts = data_parts(data)
-        if len(parts) > 1 or parts[0].endswith(ENDING):
+        if len(parts) > 1 or is_table(parts[0]):
             return list(open_store(data).classes) or None
         data = parts[0]  # what a pattern found, or the copy of what an address names
         if is_shard_pattern(data):
@@ -90,7 +90,7 @@ def class_names(data: str) -> list[str] | None:
             return list(store.classes) or None
         if not Path(data).exists():
             return None
-        if data.endswith(".beton"):
+        if is_packed(data):
             manifest = manifest_of(BetonReader(Path(data)))
             return None if manifest is None else list(manifest.classes) or None
         return list(list_images(Path(data)).classes) or None

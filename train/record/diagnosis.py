@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.endings import is_packed, is_tar
 from train.record.collapse import KIND
 from train.record.run import Run, chance_level
 
@@ -77,7 +78,7 @@ def _speed(run: Run) -> list[Finding]:
 def _faster_loader(run: Run) -> str:
     settings = run.config.get("run", {})
     data, loader = str(settings.get("data", "")), settings.get("loader", "auto")
-    if loader == "folder" or (loader == "auto" and not data.endswith((".beton", ".tar")) and "://" not in data):
+    if loader == "folder" or (loader == "auto" and not (is_packed(data) or is_tar(data) or "://" in data)):
         return "pack the images once with tools/make_ffcv_dataset.py and give --data the packed file"
     remedies = []
     if settings.get("workers"):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.resnet import build_backbone
+from pipeline.endings import is_packed
 from pipeline.interface import Pipeline, PipelineConfig
 from pipeline.loaders import build_pipeline
 from pipeline.regions import Region, make_mixed
@@ -114,7 +115,7 @@ def _training_images(config: Config) -> Iterator[tuple[Pipeline, int]]:
 def _open(config: Config, population: np.ndarray | None) -> Pipeline:
     run = config.run
     # Our own reader opens a packed file at once; FFCV's would first compile its pipeline. All read in the same order.
-    loader = "folder" if run.data.endswith(".beton") else run.loader
+    loader = "folder" if is_packed(run.data) else run.loader
     settings = PipelineConfig(
         data=run.data,
         views=large_views(config),

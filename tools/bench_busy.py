@@ -21,16 +21,15 @@ if not __package__:
 import argparse
 import os
 import shutil
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
 
 from tools.bench.apart import output_of
+from tools.bench.busy import busy
 from tools.bench.rows import Report
 from tools.support import cli
 from tools.support.sample_photos import cut_photos
@@ -114,21 +113,6 @@ def evaluation(bench: Bench, policy: str) -> float:
 
 
 COMMANDS: dict[str, Callable[[Bench, str], float]] = {"training": training, "loader": loop, "evaluation": evaluation}
-
-
-@contextmanager
-def busy(processes: int) -> Iterator[None]:
-    """Processes that compute without end until the block ends."""
-    # In a session of its own, as the process of another user is: Linux shares cores out by sessions first.
-    others = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) for _ in range(processes)
-    ]
-    try:
-        yield
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
 
 
 def measure(report: Report, bench: Bench, names: Sequence[str], rounds: int) -> dict[tuple[str, str], float]:

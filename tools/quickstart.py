@@ -307,21 +307,52 @@ def comparison(run: Run) -> list[tuple[str, str, str]]:
     return rows
 
 
-def verdict(run: Run) -> str:
-    """Which figures of the trained backbone are ahead of the untrained one's by more than twice the standard error."""
+@dataclass(frozen=True)
+class Gain:
+    """A share of images of which the backbone tells something right, before and after training.
+
+    Attributes:
+        label: what it is.
+        before, after: untrained and trained, 0 to 1.
+        images: how many were looked at.
+    """
+
+    label: str
+    before: float
+    after: float
+    images: int
+
+    @property
+    def error(self) -> float:
+        """Standard error of the difference."""
+        # The shares are of the same images; taken as independent, which makes the error larger, not smaller.
+        return math.sqrt((self.before * (1 - self.before) + self.after * (1 - self.after)) / self.images)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the trained backbone is ahead by more than twice the standard error."""
+        return self.after - self.before > 2 * self.error
+
+
+def gains(run: Run) -> list[Gain]:
+    """20-NN top-1 and view retrieval, each where the run measured it at its start and its end."""
     knn = run.last("knn")
     images = run.config["data_images"] if knn is None else knn["val_images"]
     looked_at = {"knn": images, "health": min(images, _HEALTH_IMAGES)}
-    clear: list[str] = []
-    unclear: list[str] = []
+    found = []
     for kind, name, label in (("knn", "top1", "20-NN top-1"), ("health", "view_retrieval", "view retrieval")):
         rows = run.of_kind(kind)
-        if len(rows) < 2:
-            continue
-        before, after = rows[0][name], rows[-1][name]
-        # Of two shares of the same images; taken as independent, which makes the error larger, not smaller.
-        error = math.sqrt((before * (1 - before) + after * (1 - after)) / looked_at[kind])
-        (clear if after - before > 2 * error else unclear).append(f"{label} ({100 * error:.1f} points)")
+        if len(rows) > 1:
+            found.append(Gain(label, rows[0][name], rows[-1][name], looked_at[kind]))
+    return found
+
+
+def verdict(run: Run) -> str:
+    """Which figures of the trained backbone are ahead of the untrained one's by more than twice the standard error."""
+    clear: list[str] = []
+    unclear: list[str] = []
+    for gain in gains(run):
+        (clear if gain.clear else unclear).append(f"{gain.label} ({100 * gain.error:.1f} points)")
     told = []
     if clear:
         told.append(f"The trained backbone is ahead by more than twice the standard error in {' and '.join(clear)}.")

@@ -105,9 +105,9 @@ def loop(bench: Bench, policy: str) -> float:
 def evaluation(bench: Bench, policy: str) -> float:
     """Images per second of a k-NN evaluation of the run that `training` left, start included."""
     command = ["train/evaluate.py", "knn", "--checkpoint", str(bench.scratch / "run"), "--device", "cpu"]
-    data = ["--data", str(bench.train), "--val-data", str(bench.validation), "--out", str(bench.scratch / "knn.json")]
+    data = ["--data", str(bench.train), "--val-data", str(bench.validation)]
     begin = time.monotonic()
-    run([*command, *data, "--overwrite"], policy)
+    run([*command, *data, "--output", str(bench.scratch / "knn.json")], policy)
     images = sum(1 for folder in (bench.train, bench.validation) for _ in folder.rglob("*.jpg"))
     return images / (time.monotonic() - begin)
 

@@ -313,14 +313,45 @@ def test_a_large_map_is_cut_into_as_many_blocks_as_run_at_once(monkeypatch, mult
     assert 0.75 * at_once < columns * splits * groups <= at_once
 
 
-def test_each_pass_is_one_launch(host_load):
-    kernels = BatchNormActKernels(host_load)
+# Residual, ReLU, whether a gradient is wanted -> ends of the names of the passes that depend on them.
+LAUNCHED = {
+    (False, False, True): ("", "", ""),
+    (True, False, True): ("_added", "", ""),  # the residual's gradient is that of y
+    (False, True, True): ("_recompute", "_recompute", "_recompute"),
+    (True, True, True): ("_mask_added", "_mask", "_mask_added"),
+    (True, True, False): ("_recompute_added",),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHED, ids=str)
+def test_each_pass_is_one_launch_of_the_kernel_for_its_case(host_load, case):
+    with_residual, relu, wanted = case
+    kernels, ends = BatchNormActKernels(host_load), LAUNCHED[case]
     x = make_map(2, 8, 2, 2, dtype=torch.float32)
     launched = host_load(("-DFEATURE=Float32", "-DVECTOR=4")).launched
     launched.clear()
+    results = kernels.forward(x, x if with_residual else None, None, None, 1, EPS, relu, wanted)
+    expected = ["batch_norm_statistics", "batch_norm_join_statistics", f"batch_norm_normalise{ends[0]}"]
+    if wanted:
+        kernels.backward(x, x, None, None, *results[1:], EPS, relu, with_residual and relu)
+        expected += [
+            f"batch_norm_backward_sums{ends[1]}",
+            "batch_norm_join_sums",
+            f"batch_norm_backward_input{ends[2]}",
+        ]
+    assert launched == expected and set(launched) <= set(KERNELS)
+
+
+def test_a_frozen_residual_has_no_gradient_written(host_load):
+    kernels, x = BatchNormActKernels(host_load), make_map(2, 8, 2, 2, dtype=torch.float32)
+    launched = host_load(("-DFEATURE=Float32", "-DVECTOR=4")).launched
     results = kernels.forward(x, x, None, None, 1, EPS, True, True)
-    kernels.backward(x, x, None, None, *results[1:], EPS, True, True)
-    assert launched == list(KERNELS[:6])
+    written = kernels.backward(x, x, None, None, *results[1:], EPS, True, True)
+    alone = kernels.backward(x, x, None, None, *results[1:], EPS, True, False)
+    assert launched[-1] == "batch_norm_backward_input_mask" and alone[1].numel() == 0
+    assert all(torch.equal(alone[place], written[place]) for place in (0, 2, 3))
+    with pytest.raises(ValueError, match="needs the mask"):
+        kernels.backward(x, x, None, None, *results[1:3], results[3][:0], EPS, True, True)
 
 
 # Compilation for GPUs, which needs none.

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops import batch_norm_act_host, batch_norm_act_kernels, host_library
-from models.ops.batch_norm_act_kernels import SOURCE, Arguments, BatchNormActKernels
+from models.ops.batch_norm_act_kernels import SOURCE, Arguments, BatchNormActKernels, pack_size
 from models.ops.choice import NORM
 from models.ops.host_library import HostLibrary, batch_norm_library
 from models.ops.launcher import Addresses
+from models.ops.layout import STORAGE
 from models.ops.nvrtc import cache_folder
 from tests.cuda_host import HostModule
 from tests.test_batch_norm_act import CASES, DTYPES, EPS, FORMS, make_map, normal, parameters
@@ -129,10 +130,12 @@ def by_python(kernels, x, residual, weight, bias, groups, relu, grad):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_results_and_gradients_have_the_bits_of_launches_from_python(operator, kernels, driver, case, dtype) -> None:
+def test_results_and_gradients_are_those_of_launches_from_python(operator, kernels, driver, load, case, dtype) -> None:
     *shape, groups = case
     grad = normal(*shape, dtype=dtype, seed=5).to(memory_format=torch.channels_last)
+    launched = load((f"-DFEATURE={STORAGE[dtype]}", f"-DVECTOR={pack_size(shape[1], dtype)}")).launched
     for with_residual, relu in FORMS:
+        launched.clear()
         x, weight, bias = make_map(*shape, dtype=dtype), *parameters(shape[1], torch.float32)
         residual = make_map(*shape, dtype=dtype, seed=3) if with_residual else None
         results, gradients = by_python(kernels, x, residual, weight, bias, groups, relu, grad)
@@ -142,6 +145,7 @@ def test_results_and_gradients_have_the_bits_of_launches_from_python(operator, k
         assert made[0].requires_grad and not made[1].requires_grad and not made[2].requires_grad
         given = torch.autograd.grad(made[0], inputs, grad)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(given, gradients, strict=True))
+        assert len(launched) == 12 and launched[:6] == launched[6:], "the same kernels"
     assert {stream for _, stream in driver.launches} == {STREAM}
 
 
@@ -168,14 +172,17 @@ def test_only_wanted_gradients_are_given(operator, kernels, driver) -> None:
     y = by_host(operator, kernels, x.requires_grad_(), residual, weight, bias.requires_grad_(), 2, True)[0]
     y.sum().backward()
     assert x.grad is not None and bias.grad is not None and weight.grad is residual.grad is None
+    assert driver.launches[-1][0] == "batch_norm_backward_input_mask", "nothing is written for a frozen residual"
     y = by_host(operator, kernels, x.detach(), residual.requires_grad_(), weight, None, 2, False)[0]
     y.sum().backward()
     assert residual.grad is not None and torch.equal(residual.grad, torch.ones_like(residual))
     with torch.no_grad():
         assert not by_host(operator, kernels, x, residual, weight, bias, 2, True)[0].requires_grad
+    assert driver.launches[-1][0] == "batch_norm_normalise_recompute_added", "no mask is written"
     driver.launches.clear()
     by_host(operator, kernels, x, residual, weight, bias, 2, True)[1].square()
-    assert [name for name, _ in driver.launches] == list(batch_norm_act_host.KERNELS[:3])
+    names = ["batch_norm_statistics", "batch_norm_join_statistics", "batch_norm_normalise_mask_added"]
+    assert [name for name, _ in driver.launches] == names
 
 
 def test_in_place_operations_may_follow_and_saved_tensors_are_watched(operator, kernels) -> None:
@@ -209,8 +216,8 @@ def test_a_thread_without_the_context_gets_it_for_the_launch(operator, kernels, 
     try:
         assert torch.equal(by_host(operator, kernels, x, None, None, None, 1, True)[0], expected)
         assert driver.stack == ([other] if other else [])
-        driver.refuse = "batch_norm_normalise"
-        with pytest.raises(RuntimeError, match=r"launch of batch_norm_normalise, grid \(1, \d+, 1\).* 201"):
+        driver.refuse = "batch_norm_normalise_recompute"
+        with pytest.raises(RuntimeError, match=r"launch of batch_norm_normalise_recompute, grid \(1, \d+, 1\).* 201"):
             by_host(operator, kernels, x, None, None, None, 1, True)
         assert driver.stack == ([other] if other else []), "an error gives the thread's own context back too"
     finally:

@@ -25,9 +25,30 @@ using Optional = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-enum Kernel { STATISTICS, JOIN_STATISTICS, NORMALISE, BACKWARD_SUMS, JOIN_SUMS, BACKWARD_INPUT, KERNELS };
-const char* const NAMES[KERNELS] = {"batch_norm_statistics",    "batch_norm_join_statistics", "batch_norm_normalise",
-                                    "batch_norm_backward_sums", "batch_norm_join_sums",       "batch_norm_backward_input"};
+// A pass that depends on the gate has a kernel for each, in the order of their numbers.
+enum Kernel {
+    STATISTICS, JOIN_STATISTICS,
+    NORMALISE, NORMALISE_ADDED, NORMALISE_RECOMPUTE, NORMALISE_RECOMPUTE_ADDED, NORMALISE_MASK_ADDED,
+    BACKWARD_SUMS, BACKWARD_SUMS_RECOMPUTE, BACKWARD_SUMS_MASK, JOIN_SUMS,
+    BACKWARD_INPUT, BACKWARD_INPUT_RECOMPUTE, BACKWARD_INPUT_MASK, BACKWARD_INPUT_MASK_ADDED,
+    KERNELS
+};
+const char* const NAMES[KERNELS] = {
+    "batch_norm_statistics", "batch_norm_join_statistics",
+    "batch_norm_normalise", "batch_norm_normalise_added", "batch_norm_normalise_recompute",
+    "batch_norm_normalise_recompute_added", "batch_norm_normalise_mask_added",
+    "batch_norm_backward_sums", "batch_norm_backward_sums_recompute", "batch_norm_backward_sums_mask",
+    "batch_norm_join_sums",
+    "batch_norm_backward_input", "batch_norm_backward_input_recompute", "batch_norm_backward_input_mask",
+    "batch_norm_backward_input_mask_added"};
+
+Kernel by_gate(Kernel first, int gate) { return static_cast<Kernel>(first + gate); }
+
+Kernel normalising(int gate, bool added) {
+    // Only a sum with a residual keeps a mask.
+    if (gate == GATE_MASK) return NORMALISE_MASK_ADDED;
+    return added ? by_gate(NORMALISE_ADDED, 2 * gate) : by_gate(NORMALISE, 2 * gate);
+}
 
 }  // namespace
 
@@ -136,6 +157,7 @@ Normalised normalise(
     double eps, bool relu, bool keep_mask) {
     const Tensor map = readable(x), added = residual ? readable(*residual) : Tensor();
     const bool masked = keep_mask && relu && residual;
+    const int gate = masked ? GATE_MASK : relu ? GATE_RECOMPUTE : GATE_NONE;
     Normalised made{at::empty_like(map), floats(plan, {plan.groups, plan.channels}, map)};
     made.variance = at::empty_like(made.mean);
     if (masked) made.mask = at::empty({map.numel() / plan.pack}, map.options().dtype(at::kByte));
@@ -146,12 +168,11 @@ Normalised normalise(
     a.mask = static_cast<unsigned char*>(address(made.mask));
     a.partial = static_cast<float*>(address(partial));
     a.mean = static_cast<float*>(address(made.mean)), a.variance = static_cast<float*>(address(made.variance));
-    a.gate = masked ? GATE_MASK : relu ? GATE_RECOMPUTE : GATE_NONE;
     a.eps = eps;
     Stream stream(plan);
     stream.over_rows(STATISTICS, a);
     stream.joining(JOIN_STATISTICS, plan.groups, a);
-    stream.over_rows(NORMALISE, a);
+    stream.over_rows(normalising(gate, residual.has_value()), a);
     made.y = like_layout(made.y, x);
     return made;
 }
@@ -164,6 +185,9 @@ Gradients differentiate(
     const Plan& plan, const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
     const Tensor& variance, const Tensor& mask, double eps, bool relu, bool wants_residual) {
     const Tensor map = readable(x), from = readable(grad);
+    const int gate = !relu ? GATE_NONE : mask.defined() ? GATE_MASK : GATE_RECOMPUTE;
+    // A residual behind a ReLU had a mask kept.
+    TORCH_INTERNAL_ASSERT(!wants_residual || gate == GATE_MASK);
     Gradients made{at::empty_like(map)};
     if (wants_residual) made.residual = at::empty_like(map);
     made.weight = floats(plan, {plan.channels}, map);
@@ -180,12 +204,11 @@ Gradients differentiate(
     a.mean = static_cast<float*>(address(mean)), a.variance = static_cast<float*>(address(variance));
     a.grad_weight = static_cast<float*>(address(made.weight));
     a.grad_bias = static_cast<float*>(address(made.bias));
-    a.gate = !relu ? GATE_NONE : mask.defined() ? GATE_MASK : GATE_RECOMPUTE;
     a.eps = eps;
     Stream stream(plan);
-    stream.over_rows(BACKWARD_SUMS, a);
+    stream.over_rows(by_gate(BACKWARD_SUMS, gate), a);
     stream.joining(JOIN_SUMS, 1, a);
-    stream.over_rows(BACKWARD_INPUT, a);
+    stream.over_rows(wants_residual ? BACKWARD_INPUT_MASK_ADDED : by_gate(BACKWARD_INPUT, gate), a);
     made.x = like_layout(made.x, x);
     if (wants_residual) made.residual = like_layout(made.residual, x);
     return made;

@@ -205,8 +205,13 @@ static __device__ __forceinline__ bool passes(float value) { return !(value <= 0
 // The splits in reverse: the rows that the pass before this one read last may still be in the cache.
 static __device__ __forceinline__ int reversed_split(const Arguments& a) { return a.splits - 1 - blockIdx.y; }
 
+// The passes below take what decides about the ReLU (GATE) and whether a residual takes part (ADDED) as choices of the
+// compiler. Asked of an argument in the loop over rows they cost the last pass backward 12 registers a thread or more,
+// and so the third block of a multiprocessor. Each choice that the host makes has a kernel, which stands below its pass.
+
 // Grid (channel blocks, splits, groups). Writes y, and the mask where one is wanted.
-extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_normalise(const Arguments a) {
+template <int GATE, bool ADDED>
+static __device__ __forceinline__ void normalise(const Arguments& a) {
     __shared__ float staged[3][VECTOR * ROW];
     const Place p = place_of(a, reversed_split(a));
     Affine affine;
@@ -219,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_normalise(const
             if (start + i * p.slices >= p.count) break;
             const long long offset = p.offset(a, start + i * p.slices);
             packs[i] = load_pack(a.x, offset);
-            if (a.residual) added[i] = load_pack(a.residual, offset);
+            if constexpr (ADDED) added[i] = load_pack(a.residual, offset);
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
@@ -230,36 +235,52 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_normalise(const
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v) {
                 values[v] = affine.apply(FEATURE::load(packs[i].bits[v]), v);
-                if (a.residual) values[v] += FEATURE::load(added[i].bits[v]);
-                if (a.gate == GATE_NONE) continue;
+                if constexpr (ADDED) values[v] += FEATURE::load(added[i].bits[v]);
+                if constexpr (GATE == GATE_NONE) continue;
                 const bool on = passes(values[v]);
                 bits |= (on ? 1u : 0u) << v;
                 values[v] = on ? values[v] : 0.0f;
             }
             store_pack(a.out, offset, values);
-            if (a.gate == GATE_MASK) a.mask[offset / VECTOR] = (unsigned char)bits;
+            if constexpr (GATE == GATE_MASK) a.mask[offset / VECTOR] = (unsigned char)bits;
         }
     }
 }
 
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_normalise(const Arguments a) {
+    normalise<GATE_NONE, false>(a);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_normalise_added(const Arguments a) {
+    normalise<GATE_NONE, true>(a);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_normalise_recompute(const Arguments a) {
+    normalise<GATE_RECOMPUTE, false>(a);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_normalise_recompute_added(const Arguments a) {
+    normalise<GATE_RECOMPUTE, true>(a);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_normalise_mask_added(const Arguments a) {
+    normalise<GATE_MASK, true>(a);
+}
+
 // One pack of x and of the gradient of y, as they come from memory.
+template <int GATE>
 struct Pair {
     Pack x, grad;
     unsigned int bits;
     __device__ __forceinline__ void load(const Arguments& a, long long offset) {
         x = load_pack(a.x, offset);
         grad = load_pack(a.grad, offset);
-        bits = a.gate == GATE_MASK ? a.mask[offset / VECTOR] : 0;
+        if constexpr (GATE == GATE_MASK) bits = a.mask[offset / VECTOR];
     }
     // The deviation of x from the mean, and the gradient where the ReLU let y through.
-    __device__ __forceinline__ void take(
-        const Arguments& a, const Affine& affine, float* deviation, float* passed) const {
+    __device__ __forceinline__ void take(const Affine& affine, float* deviation, float* passed) const {
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
             const float value = FEATURE::load(x.bits[v]);
             bool on = true;
-            if (a.gate == GATE_MASK) on = bits >> v & 1;
-            if (a.gate == GATE_RECOMPUTE) on = passes(affine.apply(value, v));
+            if constexpr (GATE == GATE_MASK) on = bits >> v & 1;
+            if constexpr (GATE == GATE_RECOMPUTE) on = passes(affine.apply(value, v));
             deviation[v] = value - affine.mean[v];
             passed[v] = on ? FEATURE::load(grad.bits[v]) : 0.0f;
         }
@@ -267,7 +288,8 @@ struct Pair {
 };
 
 // Grid (channel blocks, splits, groups). Leaves sums of dy and of dy * (x - mean) over each block's rows.
-extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(const Arguments a) {
+template <int GATE>
+static __device__ __forceinline__ void backward_sums(const Arguments& a) {
     __shared__ float plain_part[VECTOR * PLANE];
     __shared__ float product_part[VECTOR * PLANE];
     __shared__ float staged[3][VECTOR * ROW];
@@ -278,10 +300,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(c
     if (p.channel < a.channels) {
 #pragma unroll 2
         for (int row = p.slice; row < p.count; row += p.slices) {
-            Pair pair;
+            Pair<GATE> pair;
             float deviation[VECTOR], grad[VECTOR];
             pair.load(a, p.offset(a, row));
-            pair.take(a, affine, deviation, grad);
+            pair.take(affine, deviation, grad);
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v) {
                 plain[v] += grad[v];
@@ -303,6 +325,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(c
         product_sum += product_part[spot_of(p, column, slice)];
     }
     leave_partial(a, p, column, plain_sum, product_sum);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums(const Arguments a) {
+    backward_sums<GATE_NONE>(a);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums_recompute(const Arguments a) {
+    backward_sums<GATE_RECOMPUTE>(a);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_sums_mask(const Arguments a) {
+    backward_sums<GATE_MASK>(a);
 }
 
 // Grid (blocks of 32 channels). Joins the blocks' sums group by group, and over groups to the parameters' gradients.
@@ -338,7 +370,8 @@ extern "C" __global__ void __launch_bounds__(JOIN_LANES * JOIN_SLICES) batch_nor
 
 // Grid (channel blocks, splits, groups). Writes the gradient of x, and that of the residual behind a ReLU:
 //   dx = weight / std * (dy - sum(dy) / n - (x - mean) / std^2 * sum(dy (x - mean)) / n)
-extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_input(const Arguments a) {
+template <int GATE, bool ADDED>
+static __device__ __forceinline__ void backward_input(const Arguments& a) {
     __shared__ float levels[VECTOR * ROW];
     __shared__ float slopes[VECTOR * ROW];
     __shared__ float staged[3][VECTOR * ROW];
@@ -360,7 +393,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_input(
         slope[v] = slopes[v * ROW + p.lane];
     }
     for (int start = p.slice; start < p.count; start += AHEAD * p.slices) {
-        Pair pairs[AHEAD];
+        Pair<GATE> pairs[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
             if (start + i * p.slices >= p.count) break;
@@ -371,14 +404,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_input(
             if (start + i * p.slices >= p.count) break;
             const long long offset = p.offset(a, start + i * p.slices);
             float deviation[VECTOR], grad[VECTOR];
-            pairs[i].take(a, affine, deviation, grad);
-            if (a.grad_residual) store_pack(a.grad_residual, offset, grad);
+            pairs[i].take(affine, deviation, grad);
+            if constexpr (ADDED) store_pack(a.grad_residual, offset, grad);
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v)
                 grad[v] = affine.scale[v] * (grad[v] - fmaf(deviation[v], slope[v], level[v]));
             store_pack(a.out, offset, grad);
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_input(const Arguments a) {
+    backward_input<GATE_NONE, false>(a);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_input_recompute(const Arguments a) {
+    backward_input<GATE_RECOMPUTE, false>(a);
+}
+extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_backward_input_mask(const Arguments a) {
+    backward_input<GATE_MASK, false>(a);
+}
+// Three blocks a multiprocessor, as the other forms have them: left alone the compiler takes 89 registers on sm_90.
+extern "C" __global__ void __launch_bounds__(THREADS, 3) batch_norm_backward_input_mask_added(const Arguments a) {
+    backward_input<GATE_MASK, true>(a);
 }
 
 // Grid (blocks of 256 channels). Running statistics take a step towards the mean over a view's groups of mean and unbiased

@@ -1,6 +1,6 @@
 // What every kernel of batch_norm_act.cu takes by value, and the choices that its fields hold. For the device and the host.
 
-// What decides whether an element passes the ReLU in the backward pass.
+// What decides whether an element passes the ReLU in the backward pass: a part of a kernel's name, not an argument.
 #define GATE_NONE 0       // there is no ReLU
 #define GATE_RECOMPUTE 1  // the sign of the normalised value, worked out again from x
 #define GATE_MASK 2       // a bit that the forward pass kept, since the residual is not at hand
@@ -28,6 +28,6 @@ struct Arguments {
     float* running_variance;          // (C)
     long long* batches;               // number of batches seen
     long long rows;                   // in a group
-    int channels, groups, splits, views, gate;
+    int channels, groups, splits, views;
     float eps, momentum;
 };

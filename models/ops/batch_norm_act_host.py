@@ -17,9 +17,18 @@ KERNELS = (
     "batch_norm_statistics",
     "batch_norm_join_statistics",
     "batch_norm_normalise",
+    "batch_norm_normalise_added",
+    "batch_norm_normalise_recompute",
+    "batch_norm_normalise_recompute_added",
+    "batch_norm_normalise_mask_added",
     "batch_norm_backward_sums",
+    "batch_norm_backward_sums_recompute",
+    "batch_norm_backward_sums_mask",
     "batch_norm_join_sums",
     "batch_norm_backward_input",
+    "batch_norm_backward_input_recompute",
+    "batch_norm_backward_input_mask",
+    "batch_norm_backward_input_mask_added",
 )
 """In the order of the enumeration in the source."""
 Operator = Callable[..., tuple[Tensor, Tensor, Tensor]]

@@ -21,9 +21,10 @@ SOURCE = Path(__file__).with_name("batch_norm_act.cu")
 KERNELS = (*host.KERNELS, "batch_norm_move_running")
 THREADS, JOIN_LANES, JOIN_SLICES = 256, 32, 16  # as in the source
 _logger = logging.getLogger(__name__)
-GATE_NONE, GATE_RECOMPUTE, GATE_MASK = 0, 1, 2
+GATE_NONE, GATE_RECOMPUTE, GATE_MASK, ADDED = "", "_recompute", "_mask", "_added"
+"""Ends of a kernel's name: what decides about the ReLU, and that a residual takes part."""
 BLOCKS_A_MULTIPROCESSOR = 4
-"""How many blocks of a pass over a map run on one multiprocessor at a time: their registers allow so many."""
+"""Blocks of a pass over a map for each multiprocessor; as many run at a time, three in the last pass backward."""
 
 
 class Arguments(ctypes.Structure):
@@ -53,7 +54,7 @@ class Arguments(ctypes.Structure):
             )
         ),
         ("rows", ctypes.c_longlong),
-        *((name, ctypes.c_int) for name in ("channels", "groups", "splits", "views", "gate")),
+        *((name, ctypes.c_int) for name in ("channels", "groups", "splits", "views")),
         *((name, ctypes.c_float) for name in ("eps", "momentum")),
     ]
 
@@ -192,6 +193,7 @@ class BatchNormActKernels:
         x, residual = _readable(x), None if residual is None else _readable(residual)
         plan = self._plan(x.shape, x.dtype, groups)
         masked = keep_mask and relu and residual is not None
+        gate = GATE_MASK if masked else GATE_RECOMPUTE if relu else GATE_NONE
         y, partial = torch.empty_like(x), plan.partial(x.device)
         # Two allocations: autograd takes no views, and to make tensors of views costs as much again.
         mean, variance = (torch.empty(plan.per_group, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -206,13 +208,12 @@ class BatchNormActKernels:
             partial=partial.data_ptr(),
             mean=mean.data_ptr(),
             variance=variance.data_ptr(),
-            gate=GATE_MASK if masked else GATE_RECOMPUTE if relu else GATE_NONE,
             eps=eps,
             **plan.sizes,
         )
         plan.over_rows("batch_norm_statistics", arguments)
         plan.joining("batch_norm_join_statistics", groups, arguments)
-        plan.over_rows("batch_norm_normalise", arguments)
+        plan.over_rows(f"batch_norm_normalise{gate}{ADDED if residual is not None else ''}", arguments)
         return y, mean, variance, mask
 
     def backward(
@@ -228,7 +229,14 @@ class BatchNormActKernels:
         relu: bool,
         residual: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `batch_norm_act_backward_definition`; gradients of maps are channels-last."""
+        """As `batch_norm_act_backward_definition`; gradients of maps are channels-last.
+
+        Raises:
+            ValueError: a residual's gradient without a mask. It is `grad` itself where there is no ReLU.
+        """
+        gate = GATE_NONE if not relu else GATE_MASK if mask.numel() else GATE_RECOMPUTE
+        if residual and gate != GATE_MASK:
+            raise ValueError("the gradient of a residual behind a ReLU needs the mask of the forward pass")
         x, grad = _readable(x), _readable(grad)
         plan = self._plan(x.shape, x.dtype, mean.shape[0])
         grad_x, partial = torch.empty_like(x), plan.partial(x.device)
@@ -249,13 +257,12 @@ class BatchNormActKernels:
             sums=sums.data_ptr(),
             grad_weight=grad_weight.data_ptr(),
             grad_bias=grad_bias.data_ptr(),
-            gate=GATE_NONE if not relu else GATE_MASK if mask.numel() else GATE_RECOMPUTE,
             eps=eps,
             **plan.sizes,
         )
-        plan.over_rows("batch_norm_backward_sums", arguments)
+        plan.over_rows(f"batch_norm_backward_sums{gate}", arguments)
         plan.joining("batch_norm_join_sums", 1, arguments)
-        plan.over_rows("batch_norm_backward_input", arguments)
+        plan.over_rows(f"batch_norm_backward_input{gate}{ADDED if residual else ''}", arguments)
         return grad_x, x.new_empty(0) if grad_residual is None else grad_residual, grad_weight, grad_bias
 
     def move_running(

@@ -79,6 +79,11 @@ template <typename T> static inline T shift_left(T value, u32 by) { return by < 
 template <typename T> static inline T shift_right(T value, u32 by) {
     return by < 8 * sizeof(T) ? (T)(value >> by) : value < 0 ? (T)-1 : 0;
 }
+// The lowest `count` bits of `part` from bit `from` of `whole` on; what would lie past bit 31 is dropped.
+static inline u32 insert_bits(u32 part, u32 whole, u32 from, u32 count) {
+    const u32 from_zero = count > 31 ? ~0u : (1u << count) - 1u, taken = shift_left(from_zero, from);
+    return (whole & ~taken) | (shift_left(part, from) & taken);
+}
 static inline s32 high(s32 a, s32 b) { return (s32)(((s64)a * b) >> 32); }
 static inline u32 high(u32 a, u32 b) { return (u32)(((u64)a * b) >> 32); }
 static inline s64 wide(s32 a, s32 b) { return (s64)a * b; }

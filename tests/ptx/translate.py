@@ -43,6 +43,7 @@ EXPRESSIONS = (
     (r"xor\.(\w+)", "as<{0}>(A) ^ as<{0}>(B)"),
     (r"shl\.(\w+)", "shift_left(as<{0}>(A), as<u32>(B))"),
     (r"shr\.(\w+)", "shift_right(as<{0}>(A), as<u32>(B))"),
+    (r"bfi\.b32", "insert_bits(as<u32>(A), as<u32>(B), as<u32>(C), as<u32>(D))"),
     (r"selp\.(\w+)", "as<pred>(C) ? as<{0}>(A) : as<{0}>(B)"),
     (r"setp\.nan\.f32", "as<f32>(A) != as<f32>(A) || as<f32>(B) != as<f32>(B)"),
     (r"setp\.num\.f32", "as<f32>(A) == as<f32>(A) && as<f32>(B) == as<f32>(B)"),
@@ -273,8 +274,8 @@ class Instruction:
 
     def filled(self, template: str) -> str:
         """The template with the operands in it."""
-        names = dict(zip("ABC", map(self.value, self.operands[1:]), strict=False)) | {"PC": str(self.pc)}
-        return re.sub(r"\b(A|B|C|PC)\b", lambda name: names[name[0]], template)
+        names = dict(zip("ABCD", map(self.value, self.operands[1:]), strict=False)) | {"PC": str(self.pc)}
+        return re.sub(r"\b(A|B|C|D|PC)\b", lambda name: names[name[0]], template)
 
     def address(self, operand: str) -> str:
         found = re.fullmatch(r"\[([%\w$.]+)(?:\+(-?\d+))?\]", operand)

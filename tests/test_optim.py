@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import LarsConfig, OptimConfig
 from train.optim import (
@@ -247,6 +248,47 @@ def test_lars_leaves_everything_alone_on_a_bad_step(in_buffer: bool) -> None:
     optimizer.step()
     other.step()
     torch.testing.assert_close(parameter, twin)
+
+
+class Launches(TorchDispatchMode):
+    """Operations of PyTorch that do work: a view of a tensor and room for one start nothing on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        if not is_view and func is not torch.ops.aten.empty.memory_format:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_a_step(count: int, denominator: str, in_buffer: bool, scaled: bool) -> list[str]:
+    """What the second step of LARS starts for `count` weights and as many excluded ones."""
+    weights, biases = ([nn.Parameter(torch.randn(*shape)) for _ in range(count)] for shape in ((3, 2), (5,)))
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "adapt": False}]
+    optimizer = Lars(groups, lr=0.5, lr_in_buffer=in_buffer, denominator=denominator)
+    for parameter in (*weights, *biases):
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    if scaled:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.zeros(())  # type: ignore[attr-defined]
+    with Launches() as launches:
+        optimizer.step()
+    return launches.names
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("in_buffer", [False, True])
+@pytest.mark.parametrize("denominator", ["joint", "apart", "larc"])
+def test_a_step_of_lars_starts_as_many_operations_for_many_parameters(
+    denominator: str, in_buffer: bool, scaled: bool
+) -> None:
+    """A ResNet-50 has 161 parameters; one launch for each would cost the host more than the step's arithmetic."""
+    few, many = (launches_of_a_step(count, denominator, in_buffer, scaled) for count in (2, 60))
+    assert few == many and any("_foreach_norm" in name for name in few)
+    assert len(many) < 60, "less than one for each of 120 parameters"
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "lars"])

@@ -21,6 +21,13 @@ from .module import PtxModule
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BARRIER = "__syncthreads();"
+LEAVE = "    if (p.channel >= a.channels) return;\n"
+READ_SUMS = """#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) {
+        level[v] = levels[v * ROW + p.lane];
+        slope[v] = slopes[v * ROW + p.lane];
+    }
+"""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,21 @@ FAULTS: dict[str, Fault] = {
     ),
     "splits counted from one too many": Fault(
         NORM, "a.splits - 1 - blockIdx.y", "a.splits - blockIdx.y", packed_norm, ("value", "bounds")
+    ),
+    "lanes beyond the channels read parameters that nobody staged": Fault(
+        NORM,
+        "        if (p.channel >= a.channels) return;\n#pragma unroll",
+        "#pragma unroll",
+        odd_norm,
+        ("uninitialised",),
+        by_default=True,
+    ),
+    "lanes beyond the channels read sums that nobody staged": Fault(
+        NORM,
+        f"{LEAVE}    float level[VECTOR], slope[VECTOR];\n{READ_SUMS}",
+        f"    float level[VECTOR], slope[VECTOR];\n{READ_SUMS}{LEAVE}",
+        odd_norm,
+        ("uninitialised",),
     ),
     "running statistics past the channels": Fault(NORM, "    if (c >= a.channels) return;", "", running, ("bounds",)),
     "every thread counts the batch": Fault(NORM, "if (c == 0) *a.batches", "*a.batches", running, ("race",)),

@@ -1,4 +1,4 @@
-// What every kernel of batch_norm_act.cu takes by value, and the choices that its fields hold. For the device and the host.
+// What every kernel of batch_norm_act.cu takes by value, and what tells kernels of one pass apart. For device and host.
 
 // What decides whether an element passes the ReLU in the backward pass: a part of a kernel's name, not an argument.
 #define GATE_NONE 0       // there is no ReLU

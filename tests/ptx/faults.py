@@ -21,6 +21,7 @@ from .module import PtxModule
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BARRIER = "__syncthreads();"
+UNUSED = "reads memory that nobody wrote and makes nothing of it, which no sanitizer of the host looks for"
 LEAVE = "    if (p.channel >= a.channels) return;\n"
 READ_SUMS = """#pragma unroll
     for (int v = 0; v < VECTOR; ++v) {
@@ -32,7 +33,10 @@ READ_SUMS = """#pragma unroll
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of a source: `old` becomes `new` at its `nth` place; `case` runs it, `seen` may speak."""
+    """A change of a source: `old` becomes `new` at its `nth` place; `case` runs it, `seen` may speak.
+
+    `on_ptx_alone` is why no sanitizer can see it; empty where one should.
+    """
 
     source: str
     old: str
@@ -41,6 +45,7 @@ class Fault:
     seen: tuple[str, ...]
     nth: int = 0
     by_default: bool = False
+    on_ptx_alone: str = ""
 
     def plant(self, text: str) -> str:
         """The source with the fault in it."""
@@ -120,6 +125,7 @@ FAULTS: dict[str, Fault] = {
         odd_norm,
         ("uninitialised",),
         by_default=True,
+        on_ptx_alone=UNUSED,
     ),
     "lanes beyond the channels read sums that nobody staged": Fault(
         NORM,
@@ -127,6 +133,7 @@ FAULTS: dict[str, Fault] = {
         f"    float level[VECTOR], slope[VECTOR];\n{READ_SUMS}{LEAVE}",
         odd_norm,
         ("uninitialised",),
+        on_ptx_alone=UNUSED,
     ),
     "running statistics past the channels": Fault(NORM, "    if (c >= a.channels) return;", "", running, ("bounds",)),
     "every thread counts the batch": Fault(NORM, "if (c == 0) *a.batches", "*a.batches", running, ("race",)),
@@ -172,7 +179,13 @@ FAULTS: dict[str, Fault] = {
         by_default=True,
     ),
     "wrong sign in an instruction of the GPU alone": Fault(
-        BOX, '"=h"(bits) : "f"(value)', '"=h"(bits) : "f"(-value)', packed_box, ("value",), by_default=True
+        BOX,
+        '"=h"(bits) : "f"(value)',
+        '"=h"(bits) : "f"(-value)',
+        packed_box,
+        ("value",),
+        by_default=True,
+        on_ptx_alone="stands in an instruction that the host's compiler leaves out",
     ),
     "no barrier before the blur": Fault(
         AUGMENT, "    END_PHASE;\n    // Phase 2", "    // Phase 2", tile, ("race", "uninitialised")

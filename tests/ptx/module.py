@@ -43,8 +43,15 @@ _extents: dict[int, int] = {}
 
 @contextmanager
 def watched_tensors() -> Iterator[None]:
-    """Remember how many bytes belong to each address that a tensor gives away: an argument is an address alone."""
+    """Remember how many bytes belong to each address that a tensor gives away: an argument is an address alone.
+
+    Meanwhile a new tensor holds NaN until it is written. What lay there before may be the very result that a faulty
+    kernel leaves out.
+    """
     plain = torch.Tensor.data_ptr
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # It fills what `torch.empty` gives, among other things.
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
     def data_ptr(tensor: torch.Tensor) -> int:
         address = plain(tensor)
@@ -57,6 +64,7 @@ def watched_tensors() -> Iterator[None]:
         yield
     finally:
         torch.Tensor.data_ptr = plain  # type: ignore[method-assign]
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
         _extents.clear()
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from . import report
 from .cases import Case
+from .module import watched_tensors
 
 
 @pytest.fixture
@@ -74,3 +76,13 @@ def test_a_silent_sanitizer_misses_a_fault(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "checks.txt"
     assert report.main(["--parts", "faults", "--output", str(path)]) == 1
     assert "not seen on fibers: no barrier behind the blur" in path.read_text()
+
+
+def test_new_tensors_are_filled_while_launches_are_watched() -> None:
+    """A faulty kernel that leaves a value out must not find the right one in memory of before."""
+    with watched_tensors():
+        fresh = [torch.empty(64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+        fresh += [torch.empty_like(fresh[0]), fresh[0].new_empty(3, 5)]
+        assert all(each.isnan().all() for each in fresh)
+        assert (torch.empty(64, dtype=torch.uint8) == 255).all()
+    assert not torch.are_deterministic_algorithms_enabled()

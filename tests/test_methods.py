@@ -124,8 +124,9 @@ def test_golden_curve(name):
     if recorded["machine"] == machine():
         assert losses == recorded["losses"]
     # Other processors sum in another order. In fp32 that grows from 1e-7 to 5e-3 by BYOL's third step, so beyond the
-    # second step only the float64 curve below says the same on every machine.
-    assert losses[:2] == pytest.approx(recorded["losses"][:2], abs=1e-4)
+    # second step only the float64 curve below says the same on every machine. CARE's losses are of 50, where a hundred
+    # roundings of fp32 are 6e-4.
+    assert losses[:2] == pytest.approx(recorded["losses"][:2], rel=1e-5, abs=1e-4)
 
 
 @each_method

@@ -56,7 +56,7 @@ def photos(unpack: Callable[..., Path]) -> Callable[[int], Path]:
     return take
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from the files that git tracks, away from the checkout, without a network."""
     folder = tmp_path_factory.mktemp("wheel")

@@ -1,6 +1,7 @@
 """The benchmark of a busy machine: alone and beside others in turn."""
 
 import csv
+from contextlib import nullcontext
 
 import pytest
 
@@ -12,19 +13,13 @@ TINY = "--arch resnet10-w16 --steps 8 --crops 10 --rounds 1 --epochs 1".split()
 def test_each_way_of_waiting_is_measured_alone_and_disturbed_in_turn(monkeypatch, tmp_path, capsys):
     beside = []
 
-    class Others:
-        def __init__(self, number):
-            self.number = number
-
-        def __enter__(self):
-            beside.append(self.number)
-
-        def __exit__(self, *_):
-            pass
+    def others(number):
+        beside.append(number)
+        return nullcontext()
 
     rates = iter([10.0, 7.0, 10.0, 4.0] * 2)
     monkeypatch.setattr(bench_busy, "usable_cores", lambda: 4)
-    monkeypatch.setattr(bench_busy, "busy", Others)
+    monkeypatch.setattr(bench_busy, "busy", others)
     monkeypatch.setitem(bench_busy.COMMANDS, "loader", lambda *_: next(rates))
     path = tmp_path / "busy.csv"
     assert bench_busy.main([*TINY[:-4], "--rounds", "2", "--commands", "loader", "--output", str(path)]) == 0

@@ -3,6 +3,7 @@
 import csv
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,16 +48,12 @@ def test_rows_hold_a_figure_for_each_seed(monkeypatch, tmp_path, capsys):
         asked.append((folder, seed, minutes))
         return Outcome([Gain("20-NN top-1", 0.2, (0.2, 0.3, 0.4)[seed], 500)], 5.0 + seed, 0.5, 100.0)
 
-    class Others:
-        def __init__(self, number):
-            others.append(number)
-
-        def __enter__(self): ...
-
-        def __exit__(self, *_): ...
+    def beside(number):
+        others.append(number)
+        return nullcontext()
 
     monkeypatch.setattr(bench_quickstart, "quickstart", quickstart)
-    monkeypatch.setattr(bench_quickstart, "busy", Others)
+    monkeypatch.setattr(bench_quickstart, "busy", beside)
     monkeypatch.setattr(bench_quickstart, "usable_cores", lambda: 4)
     path = tmp_path / "quickstart.csv"
     assert bench_quickstart.main(["photos", "--half", "--minutes", "2", "--output", str(path)]) == 0
@@ -67,6 +64,20 @@ def test_rows_hold_a_figure_for_each_seed(monkeypatch, tmp_path, capsys):
     assert rows["20-NN top-1, trained"]["median"] == "30" and rows["20-NN top-1, trained"]["n"] == "3"
     assert rows["time"]["median"] == "6" and rows["share of the cores"]["median"] == "50"
     assert rows["time"]["setting"] == "2 minutes, seeds 0 1 2; beside 4 busy processes"
+
+
+def test_a_folder_is_meant_from_where_the_benchmark_was_started(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def refuse(command, name):
+        commands.append(command)
+        raise RuntimeError(name)
+
+    monkeypatch.setattr(bench_quickstart, "output_of", refuse)
+    with pytest.raises(RuntimeError, match="quickstart"):
+        bench_quickstart.quickstart(Path("photos"), 0, 1.0, tmp_path)
+    assert commands[0][:2] == ["tools/quickstart.py", str(tmp_path / "photos")]
 
 
 @pytest.mark.slow

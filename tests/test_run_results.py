@@ -72,6 +72,19 @@ def test_a_plan_that_is_none_is_refused(text: str, message: str, tmp_path: Path)
         read_plan(tmp_path / "missing.toml")
 
 
+def test_a_plan_can_have_the_runs_of_another(tmp_path: Path) -> None:
+    write_plan(tmp_path, 'flags = "--epochs 6"\n[[runs]]\nmethod = "byol"\nflags = "--dim 64"\n')
+    plan = tmp_path / "long.toml"
+    plan.write_text('flags = "--epochs 16"\nruns_of = "small"\n[[runs]]\nmethod = "care"\n')
+    assert [(run.plan, run.method, run.flags) for run in read_plan(plan)] == [
+        ("long", "byol", ("--epochs", "16", "--dim", "64")),
+        ("long", "care", ("--epochs", "16")),
+    ]
+    plan.write_text('runs_of = "none"\n')
+    with pytest.raises(UserMistake, match=r"none\.toml cannot be read"):
+        read_plan(plan)
+
+
 def test_an_ablation_has_a_folder_of_its_own(tmp_path: Path) -> None:
     text = 'flags = "--epochs 2"\n[[runs]]\nmethod = "byol"\n[[runs]]\nmethod = "byol"\nflags = "--optim.lr 1e-3"\n'
     assert [run.name for run in read_plan(write_plan(tmp_path, text))] == [

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from tools.bench.apart import output_of
 from tools.bench.busy import busy
 from tools.bench.rows import Report
-from tools.quickstart import ROOT, Gain, gains
+from tools.quickstart import Gain, gains
 from tools.support import cli
 from train.record.comparison import images_per_second
 from train.record.run import read_run
@@ -57,8 +57,10 @@ def quickstart(folder: Path | None, seed: int, minutes: float, scratch: Path) ->
     """
     run_dir = scratch / str(seed)
     flags = ["--seed", str(seed), "--minutes", str(minutes), "--run-dir", str(run_dir)]
+    # It runs in the checkout, where a relative path would mean another place.
+    images = [str(folder.resolve())] if folder else []
     before, begin = _child_seconds(), time.monotonic()
-    output_of([str(ROOT / "tools" / "quickstart.py"), *([str(folder)] if folder else []), *flags], "quickstart")
+    output_of(["tools/quickstart.py", *images, *flags], "quickstart")
     seconds = time.monotonic() - begin
     run = read_run(run_dir)
     share = (_child_seconds() - before) / (seconds * usable_cores())

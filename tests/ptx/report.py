@@ -7,8 +7,8 @@ speaks that should not, or misses a planted fault.
 
 Parts: "ptx" runs every shape on NVRTC's PTX; "fibers" runs the source of every shape with fibers that ThreadSanitizer
 takes for threads; "threads" runs the smallest shape of each variant of a source with threads of the operating system,
-which cost fifty times as much; "faults" plants every fault of `faults.py` on PTX, and on fibers
-those that a sanitizer can see.
+which cost fifty times as much; "faults" plants every fault of `faults.py` on PTX, and on fibers those that a sanitizer
+can see.
 """
 
 from __future__ import annotations
@@ -175,8 +175,9 @@ def planted(findings: Findings) -> None:
         findings.say(f"  {called}, fibers: {sum(bool(each[sanitizer]) for each in said.values())} of {len(visible)}")
     caught = sum(any(each.values()) for each in said.values())
     findings.say(f"planted faults on fibers: {caught} of {len(visible)} seen")
-    for name in (name for name in FAULTS if name not in visible):
-        findings.say(f"  not tried there: {name}: {FAULTS[name].on_ptx_alone}")
+    for name, fault in FAULTS.items():
+        if fault.on_ptx_alone:
+            findings.say(f"  not tried there: {name}: {fault.on_ptx_alone}")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:

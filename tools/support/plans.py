@@ -87,13 +87,14 @@ def read_plan(path: Path) -> list[Planned]:
 
     Args:
         path: TOML with `flags`, `seeds` and `linear` (flags of the linear protocol) of all runs, and `[[runs]]` with
-            `method` and, where they differ, `recipe` (METHOD-small), `flags` (beside the plan's) and `seeds`.
+            `method` and, where they differ, `recipe` (METHOD-small), `flags` (beside the plan's) and `seeds`. `runs_of`
+            names a plan beside this one whose `[[runs]]` come before its own.
 
     Raises:
         UserMistake: the file cannot be read, lacks something or has a run twice.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = _read(path)
         common = tuple(shlex.split(document.get("flags", "")))
         planned = [
             Planned(
@@ -105,11 +106,11 @@ def read_plan(path: Path) -> list[Planned]:
                 tuple(shlex.split(run.get("flags", ""))),
                 tuple(shlex.split(document.get("linear", ""))),
             )
-            for run in document["runs"]
+            for run in _runs(document, path)
             for seed in run.get("seeds", document.get("seeds", [0]))
         ]
     except OSError as error:
-        raise UserMistake(f"plan {path} cannot be read: {error.strerror}; plans are in tools/plans") from None
+        raise UserMistake(f"plan {error.filename} cannot be read: {error.strerror}; plans are in tools/plans") from None
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
         raise UserMistake(f"plan {path}: {error}; it needs [[runs]], each with a method") from None
     twice = [name for name, count in Counter(each.name for each in planned).items() if count > 1]
@@ -117,6 +118,17 @@ def read_plan(path: Path) -> list[Planned]:
         raise UserMistake(f"plan {path} has {twice[0]} twice; give each run flags or a seed of its own")
     # Every method once before any method twice: a plan that is cut short has told most then.
     return sorted(planned, key=lambda each: each.seed)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _runs(document: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The runs of a plan that lies at `path`, those of the plan that it names first."""
+    if "runs_of" not in document:
+        return list(document["runs"])
+    return [*_read(path.with_name(f"{document['runs_of']}.toml"))["runs"], *document.get("runs", [])]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def test_each_way_of_waiting_is_measured_alone_and_disturbed_in_turn(monkeypatch
     assert bench_busy.main([*TINY[:-4], "--rounds", "2", "--commands", "loader", "--output", str(path)]) == 0
     assert beside == [0, 2, 0, 2] * 2
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == "rate kept with half the cores busy: loader 70% (40% spinning)"
+    assert said == "rate kept with half the cores busy: loader 70% sleeping, loader 40% spinning"
     rows = list(csv.DictReader(path.open()))
     assert [(row["contender"], row["setting"].rpartition("; ")[2], row["median"]) for row in rows] == [
         ("loader, sleeping", "alone", "10"),
@@ -46,10 +46,8 @@ def test_a_failing_command_says_why():
 
 
 @pytest.mark.slow
-def test_every_command_has_a_rate(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_busy, "WAITING", {"sleeping": "PASSIVE"})
-    monkeypatch.setattr(bench_busy, "conclusion", lambda kept: str(sorted(kept)))
+def test_every_command_has_a_rate_under_the_chosen_waiting(tmp_path):
     path = tmp_path / "busy.csv"
-    assert bench_busy.main([*TINY, "--output", str(path)]) == 0
+    assert bench_busy.main([*TINY, "--waiting", "sleeping", "--output", str(path)]) == 0
     rows = list(csv.DictReader(path.open()))
     assert len(rows) == 6 and all(float(row["median"]) > 0 for row in rows)

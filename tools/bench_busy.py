@@ -1,12 +1,12 @@
 """Measure what share of its rate a command keeps while other processes hold half the cores of the machine.
 
-`python tools/bench_busy.py [--rounds 3] [--steps 24]`
+`python tools/bench_busy.py [--rounds 3] [--steps 24] [--waiting sleeping]`
 
 Training, one of the loaders in a loop of its own, and an evaluation each run with nothing beside them and beside one
 busy process for every two cores, in turn within a round. Threads of OpenMP either sleep while they wait, which is
 what the commands choose, or spin, which is what OpenMP does by itself: whoever spins takes time from the thread that
 it waits for. CPU only, and the machine must have nothing else to do. The spinning contender is slow beside a busy core:
-with the defaults two cores were not done in ten minutes.
+with the defaults two cores were not done in ten minutes; `--waiting sleeping` leaves it out.
 """
 
 from __future__ import annotations
@@ -115,12 +115,14 @@ def evaluation(bench: Bench, policy: str) -> float:
 COMMANDS: dict[str, Callable[[Bench, str], float]] = {"training": training, "loader": loop, "evaluation": evaluation}
 
 
-def measure(report: Report, bench: Bench, names: Sequence[str], rounds: int) -> dict[tuple[str, str], float]:
+def measure(
+    report: Report, bench: Bench, names: Sequence[str], ways: Sequence[str], rounds: int
+) -> dict[tuple[str, str], float]:
     """Add the rows, and give the share that each command keeps, by (command, way of waiting)."""
     others = max(1, usable_cores() // 2)
     kept = {}
     for name in names:
-        found: dict[tuple[str, bool], list[float]] = {key: [] for key in product(WAITING, (False, True))}
+        found: dict[tuple[str, bool], list[float]] = {key: [] for key in product(ways, (False, True))}
         for _ in range(rounds):
             # In turn, so that a slow minute of the machine meets them all.
             for waiting, disturbed in found:
@@ -129,7 +131,7 @@ def measure(report: Report, bench: Bench, names: Sequence[str], rounds: int) -> 
         for (waiting, disturbed), rates in found.items():
             beside = f"beside {others} busy" if disturbed else "alone"
             report.add(f"{name}, {waiting}", "rate", "images/s", rates, f"{setting(bench, name)}; {beside}")
-        for waiting in WAITING:
+        for waiting in ways:
             kept[name, waiting] = median(found[waiting, True]) / median(found[waiting, False])
     return kept
 
@@ -145,14 +147,15 @@ def setting(bench: Bench, name: str) -> str:
 
 def conclusion(kept: dict[tuple[str, str], float]) -> str:
     """One line: the share that each command keeps."""
-    parts = [f"{name} {kept[name, 'sleeping']:.0%} ({kept[name, 'spinning']:.0%} spinning)" for name, _ in kept]
-    return "rate kept with half the cores busy: " + ", ".join(dict.fromkeys(parts))
+    parts = [f"{name} {share:.0%} {waiting}" for (name, waiting), share in kept.items()]
+    return "rate kept with half the cores busy: " + ", ".join(parts)
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure what the flags ask for."""
     parser = cli.make_parser("Measure the rate that commands keep while other processes hold half the cores.")
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), choices=COMMANDS, help="what is measured")
+    parser.add_argument("--waiting", nargs="+", default=list(WAITING), choices=WAITING, help="how OpenMP waits")
     parser.add_argument("--arch", default="resnet18", help="backbone that is trained and evaluated")
     parser.add_argument("--steps", type=cli.positive, default=24, help="steps of a training")
     parser.add_argument("--crops", type=cli.positive, default=200, help="training images of each photograph")
@@ -163,7 +166,8 @@ def main(argv: Sequence[str]) -> int:
     options = cli.parse(parser, argv)
     report = Report("busy")
     with tempfile.TemporaryDirectory(prefix="bench-busy-") as folder:
-        kept = measure(report, prepared(Path(folder), options), commands(options.commands), options.rounds)
+        bench = prepared(Path(folder), options)
+        kept = measure(report, bench, commands(options.commands), list(dict.fromkeys(options.waiting)), options.rounds)
     report.finish(conclusion(kept), options.output, write=not options.no_csv)
     return 0
 

@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tools.bench.rows import Report, Summary
+from tools.bench.rows import Report, Summary, recorded_origin
 from tools.support.cli import make_parser, parse, run_main
 from train.record.evaluations import measurements
 from train.record.run import read_run
@@ -37,14 +37,16 @@ def _flags(config: dict[str, Any]) -> list[str]:
     return [change.split(": ", 1)[0] + " " + change.rpartition(" -> ")[2] for change in changes]
 
 
-def record(report: Report, run_dir: Path) -> None:
-    """Add the rows of one run.
+def record(run_dir: Path) -> Report:
+    """The rows of one run, with the machine and the versions that it recorded.
 
     Raises:
         UserMistake: when the folder holds no run.
     """
     recorded = read_run(run_dir)
     config, rows = recorded.config, recorded.rows
+    start = recorded.first("start") or {}
+    report = Report("learning", origin=recorded_origin(config.get("versions", {}), start.get("machine", "")))
     recipe, run = config["recipe"], config["run"]
     setting = (
         f"{run['recipe']}, {recipe['arch']}, {recipe['image_size']} px, batch {recipe['global_batch']}, "
@@ -69,17 +71,18 @@ def record(report: Report, run_dir: Path) -> None:
             name = " ".join(part for part in (measured.protocol, facts.get("recipe", ""), measured.task) if part)
             if "top1" in measured.figures:
                 report.add(contender, f"{name} top-1", "share", _single(measured.figures["top1"] / 100), setting)
+    return report
 
 
 def main(argv: Sequence[str]) -> int:
     """Record the runs that the command line names; returns the exit code."""
     parser = make_parser("Append what runs learned to tools/results/learning.csv.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--output", type=Path, default=None, help="CSV to append to; tools/results/learning.csv")
     arguments = parse(parser, argv)
-    report = Report("learning")
-    for run_dir in arguments.runs:
-        record(report, run_dir)
-    report.finish(f"{len(arguments.runs)} runs recorded")
+    # All are read before the first is written: a folder that holds no run leaves no rows of the others.
+    for run_dir, report in [(run_dir, record(run_dir)) for run_dir in arguments.runs]:
+        report.finish(f"{run_dir} recorded", arguments.output)
     return 0
 
 

@@ -15,9 +15,7 @@ if not __package__:
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from tools.bench.rows import Report, Summary
+from tools.bench.rows import Report, Summary, recorded_origin
 from tools.support.cli import make_parser, parse, run_main
 from train.record.evaluations import NAMES, measurements
 from train.record.run import read_results
@@ -39,8 +37,8 @@ def setting_of(facts: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def record(report: Report, path: Path) -> None:
-    """Add the rows of one result file.
+def record(path: Path) -> Report:
+    """The rows of one result file, with the machine and the versions that it recorded.
 
     Raises:
         ValueError: when it is no result of a transfer protocol.
@@ -49,10 +47,12 @@ def record(report: Report, path: Path) -> None:
     if path.name not in found or found[path.name]["protocol"] not in ("detect", "segment"):
         raise ValueError(f"{path} is no result of detect or segment; give a file that train/evaluate.py wrote")
     facts = found[path.name]
+    report = Report("transfer", origin=recorded_origin(facts["versions"], facts.get("machine", "")))
     for measured in measurements(path.name, facts):
         for name, percent in measured.figures.items():
             value = Summary(percent / 100, percent / 100, percent / 100, 1)
             report.add(measured.task, NAMES[name], "share", value, setting_of(facts))
+    return report
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,10 +61,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="result files of detect or segment")
     parser.add_argument("--output", type=Path, default=None, help="CSV to append to; tools/results/transfer.csv")
     arguments = parse(parser, argv)
-    report = Report("transfer", torch.device("cpu"))
-    for path in arguments.results:
-        record(report, path)
-    report.finish(f"{len(arguments.results)} result files recorded", arguments.output)
+    # All are read before the first is written: a file that is no result leaves no rows of the others.
+    for path, report in [(path, record(path)) for path in arguments.results]:
+        report.finish(f"{path} recorded", arguments.output)
     return 0
 
 

@@ -10,10 +10,11 @@ import datetime
 import functools
 import importlib.metadata
 import platform
+import re
 import shutil
 import subprocess
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,11 +76,19 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows of one benchmark run, printed as a table and appended to a CSV."""
+    """The rows of one benchmark run, printed as a table and appended to a CSV.
+
+    Attributes:
+        benchmark: name of the benchmark, and of the CSV.
+        device: that this process measured on.
+        rows: what was measured.
+        origin: columns of where and with what it was measured, when that was another process: see `recorded_origin`.
+    """
 
     benchmark: str
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rows: list[Row] = field(default_factory=list)
+    origin: dict[str, str] = field(default_factory=dict)
 
     def add(
         self, contender: str, metric: str, unit: str, values: Sequence[float] | Summary, setting: str = ""
@@ -121,6 +130,7 @@ class Report:
             "cores": str(usable_cores()),
             "torch": torch.__version__,
             "libraries": library_versions(),
+            **self.origin,
         }
 
     def append_csv(self, path: Path | None = None) -> Path:
@@ -223,3 +233,23 @@ def library_versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return " ".join(found)
+
+
+def recorded_origin(versions: Mapping[str, str], machine: str) -> dict[str, str]:
+    """The columns of where and with what a figure was measured, from what its process recorded.
+
+    Args:
+        versions: as `train.versions.versions` gives them.
+        machine: as `train.versions.machine` gives it: the GPU, or the processor with the cores that it might use. Of
+            a GPU's host nothing is recorded.
+    """
+    processor = re.fullmatch(r"(?P<cpu>.*), (?P<cores>\d+) cores", machine)
+    host = processor.groupdict() if processor else {"cpu": "", "cores": ""}
+    others = {name: version for name, version in versions.items() if name not in ("commit", "torch")}
+    return {
+        "commit": versions.get("commit", "unknown"),
+        "device": "cpu" if processor else machine,
+        **host,
+        "torch": versions.get("torch", ""),
+        "libraries": " ".join(f"{name}={version}" for name, version in others.items()),
+    }

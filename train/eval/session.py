@@ -35,7 +35,7 @@ from ..record.run import read_config
 from ..retry import persistently
 from ..runtime import Runtime, start
 from ..stop import EvaluationWatch, watched
-from ..versions import versions
+from ..versions import machine, versions
 from .options import EvalConfig, ProtocolConfig
 from .progress import Progress
 from .splits import check_classes, class_names
@@ -117,6 +117,7 @@ class ProtocolSession:
             "settings": dataclasses.asdict(self.config),
             "world_size": self.runtime.world_size,
             "device": str(self.runtime.device),
+            "machine": machine(self.runtime.device),
             "dtype": str(self.runtime.dtype).removeprefix("torch."),
             "versions": versions(),
             "seconds": round(time.perf_counter() - self.started, 3),

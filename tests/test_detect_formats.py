@@ -338,14 +338,17 @@ def test_a_voc_box_that_was_drawn_from_right_to_left_is_refused(tmp_path: Path) 
 
 
 def test_voc_names_with_blanks_numbers_and_other_endings(tmp_path: Path) -> None:
-    names = {"my photo 1": VOC["000001"], "plain": [], "scan": []}
+    names = {"my photo 1": VOC["000001"], "plain": [], "scan": [], "with.ending": [], "a.png": []}
     write_voc(tmp_path, "VOC2007", "trainval", names)
     folder = tmp_path / "VOC2007"
     (folder / "JPEGImages/plain.jpg").rename(folder / "JPEGImages/plain.JPG")
     (folder / "JPEGImages/scan.jpg").rename(folder / "JPEGImages/scan.png")
-    (folder / "ImageSets/Main/trainval.txt").write_text("my photo 1  \r\nplain -1\r\nscan  1\r\n\r\n")
+    (folder / "ImageSets/Main/trainval.txt").write_text(
+        "my photo 1  \r\nplain -1\r\nscan  1\r\n\r\nwith.ending.jpg 0\nscan.png\na.png\n"
+    )
     data = read_data(str(folder), "train", False, 1)
-    assert [record.path.name for record in data.records] == ["my photo 1.jpg", "plain.JPG", "scan.png"]
+    expected = ["my photo 1.jpg", "plain.JPG", "scan.png", "with.ending.jpg", "scan.png", "a.png.jpg"]
+    assert [record.path.name for record in data.records] == expected
     assert all(read_image(record).size == (record.width, record.height) for record in data.records)
 
 

@@ -446,6 +446,15 @@ def test_voc(tmp_path: Path) -> None:
     labels = label_map(found.names, found.ignored)
     assert labels.classes == 21 and Image.open(found.pairs[1].label).mode == "P"
     assert read_label(found.pairs[1].label, labels).tolist() == label.tolist()
+    (root / "JPEGImages" / "b.jpg").rename(root / "JPEGImages" / "b.png")
+    (lists / "trainaug.txt").write_text("a.jpg\nb -1\nb.png\n")
+    pairs = read_layout(str(tmp_path), "train").pairs
+    found_names = [(pair.image.name, pair.label.name) for pair in pairs]
+    assert found_names == [("a.jpg", "a.png"), ("b.png", "b.png"), ("b.png", "b.png")]
+    (lists / "latin.txt").write_bytes("\xe4\n".encode("latin-1"))
+    with pytest.raises(UserMistake, match="latin.txt is no UTF-8 text"):
+        read_layout(str(tmp_path), "train", "latin")
+    (lists / "latin.txt").unlink()
     with pytest.raises(UserMistake, match="trainval.txt does not exist; lists there: train, trainaug, val"):
         read_layout(str(tmp_path), "train", "trainval")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from pipeline.images import MAX_PIXELS
 
 from ...errors import UserMistake
+from ..voc_lists import image_of, listed_names
 from .records import DetectionData, ImageRecord, inside
 
 NAMES = (
@@ -37,7 +39,6 @@ NAMES = (
     "train",
     "tvmonitor",
 )
-IMAGE_ENDINGS = (".JPG", ".jpeg", ".JPEG", ".png", ".PNG", ".webp", ".bmp", ".tif", ".tiff")
 _FARTHEST = 1e9
 # What "VOC07+12 -> VOC07 test" means for a VOCdevkit folder, and what one year's folder means.
 _DEVKIT = {"train": ("VOC2007/trainval", "VOC2012/trainval"), "val": ("VOC2007/test",)}
@@ -82,49 +83,12 @@ def image_sets(data: str, part: str) -> list[Path]:
     return found
 
 
-def listed_stems(path: Path, annotations: Path) -> list[str]:
-    """The image names of a list, without their endings.
-
-    VOC's lists of one class add a number behind each name. A name may hold blanks, so the number is only taken off
-    where the whole line names no annotation.
-
-    Args:
-        path: list in ImageSets/Main.
-        annotations: folder of the annotation files.
-
-    Raises:
-        UserMistake: the list is no text.
-    """
-    try:
-        # Some editors put a byte-order mark before the first name, which would then name no file.
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserMistake(f"{path} is no UTF-8 text; save the list of images as one") from None
-    lines = [line.strip() for line in text.splitlines()]
-    whole = [line for line in lines if line]
-    return [line if (annotations / f"{line}.xml").is_file() else _without_number(line) for line in whole]
+def _annotation(root: Path, name: str) -> Path:
+    return root / "Annotations" / f"{name}.xml"
 
 
-def _without_number(line: str) -> str:
-    stem, _, last = line.rpartition(" ")
-    return stem.strip() if stem and last in ("-1", "0", "1") else line
-
-
-def image_of(root: Path, stem: str) -> Path:
-    """The image file of a name: VOC's own .jpg, or the ending that another tool gave it.
-
-    Args:
-        root: a year's folder.
-        stem: name without an ending.
-
-    Returns:
-        The file that exists, or the .jpg that is missing, so that a later message names it.
-    """
-    usual = root / "JPEGImages" / f"{stem}.jpg"
-    if usual.is_file():
-        return usual
-    others = (usual.with_name(stem + ending) for ending in IMAGE_ENDINGS)
-    return next((path for path in others if path.is_file()), usual)
+def _is_annotated(root: Path, name: str) -> bool:
+    return _annotation(root, name).is_file()
 
 
 def read_objects(path: Path) -> tuple[int, int, list[VocObject]]:
@@ -206,10 +170,10 @@ def read_voc(data: str, part: str) -> DetectionData:
     left: Counter[str] = Counter()
     for entry in lists:
         root = entry.parents[2]
-        for stem in listed_stems(entry, root / "Annotations"):
-            width, height, objects = read_objects(root / "Annotations" / f"{stem}.xml")
+        for name in listed_names(entry, partial(_is_annotated, root)):
+            width, height, objects = read_objects(_annotation(root, name))
             number = len(records)
-            records.append(_record(image_of(root, stem), number, width, height, objects, left))
+            records.append(_record(image_of(root, name), number, width, height, objects, left))
             _add_ground_truth(document, difficult, number, (width, height), objects)
     if not records:
         raise UserMistake(f"{data}: the list of images is empty; give one of ImageSets/Main")

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.clutter import has_clutter
 
 from ...errors import UserMistake
+from ..voc_lists import image_of, listed_names
 from .labels import Pair
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -129,22 +130,19 @@ def _voc(root: Path, part: str, split: str) -> DataSet:
         # The protocols train on the 10,582 images that Hariharan et al. labelled, where they were added.
         split = "trainaug" if part == "train" and (lists / "trainaug.txt").is_file() else part
     try:
-        # A line is a name, which may hold blanks.
-        lines = (lists / f"{split}.txt").read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserMistake(f"{_flag(part)}: {lists / split}.txt is no UTF-8 text; save it as one") from None
+        names = listed_names(lists / f"{split}.txt", lambda name: _voc_label(root, name).is_file())
     except OSError:
         known = ", ".join(sorted(path.stem for path in lists.glob("*.txt"))) or "none"
         raise UserMistake(f"{_flag(part)}: {lists / split}.txt does not exist; lists there: {known}") from None
-    pairs = []
-    for stem in filter(None, map(str.strip, lines)):
-        label = root / "SegmentationClass" / f"{stem}.png"
-        added = root / "SegmentationClassAug" / f"{stem}.png"
-        # VOC's own label is used where there is one: the added ones were drawn by others.
-        if added.is_file() and not label.is_file():
-            label = added
-        pairs.append(Pair(root / "JPEGImages" / f"{stem}.jpg", label))
+    pairs = [Pair(image_of(root, name), _voc_label(root, name)) for name in names]
     return DataSet("voc", _some(pairs, root, part), dict(enumerate(VOC_NAMES)), (255,), split)
+
+
+def _voc_label(root: Path, name: str) -> Path:
+    own = root / "SegmentationClass" / f"{name}.png"
+    added = root / "SegmentationClassAug" / f"{name}.png"
+    # VOC's own label is used where there is one: the added ones were drawn by others.
+    return added if added.is_file() and not own.is_file() else own
 
 
 def _cityscapes(root: Path, part: str, split: str) -> DataSet:

@@ -22,6 +22,7 @@ if not __package__:
 from pipeline.atomic import remove, replacing
 from pipeline.beton import BetonReader, BetonWriter, page_size_for
 from pipeline.claim import claimed
+from pipeline.endings import PACKED
 from pipeline.manifest import manifest_path, rejected_path
 from tools.support.class_list import open_chosen
 from tools.support.cli import make_parser, parse, run_main
@@ -51,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     """
     options = parse(_parser(), argv)
     check_packing_flags(options)
+    if Path(options.dest).suffix != PACKED:
+        raise ValueError(f"DEST is {options.dest}, but packed files end in {PACKED}; write {options.dest}{PACKED}")
     if options.part or options.engine == "ray":
         return pack_in_parts(PARTS, options)
     return _pack_whole(Path(options.dest), options)
@@ -142,8 +145,6 @@ def _part_writer(files: PackedParts, options: argparse.Namespace, settings: dict
 
 
 def _final_paths(dest: Path, overwrite: bool) -> list[Path]:
-    if dest.suffix != ".beton":
-        raise ValueError(f"DEST is {dest}, but packed files end in .beton; write {dest}.beton")
     finals = [dest, manifest_path(dest), rejected_path(dest)]
     for path in finals:
         if path.is_dir():

@@ -21,8 +21,6 @@ class PackedParts:
     """The parts of DEST.beton, which itself is never written; see `parts.PartFiles`."""
 
     def __init__(self, dest: Path, of: int):
-        if dest.suffix != ".beton":
-            raise ValueError(f"DEST is {dest}, but packed files end in .beton; write {dest}.beton")
         self.dest, self.of = dest, of
 
     def path(self, number: int) -> Path:

@@ -18,7 +18,7 @@ import torch
 
 from tools import run_results
 from tools.bench.shapes import write_pictures
-from tools.run_results import add_row, main, only_one, read_rows, status
+from tools.run_results import add_row, chosen, main, only_one, read_rows, status
 from tools.support.plans import COLUMNS, TIMED, Planned, finished_row, progress, read_plan
 from train.build import build_method, check_fit
 from train.errors import UserMistake
@@ -51,6 +51,17 @@ def test_every_method_comes_once_before_any_comes_twice(tmp_path: Path) -> None:
         ("byol", "byol-small", 1),
         ("care", "care-small", 1),
     ]
+
+
+def test_methods_and_seeds_choose_runs_of_a_plan(tmp_path: Path) -> None:
+    runs = read_plan(write_plan(tmp_path, 'seeds = [0, 1]\n[[runs]]\nmethod = "byol"\n[[runs]]\nmethod = "care"\n'))
+    assert chosen(runs, [], []) == runs
+    assert [(run.method, run.seed) for run in chosen(runs, ["care"], [])] == [("care", 0), ("care", 1)]
+    assert [(run.method, run.seed) for run in chosen(runs, ["care", "byol"], [1])] == [("byol", 1), ("care", 1)]
+    with pytest.raises(UserMistake, match="no such run of simclr; its methods are byol, care, its seeds 0, 1"):
+        chosen(runs, ["simclr", "care"], [])
+    with pytest.raises(UserMistake, match="no such run of seed 2"):
+        chosen(runs, [], [2, 0])
 
 
 @pytest.mark.parametrize("plan", sorted((ROOT / "tools" / "plans").glob("*.toml")), ids=lambda path: path.stem)

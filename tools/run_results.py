@@ -189,6 +189,26 @@ def _clock(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h left" if seconds >= 3600 else f"{seconds / 60:.0f} min left"
 
 
+def chosen(runs: Sequence[Planned], methods: Sequence[str], seeds: Sequence[int]) -> list[Planned]:
+    """The runs of these methods and seeds, in the plan's order; of all where none are given.
+
+    Raises:
+        UserMistake: the plan has no run of one of them.
+    """
+    kept = [run for run in runs if run.method in (methods or [run.method]) and run.seed in (seeds or [run.seed])]
+    left = [
+        *sorted(set(methods) - {run.method for run in kept}),
+        *(f"seed {seed}" for seed in sorted(set(seeds) - {run.seed for run in kept})),
+    ]
+    if left:
+        known = ", ".join(dict.fromkeys(run.method for run in runs))
+        raise UserMistake(
+            f"the plan has no such run of {', '.join(left)}; its methods are {known}, its seeds "
+            f"{', '.join(map(str, sorted({run.seed for run in runs})))}"
+        )
+    return kept
+
+
 def main(argv: Sequence[str]) -> int:
     """Run a plan, or say how far it is; returns the exit code."""
     parser = make_parser("Run a plan of trainings and keep a row of each.")
@@ -201,9 +221,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after these; 0 goes on to the end")
     parser.add_argument("--at-once", type=positive, default=1, help="trainings at a time, on equal shares of the cores")
     parser.add_argument("--methods", nargs="+", default=[], help="only these of the plan")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these of the plan")
     parser.add_argument("--status", action="store_true", help="say how far it is, and stop")
     options = parse(parser, argv)
-    runs = [each for each in read_plan(options.plan) if not options.methods or each.method in options.methods]
+    runs = chosen(read_plan(options.plan), options.methods, options.seeds)
     if options.status:
         print(status(runs, options.out, options.rows))
         return 0

@@ -7,20 +7,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools import record_run, record_transfer
 from train.errors import UserMistake
 from train.resolve import resolve
+from train.versions import cpu_name, machine, usable_cores
 
 VERSIONS = {"commit": "0123456789ab+", "torch": "2.11.0", "python": "3.12.3", "numpy": "2.2.0"}
 
 
-def write_run(folder: Path, machine: str) -> Path:
+def write_run(folder: Path, recorded: str) -> Path:
     folder.mkdir()
     config = resolve(["--method", "byol", "--recipe", "byol-small", "--epochs", "2"]).to_json()
     (folder / "config.json").write_text(json.dumps({**config, "data_images": 50, "versions": VERSIONS}))
     rows = [
-        {"kind": "start", "step": 0, "machine": machine},
+        {"kind": "start", "step": 0, "machine": recorded},
         {"kind": "knn", "step": 0, "epoch": 0, "top1": 0.25},
         {"kind": "train", "step": 2, "epoch": 2, "images_per_s": 80.0},
     ]
@@ -34,17 +36,18 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("machine", "device", "cpu", "cores"),
+    ("recorded", "device", "cpu", "cores"),
     [
         ("AMD EPYC 7742, rev 2, 3 cores", "cpu", "AMD EPYC 7742, rev 2", "3"),
+        (machine(torch.device("cpu")), "cpu", cpu_name(), str(usable_cores())),
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-40GB", "", ""),
     ],
 )
 def test_rows_of_a_run_have_its_machine_and_versions(
-    machine: str, device: str, cpu: str, cores: str, tmp_path: Path
+    recorded: str, device: str, cpu: str, cores: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "learning.csv"
-    assert record_run.main([str(write_run(tmp_path / "run", machine)), "--output", str(path)]) == 0
+    assert record_run.main([str(write_run(tmp_path / "run", recorded)), "--output", str(path)]) == 0
     rows = table(path)
     assert [(row["metric"], row["median"]) for row in rows] == [
         ("20-NN top-1, epoch 0", "0.25"),

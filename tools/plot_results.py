@@ -162,14 +162,12 @@ def draw_shapes(axes: Axes) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
+PLANS = ("imagenette-small", "imagenette-32px-30", "imagenette-32px-long", "imagenette-32px", "imagenette-narrow")
+"""Plans that have rows."""
 PLOTS_BY_NAME: dict[str, tuple[Callable[[Axes], None], tuple[float, float]]] = {
     "loaders": (draw_loaders, (8.4, 2.6)),
     "imagenette": (draw_imagenette, (8.4, 3.6)),
-    "imagenette-small": (partial(draw_plan, plan="imagenette-small"), (8.4, 4.2)),
-    "imagenette-32px-30": (partial(draw_plan, plan="imagenette-32px-30"), (8.4, 4.2)),
-    "imagenette-32px-long": (partial(draw_plan, plan="imagenette-32px-long"), (8.4, 4.2)),
-    "imagenette-32px": (partial(draw_plan, plan="imagenette-32px"), (8.4, 4.2)),
-    "imagenette-narrow": (partial(draw_plan, plan="imagenette-narrow"), (8.4, 4.2)),
+    **{plan: (partial(draw_plan, plan=plan), (8.4, 4.2)) for plan in PLANS},
     "shapes": (draw_shapes, (8.4, 5.2)),
 }
 """Name of each plot, with the function that draws it and its width and height in inches."""

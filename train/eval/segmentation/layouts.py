@@ -10,10 +10,8 @@ from pathlib import Path
 from pipeline.clutter import has_clutter
 
 from ...errors import UserMistake
-from ..voc_lists import image_of, listed_names
+from ..voc_lists import IMAGE_ENDINGS, image_of, listed_names
 from .labels import Pair
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 VOC_NAMES = (
     "background",

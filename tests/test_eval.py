@@ -31,6 +31,7 @@ from train.eval.linear_recipes import LINEAR_RECIPES, RECIPE_OF_METHOD, LinearRe
 from train.eval.options import LinearConfig
 from train.evaluate import PROTOCOLS, main, protocol
 from train.measure.features import center_view, extract_features
+from train.versions import machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -370,6 +371,7 @@ def test_every_protocol_runs_and_writes_its_result(checkpoint: Path, capsys: pyt
     found = result(checkpoint, "knn")
     assert found["method"] == "care" and found["image_size"] == 32 and [row["k"] for row in found["results"]] == [5, 20]
     assert found["top1"] == found["results"][0]["top1"] > 0.3  # synthetic classes share colours
+    assert found["machine"] == machine(torch.device("cpu")) and found["versions"] == versions()
     assert main(command("linear", checkpoint, "--lrs", "0.1,0.5", "--epochs", "2", "--global-batch", "80")) == 0
     found = result(checkpoint, "linear")
     assert found["recipe"] == "care" and found["batch_norm"] and found["global_batch"] == 80
